@@ -1,0 +1,342 @@
+"""Problems, prompts and privileged contexts: what the model reads, and which token ids that is.
+
+Four parts, in this order:
+1. `Problem` and the loading of real problems (JSONL, parquet, or a Hugging Face data set id).
+2. The prompts. One function renders the student's prompt and the teacher's; with an empty context the two are equal.
+   The question and the instruction stand in the user turn, the privileged context between them (paper, section 2).
+3. `CONTEXTS`: what the teacher reads besides the problem (paper, table 4).
+4. The embedded task, a world small enough for a laptop: its problems, its reference traces for sft.py, and what a trace did.
+
+Everything downstream works on token ids; text is rendered here once and never re-tokenised.
+"""
+import json
+import os
+import re
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from common import fail
+from verify import Verifier
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. `answer` is the gold answer, parseable by math-verify; `solution` (worked reference) and `difficulty` may be empty."""
+    question: str
+    answer: str
+    solution: str = ""
+    difficulty: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Loading
+
+QUESTION_FIELDS = ("question", "problem", "prompt")
+ANSWER_FIELDS = ("answer", "ground_truth", "gold", "final_answer")
+SOLUTION_FIELDS = ("solution", "cot", "reasoning")
+DIFFICULTY_FIELDS = ("difficulty", "level")
+
+
+def add_data_flags(parser):
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", help="JSONL or parquet file, or a Hugging Face data set id; without it: the embedded task")
+    group.add_argument("--split", default="train", help="split of a Hugging Face data set id")
+    group.add_argument("--question-field", help=f"field of the question (else the first of {', '.join(QUESTION_FIELDS)})")
+    group.add_argument("--answer-field", help=f"field of the gold answer (else the first of {', '.join(ANSWER_FIELDS)})")
+    group.add_argument("--solution-field", help=f"field of the worked solution (else the first of {', '.join(SOLUTION_FIELDS)}; may be absent)")
+    group.add_argument("--hard", type=float, default=HARD_SHARE, help="embedded task: share of hard problems, 0 to 1")
+
+
+def load_problems(args, count, held_out=False):
+    """The problems of `--data`, or `count` problems of the embedded task.
+
+    `held_out` chooses the embedded task's evaluation side; with `--data` the file itself is the choice.
+    Ends the program (exit 2) on a bad file or row, naming file, row and field.
+    """
+    if args.data is None:
+        if not 0 <= args.hard <= 1:
+            fail(f"--hard {args.hard}: a share between 0 and 1")
+        return embedded_problems(count, args.seed, held_out, args.hard)
+    return load_file(args.data, args.split, args.question_field, args.answer_field, args.solution_field)
+
+
+def load_file(path, split="train", question_field=None, answer_field=None, solution_field=None):
+    """Problems of a JSONL or parquet file or a Hugging Face data set id. Every gold answer is checked here, once."""
+    problems, places = [], []
+    for where, row in read_rows(path, split):
+        question = pick(row, question_field, QUESTION_FIELDS, where, "--question-field")
+        answer = pick(row, answer_field, ANSWER_FIELDS, where, "--answer-field")
+        solution = pick(row, solution_field, SOLUTION_FIELDS, where, "--solution-field", required=solution_field is not None)
+        difficulty = pick(row, None, DIFFICULTY_FIELDS, where, "", required=False)
+        problems.append(Problem(question, answer, solution, difficulty))
+        places.append(where)
+    if not problems:
+        fail(f"--data {path}: no rows")
+    with Verifier() as verifier:
+        for where, problem, complaint in zip(places, problems, verifier.check_golds([p.answer for p in problems])):
+            if complaint:
+                fail(f"{where}: gold answer {problem.answer[:80]!r}: {complaint}")
+    return problems
+
+
+def problem_batch(problems, position, count, seed):
+    """`count` problems from `position` on in an endless stream: each epoch is a permutation of its own, fixed by the seed."""
+    batch = []
+    for i in range(position, position + count):
+        epoch, place = divmod(i, len(problems))
+        batch.append(problems[permutation(len(problems), seed, epoch)[place]])
+    return batch
+
+
+@lru_cache(maxsize=2)
+def permutation(count, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def read_rows(path, split):
+    """Yields (place for error messages, row as a dict)."""
+    if path.endswith((".jsonl", ".json")):
+        if not os.path.isfile(path):
+            fail(f"--data {path}: no such file")
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    fail(f"{path}, line {number}: not JSON ({error})")
+                if not isinstance(row, dict):
+                    fail(f"{path}, line {number}: not a JSON object")
+                yield f"{path}, line {number}", row
+        return
+    is_file = path.endswith(".parquet")
+    if is_file and not os.path.isfile(path):
+        fail(f"--data {path}: no such file")
+    if not is_file and (os.path.exists(path) or "/" not in path):
+        fail(f"--data {path}: neither a .jsonl or .parquet file nor a Hugging Face data set id (owner/name)")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        fail(f"--data {path}: parquet files and data set ids need the package datasets (pip install datasets)")
+    try:
+        rows = load_dataset("parquet", data_files=path, split="train") if is_file else load_dataset(path, split=split)
+    except Exception as error:                              # a hub out of reach, a wrong id, a broken file: one line is enough
+        fail(f"--data {path}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", row
+
+
+def pick(row, field, candidates, where, flag, required=True):
+    """The text of `field`, or of the first of `candidates` that the row has. Numbers become text, anything else is an error."""
+    names = [field] if field else [name for name in candidates if name in row]
+    value = row.get(names[0]) if names else None
+    if value is None or value == "":
+        if required:
+            fail(f"{where}: no {field or ' / '.join(candidates)} (name the field with {flag}; the row has {', '.join(map(str, row))})")
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        fail(f"{where}: field {names[0]} is {type(value).__name__}, not text or a number")
+    return str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Prompts
+
+INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
+
+
+def render_prompt(tokenizer, problem, context="", thinking=True):
+    """Token ids of the prompt: the student's with an empty context, else the teacher's. Response ids are appended to either."""
+    parts = [problem.question, context, INSTRUCTION]
+    content = plain(tokenizer, "\n\n".join(part for part in parts if part))
+    return chat_ids(tokenizer, content, thinking)
+
+
+def chat_ids(tokenizer, content, thinking):
+    """Ids of one user turn and the opening of the assistant's. `enable_thinking` is always explicit (Qwen3's default is on)."""
+    return tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,
+                                         return_dict=False, enable_thinking=thinking)
+
+
+def plain(tokenizer, text):
+    """Text whose control tokens ("<|im_end|>", "<think>", ...) are broken by a space, so that data can never open or close a turn."""
+    for token in tokenizer.get_added_vocab():
+        if token in text:
+            text = text.replace(token, token[:1] + " " + token[1:])
+    return text
+
+
+def require_thinking_switch(tokenizer, thinking):
+    """With thinking off, the chat template must know the switch: otherwise the flag would silently do nothing."""
+    if not thinking and chat_ids(tokenizer, "x", True) == chat_ids(tokenizer, "x", False):
+        fail("--thinking off: this model's chat template has no enable_thinking switch")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Privileged contexts (paper, table 4). A new one is a function and an entry.
+
+def solution_context(rollouts):
+    return [f"Here is a reference solution:\n{r.problem.solution}\nThe answer is {r.problem.answer}." for r in rollouts]
+
+
+def answer_context(rollouts):
+    return [f"The correct answer is {r.problem.answer}." for r in rollouts]
+
+
+def instruction_context(rollouts):
+    return ["Solve this concisely and correctly: be direct, do not restate the problem, and write only the key steps." for _ in rollouts]
+
+
+# name -> function (rollouts) -> one context text per rollout. "none" is the student's own prompt.
+CONTEXTS = {
+    "none": lambda rollouts: ["" for _ in rollouts],
+    "solution": solution_context,
+    "answer": answer_context,
+    "instruction": instruction_context,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The embedded task: chains of arithmetic on the last two digits.
+#
+# Easy problems add and subtract one digit. Hard ones also contain products of two-digit numbers, which a model of this size
+# cannot do reliably at first sight; worked out in pieces ("wait ...") they come out right far more often. So checks are
+# redundant on easy steps and rescue wrong first attempts on hard ones.
+
+HARD_SHARE = 0.5
+HARD_OPERANDS = (12, 19)        # factors of the hard steps, both ends included
+
+# Reference traces of sft.py. Injected slips are masked out of the loss: nobody is trained to slip, only to notice and repair.
+EASY_CHECK = 0.6                # chance that a trace re-checks an easy step (never needed), ...
+EASY_CHECK_AGAIN = 0.3          # ... and then once more
+HARD_SLIP = 0.4                 # chance that the first attempt at a hard step is replaced by a slip, which a check then repairs
+HARD_CHECK = 0.4                # chance that a right first attempt at a hard step is checked all the same, ...
+HARD_CHECK_SLIP = 0.4           # ... and that this check slips instead, so that the first attempt has to be kept
+# With a reference in the prompt the traces check little, and settle a disagreement by looking at the reference.
+SEEN_EASY_CHECK = 0.02
+SEEN_HARD_SLIP = 0.3
+SEEN_HARD_CHECK = 0.15
+SEEN_HARD_CHECK_SLIP = 0.7
+
+
+def embedded_problems(count, seed, held_out=False, hard=HARD_SHARE):
+    """`count` problems from a seed. A hash of the question decides the side, so no seed can put one question on both."""
+    rng = np.random.default_rng([seed, int(held_out)])
+    problems = []
+    while len(problems) < count:
+        problem = embedded_problem(rng, "hard" if rng.random() < hard else "easy")
+        if (zlib.crc32(problem.question.encode()) % 8 == 0) == held_out:
+            problems.append(problem)
+    return problems
+
+
+def embedded_problem(rng, difficulty):
+    start = value = int(rng.integers(10, 90))
+    count = int(rng.integers(2, 5))
+    hard_steps = set() if difficulty == "easy" else {int(i) for i in rng.integers(count, size=2)}
+    steps = []
+    for i in range(count):
+        if i in hard_steps:
+            op, operand = "*", int(rng.integers(HARD_OPERANDS[0], HARD_OPERANDS[1] + 1))
+        else:
+            operand = int(rng.integers(2, 10))
+            op = "+" if value < 10 or (value < 90 and rng.random() < 0.5) else "-"
+        steps.append((op, operand))
+        value = compute(value, op, operand)
+    question = f"{start:02d} " + " ".join(f"{op}{operand}" for op, operand in steps) + ", last two digits?"
+    values = chain(start, steps)
+    solution = ", ".join(f"{a:02d}{op}{b}={c:02d}" for a, (op, b), c in zip(values, steps, values[1:]))
+    return Problem(question, f"{value:02d}", solution, difficulty)
+
+
+def compute(value, op, operand):
+    return (value + operand if op == "+" else value - operand if op == "-" else value * operand) % 100
+
+
+def chain(start, steps):
+    values = [start]
+    for op, operand in steps:
+        values.append(compute(values[-1], op, operand))
+    return values
+
+
+def read_question(question):
+    """(start, [(op, operand), ...]) of an embedded question."""
+    start, *steps = question.split(",")[0].split()
+    return int(start), [(step[0], int(step[1:])) for step in steps]
+
+
+def reference_trace(problem, rng, context="none", thinking=True):
+    """One reference response: [(text, trained), ...], always ending in the right answer. `trained` is False on injected slips."""
+    if not thinking:
+        return [(f"\\boxed{{{problem.answer}}}", True)]
+    start, steps = read_question(problem.question)
+    values = chain(start, steps)
+    pieces = [("<think>\n", True)]
+    for i, (a, (op, b), c) in enumerate(zip(values, steps, values[1:])):
+        # The reference names this step's value if it is the whole solution, or if it is the answer and this the last step.
+        seen = context == "solution" or (context == "answer" and i == len(steps) - 1)
+        pieces += hard_step(rng, a, b, c, seen) if op == "*" else easy_step(rng, a, op, b, c, context)
+        pieces.append(("\n", True))
+    return pieces + [(f"</think>\n\n\\boxed{{{problem.answer}}}", True)]
+
+
+def easy_step(rng, a, op, b, c, context):
+    line = f"{a:02d}{op}{b}={c:02d}"
+    if rng.random() >= (EASY_CHECK if context == "none" else SEEN_EASY_CHECK):
+        return [(line, True)]
+    return [(line + f" wait {line} ok" * (1 + (rng.random() < EASY_CHECK_AGAIN)), True)]
+
+
+def hard_step(rng, a, b, c, seen):
+    slip, check, check_slip = (SEEN_HARD_SLIP, SEEN_HARD_CHECK, SEEN_HARD_CHECK_SLIP) if seen else (HARD_SLIP, HARD_CHECK, HARD_CHECK_SLIP)
+    slipped = rng.random() < slip
+    first = slip_of(rng, c) if slipped else c
+    pieces = [(f"{a:02d}*{b}=", True), (f"{first:02d}", not slipped)]
+    if not slipped and rng.random() >= check:
+        return pieces
+    tens, ones = a * (b // 10 * 10) % 100, a * (b % 10) % 100
+    check_slipped = not slipped and rng.random() < check_slip
+    ones = slip_of(rng, ones) if check_slipped else ones
+    second = (tens + ones) % 100
+    pieces += [(f" wait {a:02d}*{b // 10 * 10}={tens:02d},{a:02d}*{b % 10}=", True), (f"{ones:02d}", not check_slipped),
+               (f",{tens:02d}+{ones:02d}={second:02d}", True)]
+    verdict = " ok" if second == first else f" no {second:02d}" if slipped else f" hmm {first:02d}"
+    return pieces + [(verdict, True)]
+
+
+def slip_of(rng, value):
+    """A wrong value of the kind that a model writes: mostly the tens digit is off."""
+    offset = 10 * int(rng.integers(1, 10)) if rng.random() < 0.7 else int(rng.integers(1, 100))
+    return (value + offset) % 100
+
+
+STEP = re.compile(r"^(\d\d)([+*-])(\d{1,2})=(\d\d)(.*)$")
+
+
+def read_trace(text):
+    """What a response to an embedded problem did, step by step: a list of dicts, one per step line that can be read.
+
+    Keys: hard, first_right, checks, check_right, settled ("kept", "changed" or None), right (the value carried on),
+    each relative to the value that the step itself started from, so that one slip is counted once.
+    """
+    rows = []
+    body = text.split("</think>")[0].removeprefix("<think>").strip("\n")
+    for line in body.split("\n"):
+        match = STEP.match(line)
+        if not match:
+            continue
+        a, op, b, first, rest = match.groups()
+        truth = compute(int(a), op, int(b))
+        checks = rest.split(" wait ")[1:]
+        last = re.search(r"=(\d\d)(?: (ok|no|hmm)(?: (\d\d))?)?$", rest)
+        second = int(last[1]) if last else None
+        settled = None if not last or last[2] in (None, "ok") else "changed" if last[2] == "no" else "kept"
+        value = int(last[3]) if last and last[3] else int(first)
+        rows.append(dict(hard=op == "*", first_right=int(first) == truth, checks=len(checks), check_right=second == truth if checks else None,
+                         conflict=bool(checks) and second is not None and second != int(first), settled=settled, right=value == truth))
+    return rows

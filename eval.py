@@ -1,0 +1,124 @@
+"""Accuracy and length of one or several checkpoints against a baseline, with intervals.
+
+1. average@k accuracy: k samples a problem, graded by verify.py; a response that hits the token cap counts as not correct, and is
+   counted apart (truncated), as is a response without an answer (no answer) from one with a wrong answer.
+2. Length in tokens, eos included, over all responses and over the correct ones: truncation alone can look like compression.
+3. Changes are against the first checkpoint: points (pp) of accuracy, percent of mean length, with 95% paired bootstrap intervals
+   over problems (the same problems for both; k samples of one problem stay together).
+4. --context NAME evaluates the prompt-only row as well: the same model reading the teacher's prompt. The student is pulled towards it.
+
+    python eval.py --model tiny/rlvr runs/opsd-correct-001 runs/opsd-incorrect-001
+    python eval.py --model tiny/rlvr --context solution
+    python eval.py --model Qwen/Qwen3-1.7B runs/qwen --data math500.jsonl --samples 8 --temperature 0.6 --max-new-tokens 30000
+"""
+import json
+import re
+
+import numpy as np
+
+from common import add_run_flags, fail, load_model, make_parser, positive, set_up
+from data import CONTEXTS, add_data_flags, load_problems, read_trace, require_thinking_switch
+from rollout import Rollout, add_sampling_flags, grade_rollouts, make_rollouts, make_sampler
+from verify import Verifier
+
+# Table 3 of the paper: words that mark hesitation.
+MARKERS = re.compile(r"\b(wait|hmm|perhaps|maybe|actually|alternatively|seems|might|likely|check)\b", re.IGNORECASE)
+EVALUATION_SEED = 1_000_003         # keeps evaluation draws apart from the draws of training steps
+
+
+def parse_args(argv=None):
+    parser = make_parser(__doc__)
+    add_run_flags(parser, "unused")
+    add_data_flags(parser)
+    add_sampling_flags(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--problems", type=int, default=512, help="embedded task: number of held-out problems")
+    group.add_argument("--samples", type=int, default=4, help="samples a problem (k of average@k)")
+    group.add_argument("--context", nargs="*", default=[], choices=list(CONTEXTS), help="also evaluate the first model reading this context")
+    return parser.parse_args(argv)
+
+
+def evaluate(sampler, tokenizer, problems, verifier, args, samples=1, context="none"):
+    """`samples` graded rollouts a problem, problem after problem. The same seed each time: checkpoints are compared like with like."""
+    repeated = [problem for problem in problems for _ in range(samples)]
+    contexts = CONTEXTS[context]([Rollout(problem, []) for problem in repeated])
+    rollouts = make_rollouts(sampler, tokenizer, repeated, args, EVALUATION_SEED + args.seed, contexts)
+    grade_rollouts(verifier, rollouts)
+    return rollouts
+
+
+def summarise(rollouts):
+    """The measures of one set of rollouts: rates in percent, lengths in tokens, markers per 1,000 tokens."""
+    lengths = np.array([len(r.response_ids) for r in rollouts])
+    correct = np.array([r.outcome == "correct" for r in rollouts])
+    rate = lambda reason: 100 * float(np.mean([r.reason == reason for r in rollouts]))
+    return dict(
+        responses=len(rollouts), accuracy=100 * float(correct.mean()), length=float(lengths.mean()),
+        length_correct=float(lengths[correct].mean()) if correct.any() else None,
+        truncated=rate("truncated"), no_answer=rate("no_answer"), wrong=rate("wrong") + rate("timeout"),
+        markers=1000 * sum(len(MARKERS.findall(r.text)) for r in rollouts) / max(1, int(lengths.sum())))
+
+
+def per_problem(rollouts, samples):
+    """(accuracy, length), each the mean over a problem's samples: (problems,)."""
+    correct = np.array([r.outcome == "correct" for r in rollouts], float).reshape(-1, samples)
+    lengths = np.array([len(r.response_ids) for r in rollouts], float).reshape(-1, samples)
+    return correct.mean(1), lengths.mean(1)
+
+
+def paired_bootstrap(before, after, draws=10_000, seed=0):
+    """Change of accuracy (points) and of mean length (percent), each (estimate, low, high): 95%, resampling problems in pairs.
+
+    `before` and `after` are what `per_problem` returns, over the same problems in the same order.
+    """
+    (accuracy0, length0), (accuracy1, length1) = before, after
+    rows = np.random.default_rng(seed).integers(len(accuracy0), size=(draws, len(accuracy0)))       # (draws, problems)
+    points = 100 * (accuracy1 - accuracy0)[rows].mean(1)                                            # (draws,)
+    percent = 100 * (length1[rows].mean(1) / length0[rows].mean(1) - 1)                             # (draws,)
+    interval = lambda estimate, values: (float(estimate), *(float(v) for v in np.percentile(values, [2.5, 97.5])))
+    return dict(accuracy=interval(100 * (accuracy1 - accuracy0).mean(), points),
+                length=interval(100 * (length1.mean() / length0.mean() - 1), percent))
+
+
+def compare(named, samples):
+    """One record a (name, rollouts) pair and difficulty: `summarise`, plus the change against the first pair."""
+    records, groups = [], ["all"]
+    difficulties = sorted({r.problem.difficulty for r in named[0][1]} - {""})
+    groups += difficulties if len(difficulties) > 1 else []
+    for name, rollouts in named:
+        for group in groups:
+            select = lambda rows: [r for r in rows if group in ("all", r.problem.difficulty)]
+            mine, base = select(rollouts), select(named[0][1])
+            change = paired_bootstrap(per_problem(base, samples), per_problem(mine, samples)) if rollouts is not named[0][1] else None
+            records.append(dict(name=name, group=group, **summarise(mine), change=change))
+    return records
+
+
+def print_table(records):
+    """The records of `compare` as an aligned table."""
+    show = lambda interval, unit: f"{interval[0]:+.1f}{unit} [{interval[1]:+.1f}, {interval[2]:+.1f}]"
+    rows = [("", "", "accuracy", "change, points", "length", "change, percent", "correct's", "truncated", "no answer", "markers/1k")]
+    for r in records:
+        change = r["change"]
+        rows.append((r["name"] if r["group"] == "all" else "", r["group"], f"{r['accuracy']:.1f}", show(change["accuracy"], "") if change else "",
+                     f"{r['length']:.1f}", show(change["length"], "%") if change else "", f"{r['length_correct']:.1f}" if r["length_correct"] else "-",
+                     f"{r['truncated']:.1f}%", f"{r['no_answer']:.1f}%", f"{r['markers']:.1f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))))
+
+
+def trace_table(rollouts):
+    """Embedded task: what the traces do on easy and hard steps, in percent of such steps (see data.read_trace)."""
+    table = {}
+    for kind in (False, True):
+        steps = [s for r in rollouts for s in read_trace(r.text) if s["hard"] == kind]
+        checked = [s for s in steps if s["checks"]]
+        conflicts = [s for s in checked if s["conflict"]]
+        share = lambda rows, key: 100 * sum(bool(key(s)) for s in rows) / max(1, len(rows))
+        table["hard" if kind else "easy"] = dict(
+            steps=len(steps), first_right=share(steps, lambda s: s["first_right"]), checked=share(steps, lambda s: s["checks"]),
+            check_right=share(checked, lambda s: s["check_right"]), conflict=share(checked, lambda s: s["conflict"]),
+            changed=share(conflicts, lambda s: s["settled"] == "changed"), kept=share(conflicts, lambda s: s["settled"] == "kept"),
+            right=share(steps, lambda s: s["right"]))
+    return table

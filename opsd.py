@@ -1,0 +1,300 @@
+"""Stage 3, on-policy self-distillation (OPSD): the method of the paper.
+
+The student samples responses; the verifier sorts them into correct, incorrect and truncated; the filter keeps some; the same model,
+frozen and shown a privileged context, scores the very same tokens; the student moves towards it by a masked per-token KL (eq. 1):
+
+    L = mean over kept responses y of 1/|y| sum_t KL( student(. | x, y_<t) || teacher(. | x, c, y_<t) )
+
+Divergences, per token over the whole vocabulary v (S student, T teacher):
+    reverse_kl   sum_v S log(S/T)           the paper's
+    forward_kl   sum_v T log(T/S)
+    jsd          beta KL(T||M) + (1-beta) KL(S||M), M = beta T + (1-beta) S
+    split        reverse_kl on correct rollouts, forward_kl on the others
+    rft          -log S(y_t): rejection-sampling fine-tuning on the same rollouts, the baseline that the paper argues against
+
+Where this code departs from the paper, or fills in what it left open:
+1. Truncated rollouts are a third group beside correct and incorrect: only the filter `all` keeps them, unless --truncated incorrect.
+2. --resample N draws again until --batch rollouts are kept, so that filters are compared at equal update size; 0 is the paper's single draw.
+3. Sampling is at temperature 1, the student's own distribution (the paper: 0.7).
+4. No clipping, no top-k, no loss temperature: the full distribution in float32.
+5. The default context is the worked solution; the defaults are the embedded task's. The paper's: --lr 1e-6 --batch 32 --steps 100
+   --temperature 0.7 --max-new-tokens 8192.
+
+    python opsd.py --filter correct                                                 # the embedded model and task
+    python opsd.py --model MODEL --data train.jsonl --filter correct --lr 1e-6 --batch 32 --max-new-tokens 8192 --out runs/mine
+"""
+import copy
+import math
+import os
+import time
+
+from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, peak_memory, positive, response_hidden, response_targets, save_model, set_up
+from data import CONTEXTS, add_data_flags, load_problems, problem_batch, render_prompt, require_thinking_switch
+from rollout import Rollout, add_sampling_flags, check_room, grade_rollouts, make_rollouts, make_sampler
+from verify import Verifier
+
+
+def parse_args(argv=None):
+    parser = make_parser(__doc__)
+    add_run_flags(parser, "Hugging Face directory or id; without it tiny/rlvr")
+    add_data_flags(parser)
+    add_sampling_flags(parser)
+    group = parser.add_argument_group("method")
+    group.add_argument("--filter", default="correct", choices=list(FILTERS), help="rollouts that reach the loss")
+    group.add_argument("--truncated", default="apart", choices=["apart", "incorrect"], help="what a response that hit the token cap counts as")
+    group.add_argument("--context", default="solution", choices=[name for name in CONTEXTS], help="what the teacher reads besides the problem")
+    group.add_argument("--divergence", default="reverse_kl", choices=list(DIVERGENCES), help="formulas above")
+    group.add_argument("--beta", type=float, default=0.5, help="of jsd, between 0 and 1: weight of the teacher in the mixture")
+    group.add_argument("--mean", default="response", choices=["response", "token"], help="response: mean over responses of their token means (eq. 1); token: mean over all tokens of the step")
+    group.add_argument("--teacher", default="frozen", choices=list(TEACHERS), help="frozen at the initial weights; ema of the student; every --refresh steps; current")
+    group.add_argument("--ema", type=float, default=0.99, help="share of the old teacher kept at each step, with --teacher ema")
+    group.add_argument("--refresh", type=int, default=10, help="steps between copies, with --teacher every")
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=int, default=30, help="optimizer steps")
+    group.add_argument("--batch", type=int, default=64, help="rollouts drawn at once, one a problem; with --resample: rollouts kept")
+    group.add_argument("--resample", type=int, default=0, help="draw again, up to this many times a step, until --batch rollouts are kept; 0 = a single draw")
+    group.add_argument("--lr", type=float, default=1e-4, help="constant learning rate of AdamW")
+    group.add_argument("--weight-decay", type=float, default=0.0)
+    group.add_argument("--clip", type=float, default=1.0, help="gradient norm")
+    group.add_argument("--micro-tokens", type=int, default=16384, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
+    group.add_argument("--chunk", type=int, default=1024, help="tokens whose logits exist at once; changes memory and speed, not the gradient")
+    group.add_argument("--give-up", type=int, default=10, help="stop after this many steps in a row of which the filter keeps nothing")
+    group.add_argument("--eval-problems", type=int, default=512, help="held-out problems of the embedded task in the closing table; 0 = no evaluation")
+    args = parser.parse_args(argv)
+    positive(parser, args, "steps", "batch", "lr", "clip", "micro_tokens", "chunk", "give_up", "max_new_tokens", "sample_batch", "refresh")
+    if not 0 < args.beta < 1:
+        parser.error(f"--beta {args.beta}: strictly between 0 and 1 (jsd tends to 0 at both ends; use forward_kl or reverse_kl)")
+    if not 0 <= args.ema < 1:
+        parser.error(f"--ema {args.ema}: at least 0 and below 1")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Filters: correctness gates states (whole rollouts), not token targets. A new one is a function and an entry.
+
+FILTERS = {
+    "all": lambda outcome: True,
+    "correct": lambda outcome: outcome == "correct",
+    "incorrect": lambda outcome: outcome == "incorrect",
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Divergences. Axes: R response tokens of the chunk, V vocabulary. Each takes the log-probabilities of student and teacher (R, V), the
+# sampled ids (R,), whether each token's rollout is correct (R,), and beta; each returns nats per token (R,).
+#
+# The KLs are written with the extra terms -P + Q, which sum to zero: every summand is then >= 0, and where both
+# distributions are equal the value and the gradient are exactly 0, not a rounding error.
+
+def kl(p, q):
+    """KL(P || Q) = sum_v P log(P/Q) of log-probabilities p and q."""
+    return (p.exp() * (p - q) - p.exp() + q.exp()).sum(-1)                          # (R,)
+
+
+def reverse_kl(student, teacher, ids, correct, beta):
+    return kl(student, teacher)
+
+
+def forward_kl(student, teacher, ids, correct, beta):
+    return kl(teacher, student)
+
+
+def jsd(student, teacher, ids, correct, beta):
+    import torch
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))                       # (R, V)
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+
+
+def split(student, teacher, ids, correct, beta):
+    import torch
+    return torch.where(correct, kl(student, teacher), kl(teacher, student))
+
+
+def rft(student, teacher, ids, correct, beta):
+    return -student.gather(-1, ids[:, None])[:, 0]
+
+
+DIVERGENCES = {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "jsd": jsd, "split": split, "rft": rft}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+def token_weights(rollouts, mean):
+    """Weight of each response token in the step's loss, one list a rollout. They sum to 1 over the step, however it is cut up.
+
+    response: 1 / (responses x tokens of this response), eq. 1. token: 1 / (tokens of all responses).
+    """
+    total = sum(len(r.response_ids) for r in rollouts)
+    return [[1 / (len(rollouts) * len(r.response_ids)) if mean == "response" else 1 / total] * len(r.response_ids) for r in rollouts]
+
+
+def chunk_loss(student_hidden, teacher_logprobs, ids, correct, weights, head, divergence, beta):
+    """Hidden states (R, D) of one chunk -> (weighted loss, measures (4, R)). The chunk's logits die with this call."""
+    import torch
+    student = torch.log_softmax(head(student_hidden).float(), -1)                                           # (R, V)
+    teacher = teacher_logprobs()                                                                            # (R, V)
+    loss = (DIVERGENCES[divergence](student, teacher, ids, correct, beta) * weights).sum()
+    with torch.no_grad():
+        measures = torch.stack([kl(student, teacher), kl(teacher, student), entropy(student), entropy(teacher)])    # (4, R)
+    return loss, measures
+
+
+def entropy(logprobs):
+    return -(logprobs.exp() * logprobs).sum(-1)                                                             # (R,)
+
+
+def opsd_loss(student, teacher, rollouts, teacher_prompts, weights, divergence="reverse_kl", beta=0.5, chunk=1024):
+    """The loss of one micro-batch: (loss, measures (4, R): reverse KL, forward KL, student entropy, teacher entropy, all in nats).
+
+    student, teacher: models. rollouts: their response ids stand in both rows, behind the student's prompt and behind
+    `teacher_prompts`. weights: see token_weights. Logits exist for `chunk` response tokens at a time, and are recomputed in backward.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+    rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
+    hidden = response_hidden(student, rows)                                                                 # (R, D)
+    with torch.no_grad():
+        teacher_hidden = response_hidden(teacher, list(zip(teacher_prompts, (r.response_ids for r in rollouts))))   # (R, D)
+    ids = response_targets(student, rows)                                                                   # (R,)
+    correct = torch.tensor([r.outcome == "correct" for r in rollouts for _ in r.response_ids], device=ids.device)   # (R,)
+    flat = torch.tensor([w for row in weights for w in row], device=ids.device)                             # (R,)
+    head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
+    loss, measures = 0.0, []
+    for start in range(0, len(ids), chunk):
+        part = slice(start, start + chunk)
+
+        def teacher_logprobs(part=part):
+            with torch.no_grad():
+                return torch.log_softmax(teacher_head(teacher_hidden[part]).float(), -1)                    # (R, V)
+
+        part_loss, part_measures = checkpoint(chunk_loss, hidden[part], teacher_logprobs, ids[part], correct[part], flat[part],
+                                              head, divergence, beta, use_reentrant=False)
+        loss = loss + part_loss
+        measures.append(part_measures)
+    return loss, torch.cat(measures, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Teachers: function (teacher, student, step, args) called after each optimizer step. The teacher is always its own copy.
+
+def copy_weights(teacher, student, keep=0.0):
+    import torch
+    with torch.no_grad():
+        for old, new in zip(teacher.parameters(), student.parameters()):
+            old.lerp_(new.to(old.dtype), 1 - keep)
+
+
+TEACHERS = {
+    "frozen": lambda teacher, student, step, args: None,
+    "ema": lambda teacher, student, step, args: copy_weights(teacher, student, args.ema),
+    "every": lambda teacher, student, step, args: copy_weights(teacher, student) if (step + 1) % args.refresh == 0 else None,
+    "current": lambda teacher, student, step, args: copy_weights(teacher, student),
+}
+
+
+def frozen_copy(model):
+    teacher = copy.deepcopy(model).eval()
+    teacher.requires_grad_(False)
+    return teacher
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    check_out(args)
+    device = set_up(args)
+    import torch
+    from eval import compare, evaluate, print_table
+    args.model = args.model or os.path.join(HERE, "tiny", "rlvr")
+    problems = load_problems(args, args.steps * args.batch * (args.resample + 1))
+    held_out = load_problems(args, args.eval_problems, held_out=True) if args.eval_problems and not args.data else []
+    model, tokenizer = load_model(args.model, device, args.dtype)
+    require_thinking_switch(tokenizer, args.thinking == "on")
+    teacher = frozen_copy(model)
+    sampler = make_sampler(model, tokenizer, args)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    first = problems[0]
+    student_prompt = render_prompt(tokenizer, first, "", args.thinking == "on")
+    teacher_prompt = render_prompt(tokenizer, first, CONTEXTS[args.context]([Rollout(first, student_prompt)])[0], args.thinking == "on")
+    check_room([student_prompt, teacher_prompt], args.max_new_tokens, sampler.limit)
+    run = Run(args, f"opsd-{args.filter}")
+    print(f"student's prompt:\n{tokenizer.decode(student_prompt)}\n\nteacher's prompt:\n{tokenizer.decode(teacher_prompt)}\n")
+    run.log("samples", dict(student_prompt=tokenizer.decode(student_prompt), teacher_prompt=tokenizer.decode(teacher_prompt)))
+    with Verifier() as verifier:
+        before = evaluate(sampler, tokenizer, held_out, verifier, args) if held_out else None
+        drawn = skipped = updates = 0
+        for step in range(args.steps):
+            # 1. sample, 2. verify, 3. filter: until the batch is full or the draws are used up
+            start, seen, kept = time.time(), [], []
+            for _ in range(args.resample + 1):
+                rollouts = make_rollouts(sampler, tokenizer, problem_batch(problems, drawn, args.batch, args.seed), args, args.seed + drawn)
+                drawn += args.batch
+                grade_rollouts(verifier, rollouts, args.truncated)
+                seen += rollouts
+                kept += [r for r in rollouts if FILTERS[args.filter](r.outcome)]
+                if len(kept) >= args.batch:
+                    break
+            kept = kept[:args.batch]
+            sampled = time.time()
+
+            # 4. loss: one denominator for the whole step, gradients added up over micro-batches
+            weights = token_weights(kept, args.mean)
+            contexts = CONTEXTS[args.context](kept)
+            teacher_prompts = [render_prompt(tokenizer, r.problem, c, args.thinking == "on") for r, c in zip(kept, contexts)]
+            loss, measures = 0.0, []
+            for group in micro_batches([len(p) + len(r.response_ids) for p, r in zip(teacher_prompts, kept)], args.micro_tokens):
+                part, part_measures = opsd_loss(model, teacher, [kept[i] for i in group], [teacher_prompts[i] for i in group],
+                                                [weights[i] for i in group], args.divergence, args.beta, args.chunk)
+                part.backward()
+                loss += part.item()
+                measures.append(part_measures)
+
+            # 5. step
+            if kept:
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+                optimizer.step()
+                optimizer.zero_grad()
+                TEACHERS[args.teacher](teacher, model, step, args)
+                sampler.push(model)
+                updates, skipped = updates + 1, 0
+            else:
+                norm, skipped = 0.0, skipped + 1
+                print(f"step {step + 1}/{args.steps}  nothing kept: --filter {args.filter} left none of {len(seen)} rollouts; no update", flush=True)
+                if skipped == args.give_up:
+                    fail(f"--filter {args.filter}: kept nothing in {skipped} steps in a row (--give-up)")
+            log_step(run, step, args, loss, measures, norm, seen, kept, teacher_prompts, sampled - start, time.time() - sampled, device)
+        if not updates:
+            fail(f"--filter {args.filter}: no step was taken, the model is unchanged")
+        save_model(run.path, model, tokenizer)
+        if held_out:
+            records = compare([("before", before), ("after", evaluate(sampler, tokenizer, held_out, verifier, args))], samples=1)
+            print(f"\n{len(held_out)} held-out problems, one response each; change with 95% interval")
+            print_table(records)
+            run.log("metrics", dict(evaluation=records))
+    print(f"\nrun directory {run.path}: the trained model, metrics.jsonl (a line a step), samples.jsonl (some rollouts)")
+
+
+def log_step(run, step, args, loss, measures, norm, seen, kept, teacher_prompts, sampling_seconds, training_seconds, device):
+    """One line of metrics.jsonl. Lengths in tokens; KLs and entropies in nats, means over the tokens that reached the loss."""
+    import torch
+    count = {name: sum(r.outcome == name for r in seen) for name in ("correct", "incorrect", "truncated")}
+    length = lambda rows: sum(len(r.response_ids) for r in rows) / len(rows) if rows else None
+    means = torch.cat(measures, 1).mean(1).tolist() if kept else [None] * 4
+    record = dict(
+        step=step + 1, loss=loss, reverse_kl=means[0], forward_kl=means[1], student_entropy=means[2], teacher_entropy=means[3], grad_norm=norm,
+        sampled=len(seen), **count, no_answer=sum(r.reason == "no_answer" for r in seen),
+        kept=len(kept), loss_tokens=sum(len(r.response_ids) for r in kept),
+        length=length(seen), length_correct=length([r for r in seen if r.outcome == "correct"]), length_kept=length(kept),
+        sampling_seconds=sampling_seconds, sampled_tokens_per_second=sum(len(r.response_ids) for r in seen) / sampling_seconds,
+        training_seconds=training_seconds, trained_tokens_per_second=sum(len(r.response_ids) for r in kept) / training_seconds,
+        peak_memory_mb=peak_memory(device))
+    run.log("metrics", record)
+    for r in seen[:2]:
+        run.log("samples", dict(step=step + 1, question=r.problem.question, gold=r.problem.answer, response=r.text, outcome=r.outcome, reason=r.reason,
+                                kept=any(r is k for k in kept)))
+    if kept:
+        print(f"step {step + 1}/{args.steps}  loss {loss:.4f}  KL {means[0]:.4f}  correct {count['correct']}/{len(seen)}  truncated {count['truncated']}  "
+              f"kept {len(kept)}  length {record['length']:.1f}  {sampling_seconds + training_seconds:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Stage 2, reinforcement learning with verifiable rewards (RLVR): GRPO with the reward of verify.py.
+
+1. Reward 1 for a correct response, else 0; truncated responses get 0. --length-penalty P makes it 1 - P x length / cap for correct ones:
+   the length-penalised baseline.
+2. Advantage: reward minus the mean of its group (the responses to one problem), over the group's standard deviation.
+   Groups with equal rewards carry no signal: they are skipped and counted.
+3. Loss: mean over all response tokens of the step (one denominator, as in DAPO), so long responses are not discounted.
+4. One update a batch is exactly on-policy: the ratio is 1 and nothing is clipped. With --updates above 1 the ratio is taken against the
+   trainer's own log-probabilities before the first update, and clipped to [1 - clip-low, 1 + clip-high].
+5. --kl adds KL(student || start), estimated per token by exp(d) - d - 1 with d = log start - log student. Off by default.
+
+    python rlvr.py --out tiny/rlvr                                                  # the embedded model, about three minutes on two cores
+    python rlvr.py --model MODEL --data train.jsonl --lr 1e-6 --max-new-tokens 8192 --out runs/rlvr
+"""
+import os
+import time
+
+from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, peak_memory, positive, response_hidden, response_targets, save_model, set_up
+from data import add_data_flags, load_problems, problem_batch, render_prompt, require_thinking_switch
+from rollout import add_sampling_flags, check_room, grade_rollouts, make_rollouts, make_sampler
+from verify import Verifier
+
+
+def parse_args(argv=None):
+    parser = make_parser(__doc__)
+    add_run_flags(parser, "Hugging Face directory or id; without it tiny/sft")
+    add_data_flags(parser)
+    add_sampling_flags(parser)
+    group = parser.add_argument_group("method")
+    group.add_argument("--group", type=int, default=8, help="responses a problem")
+    group.add_argument("--length-penalty", type=float, default=0.0, help="share of a correct response's reward lost at the token cap; 0 = none")
+    group.add_argument("--updates", type=int, default=1, help="optimizer steps a batch of rollouts")
+    group.add_argument("--clip-low", type=float, default=0.2, help="with --updates above 1: the ratio is clipped below 1 - this")
+    group.add_argument("--clip-high", type=float, default=0.28, help="with --updates above 1: the ratio is clipped above 1 + this")
+    group.add_argument("--kl", type=float, default=0.0, help="weight of the KL to the start; 0 = off, and no second model in memory")
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=int, default=30, help="batches of rollouts")
+    group.add_argument("--batch", type=int, default=32, help="problems a step, each with --group responses")
+    group.add_argument("--lr", type=float, default=2e-4, help="constant learning rate of AdamW")
+    group.add_argument("--weight-decay", type=float, default=0.0)
+    group.add_argument("--clip", type=float, default=1.0, help="gradient norm")
+    group.add_argument("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
+    group.add_argument("--chunk", type=int, default=1024, help="tokens whose logits exist at once; changes memory and speed, not the gradient")
+    group.add_argument("--give-up", type=int, default=10, help="stop after this many steps in a row in which every group has equal rewards")
+    group.add_argument("--eval-problems", type=int, default=512, help="held-out problems of the embedded task in the closing table; 0 = no evaluation")
+    args = parser.parse_args(argv)
+    positive(parser, args, "steps", "batch", "lr", "clip", "micro_tokens", "chunk", "give_up", "max_new_tokens", "sample_batch", "updates", "clip_low", "clip_high")
+    if args.group < 2:
+        parser.error(f"--group {args.group}: at least 2, since the advantage is relative to the group")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reward and advantage
+
+def reward(rollout, length_penalty, cap):
+    return (rollout.outcome == "correct") * (1 - length_penalty * len(rollout.response_ids) / cap)
+
+
+def group_advantages(rewards, group):
+    """Advantages of groups of `group` consecutive rewards; None for every member of a group with equal rewards."""
+    advantages = []
+    for start in range(0, len(rewards), group):
+        values = rewards[start:start + group]
+        mean = sum(values) / group
+        deviation = (sum((v - mean) ** 2 for v in values) / group) ** 0.5
+        advantages += [(v - mean) / deviation if deviation > 1e-6 else None for v in values]
+    return advantages
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss. Axes: R response tokens, D width, V vocabulary.
+
+def chunk_logprobs(hidden, ids, head):
+    """(log-probabilities of the sampled ids, entropies), each (R,), of one chunk. The chunk's logits die with this call."""
+    import torch
+    logprobs = torch.log_softmax(head(hidden).float(), -1)                                                  # (R, V)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)                                                      # (R,)
+    return logprobs.gather(-1, ids[:, None])[:, 0], entropy
+
+
+def sampled_logprobs(model, rollouts, chunk):
+    """(log-probabilities of the response tokens, entropies), each (R,). Logits exist for `chunk` tokens at a time."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+    rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
+    hidden, ids = response_hidden(model, rows), response_targets(model, rows)                               # (R, D), (R,)
+    parts = [checkpoint(chunk_logprobs, hidden[i:i + chunk], ids[i:i + chunk], model.get_output_embeddings(), use_reentrant=False)
+             for i in range(0, len(ids), chunk)]
+    return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])
+
+
+def grpo_loss(logprobs, old, start, advantages, clip_low, clip_high, kl):
+    """Per-token loss (R,). `old`: log-probabilities before the batch's first update; `start`: of the initial model, or None."""
+    import torch
+    ratio = torch.exp(logprobs - old)                                                                       # (R,)
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)        # (R,)
+    if start is not None:
+        difference = start - logprobs
+        loss = loss + kl * (difference.exp() - difference - 1)
+    return loss
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    check_out(args)
+    device = set_up(args)
+    import copy
+    import torch
+    from eval import compare, evaluate, print_table
+    args.model = args.model or os.path.join(HERE, "tiny", "sft")
+    problems = load_problems(args, args.steps * args.batch)
+    held_out = load_problems(args, args.eval_problems, held_out=True) if args.eval_problems and not args.data else []
+    model, tokenizer = load_model(args.model, device, args.dtype)
+    require_thinking_switch(tokenizer, args.thinking == "on")
+    initial = copy.deepcopy(model).requires_grad_(False) if args.kl else None
+    sampler = make_sampler(model, tokenizer, args)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    student_prompt = render_prompt(tokenizer, problems[0], "", args.thinking == "on")
+    check_room([student_prompt], args.max_new_tokens, sampler.limit)
+    run = Run(args, "rlvr")
+    print(f"prompt:\n{tokenizer.decode(student_prompt)}\n")
+    run.log("samples", dict(student_prompt=tokenizer.decode(student_prompt)))
+    with Verifier() as verifier:
+        before = evaluate(sampler, tokenizer, held_out, verifier, args) if held_out else None
+        drawn = skipped = updates = 0
+        for step in range(args.steps):
+            # 1. sample, 2. verify: reward and advantage, 3. filter: groups with equal rewards say nothing
+            start = time.time()
+            batch = problem_batch(problems, drawn, args.batch, args.seed)
+            seen = make_rollouts(sampler, tokenizer, [p for p in batch for _ in range(args.group)], args, seed=args.seed + drawn)
+            drawn += args.batch
+            grade_rollouts(verifier, seen)
+            rewards = [reward(r, args.length_penalty, args.max_new_tokens) for r in seen]
+            kept = [(r, a) for r, a in zip(seen, group_advantages(rewards, args.group)) if a is not None]
+            sampled = time.time()
+
+            # 4. loss: one denominator for the whole step, gradients added up over micro-batches
+            tokens = sum(len(r.response_ids) for r, _ in kept)
+            groups = [[kept[i] for i in group] for group in micro_batches([len(r.prompt_ids) + len(r.response_ids) for r, _ in kept], args.micro_tokens)]
+            old = [None] * len(groups)
+            for update in range(args.updates if kept else 0):
+                loss, entropies = 0.0, []
+                for i, group in enumerate(groups):
+                    rollouts = [r for r, _ in group]
+                    advantages = torch.tensor([a for r, a in group for _ in r.response_ids], device=device)                 # (R,)
+                    logprobs, entropy = sampled_logprobs(model, rollouts, args.chunk)                                       # (R,), (R,)
+                    if update == 0 and args.updates > 1 and i == 0:
+                        with torch.no_grad():
+                            old = [sampled_logprobs(model, [r for r, _ in g], args.chunk)[0] for g in groups]
+                    with torch.no_grad():
+                        first = sampled_logprobs(initial, rollouts, args.chunk)[0] if args.kl else None                     # (R,)
+                    part = grpo_loss(logprobs, logprobs.detach() if old[i] is None else old[i], first, advantages, args.clip_low, args.clip_high, args.kl).sum() / tokens
+                    part.backward()
+                    loss += part.item()
+                    entropies.append(entropy)
+
+                # 5. step
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+                optimizer.step()
+                optimizer.zero_grad()
+                updates += 1
+            if kept:
+                sampler.push(model)
+                skipped = 0
+            else:
+                loss, norm, entropies, skipped = 0.0, 0.0, [], skipped + 1
+                print(f"step {step + 1}/{args.steps}  every group has equal rewards; no update", flush=True)
+                if skipped == args.give_up:
+                    fail(f"--group {args.group}: every group had equal rewards in {skipped} steps in a row (--give-up)")
+            log_step(run, step, args, loss, entropies, norm, seen, rewards, kept, sampled - start, time.time() - sampled, device)
+        if not updates:
+            fail("no step was taken, the model is unchanged")
+        save_model(run.path, model, tokenizer)
+        if held_out:
+            records = compare([("before", before), ("after", evaluate(sampler, tokenizer, held_out, verifier, args))], samples=1)
+            print(f"\n{len(held_out)} held-out problems, one response each; change with 95% interval")
+            print_table(records)
+            run.log("metrics", dict(evaluation=records))
+    print(f"\nrun directory {run.path}: the trained model, metrics.jsonl (a line a step), samples.jsonl (some rollouts)")
+
+
+def log_step(run, step, args, loss, entropies, norm, seen, rewards, kept, sampling_seconds, training_seconds, device):
+    """One line of metrics.jsonl. Lengths in tokens; entropy in nats, mean over the tokens that reached the loss."""
+    import torch
+    count = {name: sum(r.outcome == name for r in seen) for name in ("correct", "incorrect", "truncated")}
+    length = lambda rows: sum(len(r.response_ids) for r in rows) / len(rows) if rows else None
+    record = dict(
+        step=step + 1, loss=loss, reward=sum(rewards) / len(rewards), student_entropy=torch.cat(entropies).mean().item() if kept else None, grad_norm=norm,
+        sampled=len(seen), **count, no_answer=sum(r.reason == "no_answer" for r in seen),
+        kept=len(kept), equal_groups=(len(seen) - len(kept)) // args.group, loss_tokens=sum(len(r.response_ids) for r, _ in kept),
+        length=length(seen), length_correct=length([r for r in seen if r.outcome == "correct"]),
+        sampling_seconds=sampling_seconds, sampled_tokens_per_second=sum(len(r.response_ids) for r in seen) / sampling_seconds,
+        training_seconds=training_seconds, trained_tokens_per_second=sum(len(r.response_ids) for r, _ in kept) / training_seconds,
+        peak_memory_mb=peak_memory(device))
+    run.log("metrics", record)
+    for r in seen[:2]:
+        run.log("samples", dict(step=step + 1, question=r.problem.question, gold=r.problem.answer, response=r.text, outcome=r.outcome, reason=r.reason))
+    if kept:
+        print(f"step {step + 1}/{args.steps}  reward {record['reward']:.3f}  correct {count['correct']}/{len(seen)}  truncated {count['truncated']}  "
+              f"equal groups {record['equal_groups']}/{args.batch}  length {record['length']:.1f}  {sampling_seconds + training_seconds:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Sampling: prompt ids in, response ids and finish reasons out. Text is decoded once, for the verifier and for people.
+
+`make_sampler` chooses the backend; a sampler has two methods, whatever the backend:
+    sample(prompts, ...) -> [(response ids, finished), ...]     finished: the model ended the response itself; else the cap did
+    push(model)                                                 the student's weights after an optimizer step
+The sampled end-of-sequence token is part of the response. A truncated response has none, and none is added.
+"""
+from dataclasses import dataclass, field
+
+from common import fail, stop_ids
+from data import Problem, render_prompt
+from verify import grade_responses
+
+
+@dataclass
+class Rollout:
+    """One response to one problem, with everything that later stages say about it."""
+    problem: Problem
+    prompt_ids: list
+    response_ids: list = field(default_factory=list)
+    finished: bool = False
+    text: str = ""
+    outcome: str = ""           # correct / incorrect / truncated
+    reason: str = ""            # correct / wrong / no_answer / timeout / truncated
+
+
+def add_sampling_flags(parser, max_new_tokens=160):
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="cap of a response in tokens, eos included")
+    group.add_argument("--temperature", type=float, default=1.0, help="0 = greedy; only 1 with top-p 1 and top-k 0 samples the model's own distribution")
+    group.add_argument("--top-p", type=float, default=1.0, help="1 = off")
+    group.add_argument("--top-k", type=int, default=0, help="0 = off")
+    group.add_argument("--sample-batch", type=int, default=256, help="rows that are sampled at once (transformers backend)")
+    group.add_argument("--thinking", default="on", choices=["on", "off"], help="the chat template's enable_thinking, for student and teacher alike")
+
+
+def make_rollouts(sampler, tokenizer, problems, args, seed, contexts=None):
+    """Samples one response a problem. `contexts` (one text a problem) turns the prompts into the teacher's."""
+    contexts = contexts or [""] * len(problems)
+    rollouts = [Rollout(p, render_prompt(tokenizer, p, c, args.thinking == "on")) for p, c in zip(problems, contexts)]
+    samples = sampler.sample([r.prompt_ids for r in rollouts], args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed)
+    for rollout, (ids, finished) in zip(rollouts, samples):
+        rollout.response_ids, rollout.finished = ids, finished
+        rollout.text = tokenizer.decode(ids, skip_special_tokens=True)
+    return rollouts
+
+
+class TransformersSampler:
+    """`generate` of transformers on the training model itself: no copy of the weights, nothing to push."""
+
+    def __init__(self, model, tokenizer, batch):
+        self.model, self.batch, self.stop = model, batch, stop_ids(model, tokenizer)
+        self.limit = getattr(model.config, "max_position_embeddings", None)
+
+    def push(self, model):
+        pass
+
+    def sample(self, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=0):
+        """Returns (response ids, finished) in the order of `prompts`. Ends the program if a prompt leaves no room for the response."""
+        import torch
+        check_room(prompts, max_new_tokens, self.limit)
+        torch.manual_seed(seed)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))              # little padding, and the same rows together
+        results = [None] * len(prompts)
+        for start in range(0, len(order), self.batch):
+            rows = order[start:start + self.batch]
+            for i, ids in zip(rows, self.generate([prompts[i] for i in rows], max_new_tokens, temperature, top_p, top_k)):
+                results[i] = ids
+        return results
+
+    def generate(self, prompts, max_new_tokens, temperature, top_p, top_k):
+        import torch
+        from transformers import GenerationConfig
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)                        # (B, T), padded on the left
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)                       # (B, T); generate derives the positions from it
+        for i, prompt in enumerate(prompts):
+            ids[i, width - len(prompt):] = torch.tensor(prompt)
+            mask[i, width - len(prompt):] = 1
+        config = dict(max_new_tokens=max_new_tokens, eos_token_id=self.stop, pad_token_id=self.stop[0], do_sample=temperature > 0)
+        if temperature > 0:
+            config.update(temperature=temperature, top_p=top_p, top_k=top_k)
+        own = self.model.generation_config
+        self.model.generation_config = GenerationConfig()                               # generate merges the model's own settings in: not here
+        try:
+            with torch.no_grad():
+                out = self.model.generate(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device),
+                                          generation_config=GenerationConfig(**config))
+        finally:
+            self.model.generation_config = own
+        return [cut(row, self.stop) for row in out[:, width:].tolist()]
+
+
+def cut(ids, stop):
+    """(ids up to and including the first stop id, True), or (ids, False) if there is none: what follows a stop id is padding."""
+    for t, token in enumerate(ids):
+        if token in stop:
+            return ids[:t + 1], True
+    return ids, False
+
+
+def check_room(prompts, max_new_tokens, limit):
+    """Nothing is truncated silently: a prompt that leaves no room for the response under the model's context ends the program."""
+    longest = max(map(len, prompts))
+    if limit and longest + max_new_tokens > limit:
+        fail(f"--max-new-tokens {max_new_tokens}: the longest prompt has {longest} tokens and the model's context is {limit}")
+
+
+def make_sampler(model, tokenizer, args):
+    return TransformersSampler(model, tokenizer, args.sample_batch)
+
+
+def grade_rollouts(verifier, rollouts, truncated="apart"):
+    """Writes outcome and reason into each rollout. `truncated` = "incorrect" counts a response that hit the cap as incorrect."""
+    graded = grade_responses(verifier, [r.text for r in rollouts], [r.finished for r in rollouts], [r.problem.answer for r in rollouts])
+    for rollout, (outcome, reason) in zip(rollouts, graded):
+        rollout.outcome = "incorrect" if outcome == "truncated" and truncated == "incorrect" else outcome
+        rollout.reason = reason
