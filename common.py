@@ -25,10 +25,9 @@ def make_parser(doc):
     return argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
 
 
-def add_run_flags(parser, model_help):
+def add_run_flags(parser, out="run directory (else a fresh numbered one under runs/)"):
     group = parser.add_argument_group("run")
-    group.add_argument("--model", help=model_help)
-    group.add_argument("--out", help="run directory (else a fresh numbered one under runs/)")
+    group.add_argument("--out", help=out)
     group.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     group.add_argument("--seed", type=int, default=0, help="fixes problems, sampling and initial weights")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -104,6 +103,13 @@ def save_model(path, model, tokenizer):
     for name in sorted(os.listdir(temporary)):
         os.replace(os.path.join(temporary, name), os.path.join(path, name))
     os.rmdir(temporary)
+
+
+def write_json(path, record):
+    """Writes the file whole or not at all."""
+    with open(path + ".saving", "w") as stream:
+        json.dump(record, stream)
+    os.replace(path + ".saving", path)
 
 
 def check_out(args):

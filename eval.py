@@ -11,12 +11,11 @@
     python eval.py --model tiny/rlvr --context solution
     python eval.py --model Qwen/Qwen3-1.7B runs/qwen --data math500.jsonl --samples 8 --temperature 0.6 --max-new-tokens 30000
 """
-import json
 import re
 
 import numpy as np
 
-from common import add_run_flags, fail, load_model, make_parser, positive, set_up
+from common import add_run_flags, check_out, load_model, make_parser, positive, provenance, set_up, write_json
 from data import CONTEXTS, add_data_flags, load_problems, read_trace, require_thinking_switch
 from rollout import Rollout, add_sampling_flags, grade_rollouts, make_rollouts, make_sampler
 from verify import Verifier
@@ -28,14 +27,17 @@ EVALUATION_SEED = 1_000_003         # keeps evaluation draws apart from the draw
 
 def parse_args(argv=None):
     parser = make_parser(__doc__)
-    add_run_flags(parser, "unused")
+    parser.add_argument("--model", nargs="+", required=True, help="checkpoints; the first is the baseline of the changes")
+    add_run_flags(parser, out="JSON file for the table and every response's outcome and length (else only the screen)")
     add_data_flags(parser)
     add_sampling_flags(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--problems", type=int, default=512, help="embedded task: number of held-out problems")
     group.add_argument("--samples", type=int, default=4, help="samples a problem (k of average@k)")
     group.add_argument("--context", nargs="*", default=[], choices=list(CONTEXTS), help="also evaluate the first model reading this context")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    positive(parser, args, "problems", "samples", "max_new_tokens", "sample_batch")
+    return args
 
 
 def evaluate(sampler, tokenizer, problems, verifier, args, samples=1, context="none"):
@@ -122,3 +124,39 @@ def trace_table(rollouts):
             changed=share(conflicts, lambda s: s["settled"] == "changed"), kept=share(conflicts, lambda s: s["settled"] == "kept"),
             right=share(steps, lambda s: s["right"]))
     return table
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    check_out(args)
+    device = set_up(args)
+    problems = load_problems(args, args.problems, held_out=True)
+    named, traces = [], {}
+    with Verifier() as verifier:
+        for path in args.model:
+            model, tokenizer = load_model(path, device, args.dtype)
+            require_thinking_switch(tokenizer, args.thinking == "on")
+            sampler = make_sampler(model, tokenizer, args)
+            for context in ["none", *(args.context if path == args.model[0] else [])]:
+                name = path if context == "none" else f"{path} reading {context}"
+                named.append((name, evaluate(sampler, tokenizer, problems, verifier, args, args.samples, context)))
+                if not args.data and args.thinking == "on":
+                    traces[name] = trace_table(named[-1][1])
+                print(f"evaluated {name}", flush=True)
+    records = compare(named, args.samples)
+    print(f"\n{len(problems)} problems, {args.samples} responses each, temperature {args.temperature}, cap {args.max_new_tokens} tokens; change with 95% interval")
+    print_table(records)
+    for name, table in traces.items():
+        print(f"\nsteps of {name}, percent")
+        for kind, row in table.items():
+            print(f"  {kind}  " + "  ".join(f"{key.replace('_', ' ')} {value:.1f}" if key != "steps" else f"{value} steps" for key, value in row.items()))
+    if args.out:
+        grid = lambda rollouts, value: [[value(r) for r in rollouts[i:i + args.samples]] for i in range(0, len(rollouts), args.samples)]
+        models = [dict(name=name, reasons=grid(rollouts, lambda r: r.reason), lengths=grid(rollouts, lambda r: len(r.response_ids))) for name, rollouts in named]
+        write_json(args.out, dict(args=vars(args), **provenance(), records=records, traces=traces,
+                                  questions=[p.question for p in problems], difficulties=[p.difficulty for p in problems], models=models))
+        print(f"\nwritten to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

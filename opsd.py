@@ -36,7 +36,8 @@ from verify import Verifier
 
 def parse_args(argv=None):
     parser = make_parser(__doc__)
-    add_run_flags(parser, "Hugging Face directory or id; without it tiny/rlvr")
+    parser.add_argument("--model", help="Hugging Face directory or id; without it tiny/rlvr")
+    add_run_flags(parser)
     add_data_flags(parser)
     add_sampling_flags(parser)
     group = parser.add_argument_group("method")

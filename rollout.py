@@ -41,8 +41,13 @@ def make_rollouts(sampler, tokenizer, problems, args, seed, contexts=None):
     samples = sampler.sample([r.prompt_ids for r in rollouts], args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed)
     for rollout, (ids, finished) in zip(rollouts, samples):
         rollout.response_ids, rollout.finished = ids, finished
-        rollout.text = tokenizer.decode(ids, skip_special_tokens=True)
+        rollout.text = opened_think(tokenizer, rollout.prompt_ids) + tokenizer.decode(ids[:-1] if finished else ids)
     return rollouts
+
+
+def opened_think(tokenizer, prompt):
+    """The "<think>" that some chat templates write into the prompt: the verifier must see it, or an unfinished block would pass as an answer."""
+    return "<think>\n" if tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>") else ""
 
 
 class TransformersSampler:

@@ -18,7 +18,8 @@ from data import CONTEXTS, add_data_flags, load_problems, reference_trace, rende
 
 def parse_args(argv=None):
     parser = make_parser(__doc__)
-    add_run_flags(parser, "Hugging Face directory or id; without it the embedded tiny model is built from scratch")
+    parser.add_argument("--model", help="Hugging Face directory or id; without it the embedded tiny model is built from scratch")
+    add_run_flags(parser)
     add_data_flags(parser)
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=3000, help="optimizer steps")

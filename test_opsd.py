@@ -1,0 +1,558 @@
+"""Tests of the method and of the scripts, on the embedded model. The verifier's are in test_verify.py. `pytest` runs both."""
+import json
+import math
+import os
+import re
+import shlex
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import eval as evaluation
+import opsd
+import rlvr
+import sft
+from common import HERE, load_model, micro_batches, response_hidden, response_targets
+from data import CONTEXTS, Problem, embedded_problems, render_prompt
+from rollout import Rollout, cut, make_rollouts, make_sampler
+from verify import Verifier
+
+TINY = os.path.join(HERE, "tiny", "rlvr")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.set_num_threads(1)
+    return load_model(TINY, CPU)
+
+
+@pytest.fixture
+def model(tiny):
+    """A student that a test may change."""
+    return opsd.frozen_copy(tiny[0]).requires_grad_(True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return tiny[1]
+
+
+def some_rollouts(tokenizer, count=6, seed=0):
+    """Reference responses of different lengths: finished ones, and truncated ones in between."""
+    rng = np.random.default_rng(seed)
+    rollouts = []
+    for i, problem in enumerate(embedded_problems(count, seed)):
+        text = "".join(piece for piece, _ in data.reference_trace(problem, rng)) + tokenizer.eos_token
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        finished = i % 3 < 2
+        rollouts.append(Rollout(problem, render_prompt(tokenizer, problem), ids if finished else ids[:-7], finished, outcome="correct" if finished else "truncated"))
+    return rollouts
+
+
+def loss_and_gradient(model, teacher, rollouts, prompts, divergence="reverse_kl", mean="response", budget=10**9, chunk=10**9):
+    """The step's loss as opsd.py adds it up, and the flat gradient."""
+    model.zero_grad()
+    weights, loss = opsd.token_weights(rollouts, mean), 0.0
+    for group in micro_batches([len(p) + len(r.response_ids) for p, r in zip(prompts, rollouts)], budget):
+        pick = lambda rows: [rows[i] for i in group]
+        part, _ = opsd.opsd_loss(model, teacher, pick(rollouts), pick(prompts), pick(weights), divergence, 0.5, chunk)
+        part.backward()
+        loss += part.item()
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def teacher_prompts(tokenizer, rollouts, context="solution"):
+    return [render_prompt(tokenizer, r.problem, c) for r, c in zip(rollouts, CONTEXTS[context](rollouts))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Divergences
+
+def by_hand(name, s, t, token, correct, beta):
+    """One token's divergence in plain float arithmetic from two lists of probabilities."""
+    reverse = sum(a * math.log(a / b) for a, b in zip(s, t))
+    forward = sum(b * math.log(b / a) for a, b in zip(s, t))
+    m = [beta * b + (1 - beta) * a for a, b in zip(s, t)]
+    return {
+        "reverse_kl": reverse, "forward_kl": forward, "split": reverse if correct else forward, "rft": -math.log(s[token]),
+        "jsd": beta * sum(b * math.log(b / c) for b, c in zip(t, m)) + (1 - beta) * sum(a * math.log(a / c) for a, c in zip(s, m)),
+    }[name]
+
+
+@pytest.mark.parametrize("name", list(opsd.DIVERGENCES))
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_divergence_and_gradient_equal_a_float64_loop(name, beta):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(5, 7, generator=generator, dtype=torch.float64).log_softmax(-1)
+    ids, correct = torch.tensor([0, 3, 6, 2, 2]), torch.tensor([True, False, True, False, True])
+    values = opsd.DIVERGENCES[name](logits.log_softmax(-1), teacher, ids, correct, beta)
+    values.sum().backward()
+
+    def loop(x):
+        return [by_hand(name, row.softmax(-1).tolist(), t.exp().tolist(), int(i), bool(c), beta) for row, t, i, c in zip(x, teacher, ids, correct)]
+
+    assert values.tolist() == pytest.approx(loop(logits.detach()), abs=1e-12)
+    for r in range(5):
+        for v in range(7):                                                  # central differences of the loop
+            step = torch.zeros(5, 7, dtype=torch.float64)
+            step[r, v] = 1e-5
+            numeric = (loop(logits.detach() + step)[r] - loop(logits.detach() - step)[r]) / 2e-5
+            assert logits.grad[r, v].item() == pytest.approx(numeric, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "split"])
+def test_divergence_is_zero_only_at_equality(name):
+    s, t = torch.randn(2, 4, 9).log_softmax(-1)
+    ids, correct = torch.zeros(4, dtype=torch.long), torch.tensor([True, False, True, False])
+    assert (opsd.DIVERGENCES[name](s, t, ids, correct, 0.5) > 1e-3).all()
+    assert opsd.DIVERGENCES[name](s, s, ids, correct, 0.5).abs().max() < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss: rows, masks, denominators
+
+def test_empty_context_gives_zero_loss_and_zero_gradient(model, tokenizer):
+    rollouts = some_rollouts(tokenizer)
+    prompts = teacher_prompts(tokenizer, rollouts, "none")
+    assert prompts == [r.prompt_ids for r in rollouts]
+    loss, gradient = loss_and_gradient(model, opsd.frozen_copy(model), rollouts, prompts)
+    assert loss == 0.0 and gradient.abs().max().item() == 0.0
+    loss, gradient = loss_and_gradient(model, opsd.frozen_copy(model), rollouts, teacher_prompts(tokenizer, rollouts))
+    assert loss > 1e-3 and gradient.abs().max().item() > 1e-4               # with a context it is neither
+
+
+@pytest.mark.parametrize("divergence", list(opsd.DIVERGENCES))
+@pytest.mark.parametrize("mean", ["response", "token"])
+def test_chunks_micro_batches_padding_and_order_change_nothing(model, tokenizer, divergence, mean):
+    rollouts = some_rollouts(tokenizer)
+    prompts = teacher_prompts(tokenizer, rollouts)
+    teacher = opsd.frozen_copy(model)
+    loss, gradient = loss_and_gradient(model, teacher, rollouts, prompts, divergence, mean)
+    shuffled = [rollouts[i] for i in (3, 0, 5, 1, 4, 2)], [prompts[i] for i in (3, 0, 5, 1, 4, 2)]
+    for rows, budget, chunk in [((rollouts, prompts), 10**9, 17), ((rollouts, prompts), 1, 10**9), ((rollouts, prompts), 300, 5), (shuffled, 250, 64)]:
+        other, other_gradient = loss_and_gradient(model, teacher, *rows, divergence, mean, budget, chunk)
+        assert other == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(other_gradient, gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("mean", ["response", "token"])
+def test_loss_equals_a_dense_loop_over_full_logits(model, tokenizer, mean):
+    """Row by row without padding, from the models' own logits, with the offsets written out: position len(prompt) + t - 1 predicts token t."""
+    rollouts = some_rollouts(tokenizer)
+    prompts = teacher_prompts(tokenizer, rollouts)
+    teacher = opsd.frozen_copy(model)
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(1.1)                                    # a teacher that differs in weights too
+    loss, gradient = loss_and_gradient(model, teacher, rollouts, prompts, mean=mean, budget=200, chunk=13)
+    model.zero_grad()
+    per_response = []
+    for r, prompt in zip(rollouts, prompts):
+        s = model(torch.tensor([r.prompt_ids + r.response_ids])).logits[0].log_softmax(-1)
+        t = teacher(torch.tensor([prompt + r.response_ids])).logits[0].log_softmax(-1).detach()
+        tokens = []
+        for i in range(len(r.response_ids)):
+            a, b = s[len(r.prompt_ids) + i - 1], t[len(prompt) + i - 1]
+            tokens.append((a.exp() * (a - b)).sum())
+        per_response.append(torch.stack(tokens))
+    dense = torch.cat(per_response).mean() if mean == "token" else torch.stack([row.mean() for row in per_response]).mean()
+    dense.backward()
+    assert loss == pytest.approx(dense.item(), rel=1e-4)
+    torch.testing.assert_close(gradient, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-3, atol=1e-6)
+
+
+def test_tenth_response_token_is_the_same_id_at_the_right_offset(model, tokenizer):
+    """The hidden state that response_hidden gives for response token 10 is the one at len(prompt) + 9 - 1 of the unpadded row."""
+    rollouts = some_rollouts(tokenizer)
+    prompts = teacher_prompts(tokenizer, rollouts)
+    assert all(len(p) > len(r.prompt_ids) for p, r in zip(prompts, rollouts))
+    for row_prompts in ([r.prompt_ids for r in rollouts], prompts):
+        rows = [(p, r.response_ids) for p, r in zip(row_prompts, rollouts)]
+        hidden, targets, start = response_hidden(model, rows), response_targets(model, rows), 0
+        for prompt, response in rows:
+            single = model.base_model(torch.tensor([prompt + response])).last_hidden_state[0]
+            torch.testing.assert_close(hidden[start + 9], single[len(prompt) + 9 - 1], rtol=1e-4, atol=1e-5)
+            assert targets[start + 9] == response[9]
+            start += len(response)
+        assert start == len(hidden) == len(targets)
+
+
+def test_masks_come_from_lengths_so_a_final_eos_counts_even_if_pad_is_eos(model, tokenizer):
+    model.config.pad_token_id = tokenizer.eos_token_id
+    rollouts = some_rollouts(tokenizer)
+    rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
+    targets = response_targets(model, rows)
+    assert len(response_hidden(model, rows)) == sum(len(r.response_ids) for r in rollouts)
+    assert (targets == tokenizer.eos_token_id).sum() == sum(r.finished for r in rollouts) == 4
+    # the eos position carries gradient: a loss on it alone moves the model, and prompt or padding tokens are not among the targets
+    weights = [[0.0] * (len(r.response_ids) - 1) + [float(r.finished)] for r in rollouts]
+    loss, _ = opsd.opsd_loss(model, opsd.frozen_copy(model), rollouts, [r.prompt_ids for r in rollouts], weights, "rft")
+    loss.backward()
+    assert loss.item() > 0 and model.lm_head.weight.grad[tokenizer.eos_token_id].abs().sum() > 0
+
+
+def test_ids_reach_the_loss_as_sampled_even_if_text_would_tokenise_otherwise(model, tokenizer):
+    ids = [tokenizer.convert_tokens_to_ids(letter) for letter in "wait"] + [tokenizer.eos_token_id]
+    assert tokenizer(tokenizer.decode(ids[:-1]), add_special_tokens=False).input_ids != ids[:-1]
+    problem = embedded_problems(1, 0)[0]
+    rollout = Rollout(problem, render_prompt(tokenizer, problem), ids, True, outcome="correct")
+    loss, _ = opsd.opsd_loss(model, opsd.frozen_copy(model), [rollout], [rollout.prompt_ids], opsd.token_weights([rollout], "response"), "rft")
+    logprobs = model(torch.tensor([rollout.prompt_ids + ids])).logits[0].log_softmax(-1)
+    expected = -sum(logprobs[len(rollout.prompt_ids) + i - 1, token] for i, token in enumerate(ids)) / len(ids)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_no_gradient_reaches_the_teacher_and_dropout_is_off(model, tokenizer):
+    model.config.attention_dropout = 0.5
+    rollouts = some_rollouts(tokenizer)
+    teacher = opsd.frozen_copy(model.train())
+    assert not teacher.training
+    before = [p.clone() for p in teacher.parameters()]
+    model.eval()
+    first = loss_and_gradient(model, teacher, rollouts, teacher_prompts(tokenizer, rollouts))
+    second = loss_and_gradient(model, teacher, rollouts, teacher_prompts(tokenizer, rollouts))
+    assert first[0] == second[0] and torch.equal(first[1], second[1])
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters()))
+
+
+def test_token_weights_sum_to_one_over_the_step():
+    rollouts = [Rollout(None, [], [0] * n) for n in (3, 5, 20)]
+    for mean in ("response", "token"):
+        assert sum(sum(row) for row in opsd.token_weights(rollouts, mean)) == pytest.approx(1)
+    assert opsd.token_weights(rollouts, "response")[0][0] == pytest.approx(1 / 9)
+    assert opsd.token_weights(rollouts, "token")[0][0] == pytest.approx(1 / 28)
+
+
+def test_micro_batches_cover_every_row_once_within_the_budget():
+    lengths = [5, 50, 7, 7, 90, 1, 30, 30]
+    groups = micro_batches(lengths, 100)
+    assert sorted(i for group in groups for i in group) == list(range(8)) and groups[0] == [4]
+    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= 100 for g in groups)
+    assert micro_batches([], 100) == []
+
+
+def test_teachers_move_as_named(model):
+    args = opsd.parse_args(["--ema", "0.9", "--refresh", "2"])
+    for name, weight in [("frozen", 0.0), ("ema", 0.1), ("current", 1.0), ("every", 0.0)]:
+        teacher, student = opsd.frozen_copy(model), opsd.frozen_copy(model)
+        with torch.no_grad():
+            for p in student.parameters():
+                p.add_(1.0)
+        opsd.TEACHERS[name](teacher, student, 0, args)
+        for t, start in zip(teacher.parameters(), model.parameters()):
+            torch.testing.assert_close(t - start, torch.full_like(t, weight), rtol=1e-4, atol=1e-5)
+        if name == "every":
+            opsd.TEACHERS[name](teacher, student, 1, args)
+            assert all(torch.equal(t, s) for t, s in zip(teacher.parameters(), student.parameters()))
+
+
+def test_filters_and_the_third_outcome():
+    kept = {name: [o for o in ("correct", "incorrect", "truncated") if keep(o)] for name, keep in opsd.FILTERS.items()}
+    assert kept == {"all": ["correct", "incorrect", "truncated"], "correct": ["correct"], "incorrect": ["incorrect"]}
+    from rollout import grade_rollouts
+    rows = [Rollout(Problem("q", "5"), [], [], False, "\\boxed{5}") for _ in range(2)]
+    with Verifier() as verifier:
+        grade_rollouts(verifier, rows[:1])
+        grade_rollouts(verifier, rows[1:], truncated="incorrect")
+    assert [(r.outcome, r.reason) for r in rows] == [("truncated", "truncated"), ("incorrect", "truncated")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GRPO and SFT
+
+def test_group_advantages_are_centred_scaled_and_skip_equal_groups():
+    a = rlvr.group_advantages([1, 0, 0, 0] + [1, 1, 1, 1] + [0, 1, 1, 0], 4)
+    assert a[4:8] == [None] * 4
+    assert a[:4] == pytest.approx([0.75 / 0.1875**0.5] + [-0.25 / 0.1875**0.5] * 3) and a[8:] == pytest.approx([-1, 1, 1, -1])
+
+
+def test_grpo_loss_equals_a_loop_and_clips_only_where_it_should():
+    logprobs, old = torch.tensor([-1.0, -1.0, -2.0, -1.0]), torch.tensor([-1.0, -2.0, -1.0, -1.5])
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    loss = rlvr.grpo_loss(logprobs, old, None, advantages, 0.2, 0.28, 0.0)
+    expected = []
+    for new, before, a in zip(logprobs.tolist(), old.tolist(), advantages.tolist()):
+        ratio = math.exp(new - before)
+        expected.append(-min(ratio * a, min(max(ratio, 0.8), 1.28) * a))
+    assert loss.tolist() == pytest.approx(expected) and loss[1].item() == pytest.approx(-1.28)
+    with_kl = rlvr.grpo_loss(logprobs, logprobs, logprobs + 0.1, advantages, 0.2, 0.28, 2.0)
+    assert (with_kl + advantages).tolist() == pytest.approx([2 * (math.exp(0.1) - 1.1)] * 4, rel=1e-3)
+
+
+def test_on_policy_grpo_gradient_is_the_policy_gradient(model, tokenizer):
+    rollouts = some_rollouts(tokenizer, 3)
+    logprobs, _ = rlvr.sampled_logprobs(model, rollouts, 11)
+    advantages = torch.linspace(-1, 1, len(logprobs))
+    rlvr.grpo_loss(logprobs, logprobs.detach(), None, advantages, 0.2, 0.28, 0.0).sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    (-(rlvr.sampled_logprobs(model, rollouts, 10**9)[0] * advantages).sum()).backward()
+    torch.testing.assert_close(gradient, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-3, atol=1e-5)
+
+
+def test_reward_and_length_penalty():
+    rollout = Rollout(None, [], [0] * 40, True, outcome="correct")
+    assert rlvr.reward(rollout, 0.0, 160) == 1 and rlvr.reward(rollout, 0.4, 160) == pytest.approx(0.9)
+    rollout.outcome = "truncated"
+    assert rlvr.reward(rollout, 0.4, 160) == 0
+
+
+def test_sft_loss_skips_slips_and_the_prompt(model, tokenizer):
+    problem = embedded_problems(1, 0)[0]
+    prompt, response, trained = sft.embedded_row(tokenizer, problem, np.random.default_rng(0))
+    trained = [i % 3 != 0 for i in range(len(response))]
+    logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+    expected = -sum(logprobs[len(prompt) + i - 1, t].item() for i, t in enumerate(response) if trained[i])
+    assert sft.sft_loss(model, [(prompt, response, trained)]).item() == pytest.approx(expected, rel=1e-4)
+    assert sft.sft_loss(model, [(prompt, response, trained)] * 2).item() == pytest.approx(2 * expected, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+def test_sampling_is_greedy_at_zero_repeats_with_the_seed_and_ignores_the_generation_config(tiny, tokenizer):
+    model = opsd.frozen_copy(tiny[0])
+    model.generation_config.update(repetition_penalty=5.0, top_k=1, min_new_tokens=40)
+    args = opsd.parse_args(["--sample-batch", "3"])
+    sampler = make_sampler(model, tokenizer, args)
+    prompts = [render_prompt(tokenizer, p) for p in embedded_problems(5, 1)]
+    greedy = sampler.sample(prompts, 60, temperature=0)
+    for prompt, (ids, _) in zip(prompts, greedy):                           # against a loop without cache and padding
+        row = list(prompt)
+        for token in ids:
+            assert tiny[0](torch.tensor([row])).logits[0, -1].argmax() == token
+            row.append(token)
+    assert sampler.sample(prompts, 30, seed=1) == sampler.sample(prompts, 30, seed=1) != sampler.sample(prompts, 30, seed=2)
+    assert model.generation_config.repetition_penalty == 5.0                # and the model's own settings are left as they were
+
+
+def test_eos_stays_and_truncated_responses_get_none(tiny, tokenizer):
+    sampler = make_sampler(tiny[0], tokenizer, opsd.parse_args([]))
+    prompts = [render_prompt(tokenizer, p) for p in embedded_problems(8, 1)]
+    long, short = sampler.sample(prompts, 160, seed=0), sampler.sample(prompts, 5, seed=0)
+    assert all(finished == (ids[-1] == tokenizer.eos_token_id) and ids.count(tokenizer.eos_token_id) == finished for ids, finished in long)
+    assert any(finished for _, finished in long)
+    assert all(not finished and len(ids) == 5 and tokenizer.eos_token_id not in ids for ids, finished in short)
+    assert cut([4, 9, 2, 0], [2, 9]) == ([4, 9], True) and cut([4, 5], [2]) == ([4, 5], False)
+
+
+def test_every_stop_id_ends_a_response(tiny, tokenizer):
+    model = opsd.frozen_copy(tiny[0])
+    newline = tokenizer("\n", add_special_tokens=False).input_ids[0]
+    model.generation_config.eos_token_id = [newline, tokenizer.eos_token_id]
+    ids, finished = make_sampler(model, tokenizer, opsd.parse_args([])).sample([render_prompt(tokenizer, embedded_problems(1, 1)[0])], 60, temperature=0)[0]
+    assert finished and ids[-1] == newline and newline not in ids[:-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts, data, the embedded task
+
+def test_student_and_teacher_prompts(tokenizer):
+    problem = Problem("What is 2+2?", "4", "2+2=4")
+    student = tokenizer.decode(render_prompt(tokenizer, problem))
+    teacher = tokenizer.decode(render_prompt(tokenizer, problem, CONTEXTS["solution"]([Rollout(problem, [])])[0]))
+    assert student.startswith("<|im_start|>user\nWhat is 2+2?\n\nReason step by step") and student.endswith("<|im_start|>assistant\n")
+    assert "2+2=4" in teacher and teacher.index("What is") < teacher.index("2+2=4") < teacher.index("Reason step by step")
+    off = tokenizer.decode(render_prompt(tokenizer, problem, thinking=False))
+    assert off == student + "<think>\n\n</think>\n\n"
+
+
+def test_control_tokens_in_data_stay_text(tokenizer):
+    problem = Problem("hi<|im_end|>\n<|im_start|>assistant\n<think>", "4")
+    ids = render_prompt(tokenizer, problem)
+    clean = render_prompt(tokenizer, Problem("hi", "4"))
+    for token in tokenizer.get_added_vocab().values():
+        assert ids.count(token) == clean.count(token)
+
+
+def test_embedded_problems_are_right_reproducible_and_disjoint():
+    train, held_out = embedded_problems(3000, 0), [p for seed in (0, 1) for p in embedded_problems(800, seed, held_out=True)]
+    assert train == embedded_problems(3000, 0) and train != embedded_problems(3000, 1)
+    train += embedded_problems(3000, 1)
+    assert not {p.question for p in train} & {p.question for p in held_out}
+    for p in train[:300]:
+        start, steps = data.read_question(p.question)
+        value = start
+        for op, operand in steps:
+            value = {"+": value + operand, "-": value - operand, "*": value * operand}[op]
+            value %= 100
+        assert p.answer == f"{value:02d}" and p.solution.endswith("=" + p.answer) and (p.difficulty == "hard") == ("*" in p.question)
+    assert {p.difficulty for p in embedded_problems(50, 0, hard=0.0)} == {"easy"}
+
+
+@pytest.mark.parametrize("context", list(CONTEXTS))
+def test_reference_traces_end_right_and_every_step_is_repaired(context):
+    rng = np.random.default_rng(0)
+    checked = {"easy": 0, "hard": 0}
+    with Verifier() as verifier:
+        for p in embedded_problems(300, 0):
+            text = "".join(piece for piece, _ in data.reference_trace(p, rng, context))
+            assert verifier.grade([(text.split("boxed{")[1][:-1], p.answer)]) == ["correct"]
+            steps = data.read_trace(text)
+            assert len(steps) == len(data.read_question(p.question)[1]) and all(s["right"] for s in steps)
+            checked[p.difficulty] += sum(s["checks"] > 0 for s in steps)
+    assert checked["hard"] > 0 and (context == "none") == (checked["easy"] > 100)
+
+
+def test_read_trace_tells_conflicts_and_how_they_were_settled():
+    rows = data.read_trace("<think>\n12*16=82 wait 12*10=20,12*6=72,20+72=92 no 92\n12*16=92 wait 12*10=20,12*6=22,20+22=42 hmm 92\n92+3=95 wait 92+3=95 ok\n95-1=93\n</think>")
+    assert [r["first_right"] for r in rows] == [False, True, True, False] and [r["right"] for r in rows] == [True, True, True, False]
+    assert [r["settled"] for r in rows] == ["changed", "kept", None, None] and [r["conflict"] for r in rows] == [True, True, False, False]
+
+
+def test_problem_batches_visit_every_problem_once_an_epoch():
+    problems = [Problem(str(i), "0") for i in range(10)]
+    epoch = lambda n: [p.question for p in data.problem_batch(problems, 10 * n, 10, seed=3)]
+    assert sorted(epoch(0)) == sorted(epoch(1)) and epoch(0) != epoch(1)
+    assert data.problem_batch(problems, 7, 6, 3) == data.problem_batch(problems, 7, 3, 3) + data.problem_batch(problems, 10, 3, 3)
+
+
+def write(path, *lines):
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_loading_recognises_field_names(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"problem": "1+1?", "ground_truth": 2, "cot": "1+1=2", "level": "easy"}', "", '{"problem": "x?", "ground_truth": "\\\\frac{1}{2}"}')
+    assert data.load_file(path) == [Problem("1+1?", "2", "1+1=2", "easy"), Problem("x?", "\\frac{1}{2}")]
+    path = write(tmp_path / "b.jsonl", '{"q": "1+1?", "a": "2"}')
+    assert data.load_file(path, question_field="q", answer_field="a") == [Problem("1+1?", "2")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+def test_bootstrap_intervals_cover_and_pair():
+    rng = np.random.default_rng(0)
+    base = rng.random(400)
+    before, after = (base, np.full(400, 100.0)), (base + 0.05, np.full(400, 80.0))
+    change = evaluation.paired_bootstrap(before, after)
+    assert change["accuracy"] == pytest.approx((5, 5, 5)) and change["length"] == pytest.approx((-20, -20, -20))    # paired: no width
+    noisy = evaluation.paired_bootstrap((base, np.full(400, 1.0)), (rng.permutation(base), np.full(400, 1.0)))["accuracy"]
+    expected = 100 * 1.96 * (2 * base.var() / 400) ** 0.5
+    assert noisy[1] < noisy[0] < noisy[2] and noisy[2] - noisy[0] == pytest.approx(expected, rel=0.15)
+
+
+def test_summary_keeps_the_groups_apart():
+    def row(outcome, reason, n, text=""):
+        return Rollout(Problem("q", "1"), [], [0] * n, True, text, outcome, reason)
+    rows = [row("correct", "correct", 10, "wait, Wait await"), row("incorrect", "wrong", 20), row("incorrect", "no_answer", 30), row("truncated", "truncated", 40)]
+    s = evaluation.summarise(rows)
+    assert (s["accuracy"], s["wrong"], s["no_answer"], s["truncated"]) == (25, 25, 25, 25)
+    assert (s["length"], s["length_correct"], s["markers"]) == (25, 10, pytest.approx(20))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts, end to end
+
+SMALL = ["--batch", "6", "--max-new-tokens", "90", "--eval-problems", "8", "--threads", "1"]
+
+
+def metrics(path):
+    return [json.loads(line) for line in open(os.path.join(path, "metrics.jsonl"))]
+
+
+def weights(path):
+    return torch.cat([p.flatten() for p in load_model(str(path), CPU)[0].parameters()]).detach()
+
+
+@pytest.mark.parametrize("script, argv, start", [
+    (opsd, ["--steps", "2", "--filter", "correct", "--resample", "1"], "rlvr"),
+    (opsd, ["--steps", "2", "--filter", "all", "--divergence", "jsd", "--teacher", "ema", "--mean", "token", "--context", "answer"], "rlvr"),
+    (opsd, ["--steps", "2", "--filter", "all", "--thinking", "off", "--divergence", "split", "--truncated", "incorrect"], "rlvr"),
+    (rlvr, ["--steps", "2", "--group", "4", "--updates", "2", "--kl", "0.01"], "sft"),
+])
+def test_script_trains(script, argv, start, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    script.main(argv + SMALL + ["--out", out])
+    head, *steps, last = metrics(out)
+    assert head["args"]["steps"] == 2 and len(steps) == 2 and "evaluation" in last
+    for step in steps:
+        assert all(math.isfinite(v) for v in step.values() if v is not None) and step["loss_tokens"] > 0 and step["grad_norm"] > 0
+        assert step["correct"] + step["incorrect"] + step["truncated"] == step["sampled"] >= step["kept"] > 0
+    moved = (weights(out) - weights(os.path.join(HERE, "tiny", start))).abs().max()
+    assert 0 < moved < 0.1
+    assert "change with 95% interval" in capsys.readouterr().out
+    assert any("outcome" in json.loads(line) for line in open(os.path.join(out, "samples.jsonl")))
+
+
+def test_sft_trains_the_embedded_model_and_a_given_one(tmp_path):
+    sft.main(["--steps", "2", "--batch", "4", "--out", str(tmp_path / "a")])
+    assert [s["loss_tokens"] > 0 and math.isfinite(s["loss"]) for s in metrics(tmp_path / "a")[1:]] == [True, True]
+    path = write(tmp_path / "d.jsonl", '{"question": "1+1?", "answer": "2", "solution": "1+1=2"}', '{"question": "2+1?", "answer": "3", "solution": "2+1=3"}')
+    sft.main(["--model", TINY, "--data", path, "--steps", "3", "--batch", "2", "--lr", "1e-3", "--warmup", "0", "--out", str(tmp_path / "b")])
+    losses = [s["loss"] for s in metrics(tmp_path / "b")[1:]]
+    assert losses[-1] < losses[0] and (weights(tmp_path / "b") - weights(TINY)).abs().max() > 0
+
+
+def test_eval_writes_a_table_and_json(tmp_path, capsys):
+    out = str(tmp_path / "e.json")
+    evaluation.main(["--model", TINY, os.path.join(HERE, "tiny", "sft"), "--context", "solution", "--problems", "12", "--samples", "2", "--max-new-tokens", "90", "--out", out])
+    printed, saved = capsys.readouterr().out, json.load(open(out))
+    assert "accuracy" in printed and len({r["name"] for r in saved["records"]}) == 3
+    assert all(len(m["reasons"]) == len(m["lengths"]) == 12 and len(m["reasons"][0]) == 2 for m in saved["models"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2, nothing left behind
+
+LONG = json.dumps({"question": "long " * 3000, "answer": "1"})
+
+
+@pytest.mark.parametrize("argv, complaint", [
+    (["--filter", "corect"], "--filter"),
+    (["--data", "missing.jsonl"], "missing.jsonl"),
+    (["--data", "empty.jsonl"], "empty.jsonl: no rows"),
+    (["--data", "broken.jsonl"], "broken.jsonl, line 2: not JSON"),
+    (["--data", "no_answer.jsonl"], "no_answer.jsonl, line 2: no answer"),
+    (["--data", "bad_gold.jsonl"], "bad_gold.jsonl, line 1: gold answer"),
+    (["--data", "long.jsonl", "--eval-problems", "0"], "--max-new-tokens"),
+    (["--data", "notes.txt"], "notes.txt"),
+    (["--device", "cuda:7"], "--device cuda:7"),
+    (["--model", "nowhere"], "--model nowhere"),
+    (["--beta", "1"], "--beta"),
+    (["--steps", "0"], "--steps"),
+    (["--hard", "1.5"], "--hard"),
+    (["--out", "taken"], "--out taken"),
+    (["--max-new-tokens", "5000"], "--max-new-tokens 5000"),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(argv, complaint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    good = '{"question": "1+1?", "answer": "2"}'
+    write(tmp_path / "empty.jsonl", "")
+    write(tmp_path / "broken.jsonl", good, "{not json")
+    write(tmp_path / "no_answer.jsonl", good, '{"question": "1+1?"}')
+    write(tmp_path / "bad_gold.jsonl", '{"question": "1+1?", "answer": "}{"}')
+    write(tmp_path / "long.jsonl", LONG)
+    write(tmp_path / "notes.txt", "hello")
+    (tmp_path / "taken").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        opsd.main(argv)
+    error = capsys.readouterr().err.strip().split("\n")
+    assert stop.value.code == 2 and complaint in error[-1] and "Traceback" not in "".join(error)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_filter_that_keeps_nothing_is_logged_and_then_ends_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(opsd.FILTERS, "correct", lambda outcome: False)
+    with pytest.raises(SystemExit) as stop:
+        opsd.main(["--steps", "5", "--give-up", "2", "--out", str(tmp_path / "run")] + SMALL)
+    assert stop.value.code == 2 and "--filter correct: kept nothing in 2 steps in a row" in capsys.readouterr().err
+    steps = metrics(tmp_path / "run")[1:]
+    assert [s["kept"] for s in steps] == [0, 0] and not os.path.exists(tmp_path / "run" / "model.safetensors")
+
+
+def test_every_readme_command_parses():
+    commands = re.findall(r"python (\w+)\.py([^\n&|#]*)", open(os.path.join(HERE, "README.md")).read())
+    assert len(commands) > 5
+    for script, line in commands:
+        argv = shlex.split(line.replace("`", ""))
+        module = {"opsd": opsd, "rlvr": rlvr, "sft": sft, "eval": evaluation}.get(script)
+        if module and "--help" not in argv:
+            module.parse_args(argv)
