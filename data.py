@@ -210,17 +210,13 @@ CONTEXTS = {
 HARD_SHARE = 0.5
 HARD_OPERANDS = (12, 19)        # factors of the hard steps, both ends included
 
-# Reference traces of sft.py. Injected slips are masked out of the loss: nobody is trained to slip, only to notice and repair.
+# Reference traces of sft.py. Injected slips are masked out of the loss: nobody is trained to slip, only to settle on the right value.
 EASY_CHECK = 0.6                # chance that a trace re-checks an easy step (never needed), ...
 EASY_CHECK_AGAIN = 0.3          # ... and then once more
+CONTEXT_EASY_CHECK = 0.02       # the same with any context in the prompt: this is all that makes those traces shorter
 HARD_SLIP = 0.4                 # chance that the first attempt at a hard step is replaced by a slip, which a check then repairs
 HARD_CHECK = 0.4                # chance that a right first attempt at a hard step is checked all the same, ...
 HARD_CHECK_SLIP = 0.4           # ... and that this check slips instead, so that the first attempt has to be kept
-# With a reference in the prompt the traces check little, and settle a disagreement by looking at the reference.
-SEEN_EASY_CHECK = 0.02
-SEEN_HARD_SLIP = 0.3
-SEEN_HARD_CHECK = 0.15
-SEEN_HARD_CHECK_SLIP = 0.7
 
 
 def embedded_problems(count, seed, held_out=False, hard=HARD_SHARE):
@@ -277,36 +273,31 @@ def reference_trace(problem, rng, context="none", thinking=True):
     start, steps = read_question(problem.question)
     values = chain(start, steps)
     pieces = [("<think>\n", True)]
-    for i, (a, (op, b), c) in enumerate(zip(values, steps, values[1:])):
-        # The reference names this step's value if it is the whole solution, or if it is the answer and this the last step.
-        seen = context == "solution" or (context == "answer" and i == len(steps) - 1)
-        pieces += hard_step(rng, a, b, c, seen) if op == "*" else easy_step(rng, a, op, b, c, context)
+    for a, (op, b), c in zip(values, steps, values[1:]):
+        pieces += hard_step(rng, a, b, c) if op == "*" else easy_step(rng, a, op, b, c, context)
         pieces.append(("\n", True))
     return pieces + [(f"</think>\n\n\\boxed{{{problem.answer}}}", True)]
 
 
 def easy_step(rng, a, op, b, c, context):
     line = f"{a:02d}{op}{b}={c:02d}"
-    if rng.random() >= (EASY_CHECK if context == "none" else SEEN_EASY_CHECK):
+    if rng.random() >= (EASY_CHECK if context == "none" else CONTEXT_EASY_CHECK):
         return [(line, True)]
-    return [(line + f" wait {line} ok" * (1 + (rng.random() < EASY_CHECK_AGAIN)), True)]
+    return [(line + f" check {line}" * (1 + (rng.random() < EASY_CHECK_AGAIN)), True)]
 
 
-def hard_step(rng, a, b, c, seen):
-    slip, check, check_slip = (SEEN_HARD_SLIP, SEEN_HARD_CHECK, SEEN_HARD_CHECK_SLIP) if seen else (HARD_SLIP, HARD_CHECK, HARD_CHECK_SLIP)
-    slipped = rng.random() < slip
+def hard_step(rng, a, b, c):
+    """First attempt, check in pieces, and the value settled on: always the right one, whether attempt or check had slipped."""
+    slipped = rng.random() < HARD_SLIP
     first = slip_of(rng, c) if slipped else c
     pieces = [(f"{a:02d}*{b}=", True), (f"{first:02d}", not slipped)]
-    if not slipped and rng.random() >= check:
+    if not slipped and rng.random() >= HARD_CHECK:
         return pieces
     tens, ones = a * (b // 10 * 10) % 100, a * (b % 10) % 100
-    check_slipped = not slipped and rng.random() < check_slip
+    check_slipped = not slipped and rng.random() < HARD_CHECK_SLIP
     ones = slip_of(rng, ones) if check_slipped else ones
-    second = (tens + ones) % 100
-    pieces += [(f" wait {a:02d}*{b // 10 * 10}={tens:02d},{a:02d}*{b % 10}=", True), (f"{ones:02d}", not check_slipped),
-               (f",{tens:02d}+{ones:02d}={second:02d}", True)]
-    verdict = " ok" if second == first else f" no {second:02d}" if slipped else f" hmm {first:02d}"
-    return pieces + [(verdict, True)]
+    return pieces + [(f" wait {a:02d}*{b // 10 * 10}={tens:02d},{a:02d}*{b % 10}=", True), (f"{ones:02d}", not check_slipped),
+                     (f",{tens:02d}+{ones:02d}={(tens + ones) % 100:02d} so {a:02d}*{b}={c:02d}", True)]
 
 
 def slip_of(rng, value):
@@ -315,28 +306,24 @@ def slip_of(rng, value):
     return (value + offset) % 100
 
 
-STEP = re.compile(r"^(\d\d)([+*-])(\d{1,2})=(\d\d)(.*)$")
-
-
 def read_trace(text):
     """What a response to an embedded problem did, step by step: a list of dicts, one per step line that can be read.
 
-    Keys: hard, first_right, checks, check_right, settled ("kept", "changed" or None), right (the value carried on),
-    each relative to the value that the step itself started from, so that one slip is counted once.
+    hard: a product. first_right: the first attempt. checked, check_right, conflict: whether a check came, was right, disagreed with the
+    attempt. trusted: a conflict was settled for the check. right: the value carried on. Each step is judged from the value
+    that it started from itself, so that one slip is counted once.
     """
     rows = []
-    body = text.split("</think>")[0].removeprefix("<think>").strip("\n")
-    for line in body.split("\n"):
-        match = STEP.match(line)
+    for line in text.split("</think>")[0].split("\n"):
+        match = re.match(r"(\d\d)([+*-])(\d{1,2})=(\d\d)(.*)$", line)
         if not match:
             continue
         a, op, b, first, rest = match.groups()
         truth = compute(int(a), op, int(b))
-        checks = rest.split(" wait ")[1:]
-        last = re.search(r"=(\d\d)(?: (ok|no|hmm)(?: (\d\d))?)?$", rest)
-        second = int(last[1]) if last else None
-        settled = None if not last or last[2] in (None, "ok") else "changed" if last[2] == "no" else "kept"
-        value = int(last[3]) if last and last[3] else int(first)
-        rows.append(dict(hard=op == "*", first_right=int(first) == truth, checks=len(checks), check_right=second == truth if checks else None,
-                         conflict=bool(checks) and second is not None and second != int(first), settled=settled, right=value == truth))
+        values = [int(v) for v in re.findall(r"=(\d\d)", rest.partition(" so ")[0])]
+        settled = re.search(r"=(\d\d)$", rest)
+        value = int(settled[1]) if settled else int(first)
+        conflict = bool(values) and values[-1] != int(first)
+        rows.append(dict(hard=op == "*", first_right=int(first) == truth, checked=bool(values), check_right=bool(values) and values[-1] == truth,
+                         conflict=conflict, trusted=conflict and value == values[-1], right=value == truth))
     return rows

@@ -115,14 +115,12 @@ def trace_table(rollouts):
     table = {}
     for kind in (False, True):
         steps = [s for r in rollouts for s in read_trace(r.text) if s["hard"] == kind]
-        checked = [s for s in steps if s["checks"]]
+        checked = [s for s in steps if s["checked"]]
         conflicts = [s for s in checked if s["conflict"]]
-        share = lambda rows, key: 100 * sum(bool(key(s)) for s in rows) / max(1, len(rows))
+        share = lambda rows, key: 100 * sum(s[key] for s in rows) / max(1, len(rows))
         table["hard" if kind else "easy"] = dict(
-            steps=len(steps), first_right=share(steps, lambda s: s["first_right"]), checked=share(steps, lambda s: s["checks"]),
-            check_right=share(checked, lambda s: s["check_right"]), conflict=share(checked, lambda s: s["conflict"]),
-            changed=share(conflicts, lambda s: s["settled"] == "changed"), kept=share(conflicts, lambda s: s["settled"] == "kept"),
-            right=share(steps, lambda s: s["right"]))
+            steps=len(steps), first_right=share(steps, "first_right"), checked=share(steps, "checked"), check_right=share(checked, "check_right"),
+            conflict=share(checked, "conflict"), trusted=share(conflicts, "trusted"), right=share(steps, "right"))
     return table
 
 

@@ -395,14 +395,17 @@ def test_reference_traces_end_right_and_every_step_is_repaired(context):
             assert verifier.grade([(text.split("boxed{")[1][:-1], p.answer)]) == ["correct"]
             steps = data.read_trace(text)
             assert len(steps) == len(data.read_question(p.question)[1]) and all(s["right"] for s in steps)
-            checked[p.difficulty] += sum(s["checks"] > 0 for s in steps)
+            checked[p.difficulty] += sum(s["checked"] for s in steps)
     assert checked["hard"] > 0 and (context == "none") == (checked["easy"] > 100)
 
 
 def test_read_trace_tells_conflicts_and_how_they_were_settled():
-    rows = data.read_trace("<think>\n12*16=82 wait 12*10=20,12*6=72,20+72=92 no 92\n12*16=92 wait 12*10=20,12*6=22,20+22=42 hmm 92\n92+3=95 wait 92+3=95 ok\n95-1=93\n</think>")
-    assert [r["first_right"] for r in rows] == [False, True, True, False] and [r["right"] for r in rows] == [True, True, True, False]
-    assert [r["settled"] for r in rows] == ["changed", "kept", None, None] and [r["conflict"] for r in rows] == [True, True, False, False]
+    rows = data.read_trace("<think>\n12*16=82 wait 12*10=20,12*6=72,20+72=92 so 12*16=92\n12*16=92 wait 12*10=20,12*6=22,20+22=42 so 12*16=92\n"
+                           "92*11=12 wait 92*10=20,92*1=92,20+92=12 so 92*11=12\n92+3=95 check 92+3=95\n95-1=93\nnonsense\n</think>")
+    pick = lambda key: [int(row[key]) for row in rows]
+    assert pick("hard") == [1, 1, 1, 0, 0] and pick("first_right") == [0, 1, 1, 1, 0] and pick("checked") == [1, 1, 1, 1, 0]
+    assert pick("check_right") == [1, 0, 1, 1, 0] and pick("conflict") == [1, 1, 0, 0, 0] and pick("trusted") == [1, 0, 0, 0, 0]
+    assert pick("right") == [1, 1, 1, 1, 0]
 
 
 def test_problem_batches_visit_every_problem_once_an_epoch():
