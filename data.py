@@ -208,7 +208,7 @@ CONTEXTS = {
 # redundant on easy steps and rescue wrong first attempts on hard ones.
 
 HARD_SHARE = 0.5
-HARD_OPERANDS = (12, 19)        # factors of the hard steps, both ends included
+HARD_OPERANDS = (12, 15)        # factors of the hard steps, both ends included
 
 # Reference traces of sft.py. Injected slips are masked out of the loss: nobody is trained to slip, only to settle on the right value.
 EASY_CHECK = 0.6                # chance that a trace re-checks an easy step (never needed), ...

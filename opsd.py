@@ -59,6 +59,7 @@ def parse_args(argv=None):
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm")
     group.add_argument("--micro-tokens", type=int, default=4096, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
     group.add_argument("--chunk", type=int, default=1024, help="tokens whose logits exist at once; changes memory and speed, not the gradient")
+    group.add_argument("--kl-by-position", type=int, default=0, help="write kl_by_position.jsonl in bins of this many tokens (figure 2); 0 = off")
     group.add_argument("--give-up", type=int, default=10, help="stop after this many steps in a row of which the filter keeps nothing")
     group.add_argument("--eval-problems", type=int, default=512, help="held-out problems of the embedded task in the closing table; 0 = no evaluation")
     args = parser.parse_args(argv)
@@ -241,13 +242,14 @@ def main(argv=None):
             weights = token_weights(kept, args.mean)
             contexts = CONTEXTS[args.context](kept)
             teacher_prompts = [render_prompt(tokenizer, r.problem, c, args.thinking == "on") for r, c in zip(kept, contexts)]
-            loss, measures = 0.0, []
+            loss, measures, order = 0.0, [], []
             for group in micro_batches([len(p) + len(r.response_ids) for p, r in zip(teacher_prompts, kept)], args.micro_tokens):
                 part, part_measures = opsd_loss(model, teacher, [kept[i] for i in group], [teacher_prompts[i] for i in group],
                                                 [weights[i] for i in group], args.divergence, args.beta, args.chunk)
                 part.backward()
                 loss += part.item()
                 measures.append(part_measures)
+                order += [kept[i] for i in group]                               # the rollouts in the order of their measures
 
             # 5. step
             if kept:
@@ -259,10 +261,11 @@ def main(argv=None):
                 updates, skipped = updates + 1, 0
             else:
                 norm, skipped = 0.0, skipped + 1
-                print(f"step {step + 1}/{args.steps}  nothing kept: --filter {args.filter} left none of {len(seen)} rollouts; no update", flush=True)
-                if skipped == args.give_up:
-                    fail(f"--filter {args.filter}: kept nothing in {skipped} steps in a row (--give-up)")
-            log_step(run, step, args, loss, measures, norm, seen, kept, teacher_prompts, sampled - start, time.time() - sampled, device)
+            log_step(run, step, args, loss, measures, norm, seen, kept, sampled - start, time.time() - sampled, device)
+            if args.kl_by_position and kept:
+                run.log("kl_by_position", dict(step=step + 1, bin=args.kl_by_position, **kl_by_position(order, torch.cat(measures, 1)[0].tolist(), args.kl_by_position)))
+            if skipped == args.give_up:
+                fail(f"--filter {args.filter}: kept nothing in {skipped} steps in a row (--give-up)")
         if not updates:
             fail(f"--filter {args.filter}: no step was taken, the model is unchanged")
         save_model(run.path, model, tokenizer)
@@ -274,7 +277,23 @@ def main(argv=None):
     print(f"\nrun directory {run.path}: the trained model, metrics.jsonl (a line a step), samples.jsonl (some rollouts)")
 
 
-def log_step(run, step, args, loss, measures, norm, seen, kept, teacher_prompts, sampling_seconds, training_seconds, device):
+def kl_by_position(rollouts, kl, width):
+    """Figure 2: reverse KL (nats) by position in the response. Per outcome the sum over tokens, the tokens and the rollouts in each bin of `width` tokens."""
+    bins = {name: dict(kl=[], tokens=[], rollouts=[]) for name in ("correct", "incorrect", "truncated")}
+    values = iter(kl)
+    for rollout in rollouts:
+        row = bins[rollout.outcome]
+        for t in range(len(rollout.response_ids)):
+            if t // width == len(row["kl"]):
+                for column in row.values():
+                    column.append(0)
+            row["kl"][t // width] += next(values)
+            row["tokens"][t // width] += 1
+            row["rollouts"][t // width] += t % width == 0
+    return bins
+
+
+def log_step(run, step, args, loss, measures, norm, seen, kept, sampling_seconds, training_seconds, device):
     """One line of metrics.jsonl. Lengths in tokens; KLs and entropies in nats, means over the tokens that reached the loss."""
     import torch
     count = {name: sum(r.outcome == name for r in seen) for name in ("correct", "incorrect", "truncated")}
@@ -292,7 +311,9 @@ def log_step(run, step, args, loss, measures, norm, seen, kept, teacher_prompts,
     for r in seen[:2]:
         run.log("samples", dict(step=step + 1, question=r.problem.question, gold=r.problem.answer, response=r.text, outcome=r.outcome, reason=r.reason,
                                 kept=any(r is k for k in kept)))
-    if kept:
+    if not kept:
+        print(f"step {step + 1}/{args.steps}  nothing kept: --filter {args.filter} left none of {len(seen)} rollouts; no update", flush=True)
+    else:
         print(f"step {step + 1}/{args.steps}  loss {loss:.4f}  KL {means[0]:.4f}  correct {count['correct']}/{len(seen)}  truncated {count['truncated']}  "
               f"kept {len(kept)}  length {record['length']:.1f}  {sampling_seconds + training_seconds:.1f} s", flush=True)
 

@@ -167,10 +167,9 @@ def main(argv=None):
                 skipped = 0
             else:
                 loss, norm, entropies, skipped = 0.0, 0.0, [], skipped + 1
-                print(f"step {step + 1}/{args.steps}  every group has equal rewards; no update", flush=True)
-                if skipped == args.give_up:
-                    fail(f"--group {args.group}: every group had equal rewards in {skipped} steps in a row (--give-up)")
             log_step(run, step, args, loss, entropies, norm, seen, rewards, kept, sampled - start, time.time() - sampled, device)
+            if skipped == args.give_up:
+                fail(f"--group {args.group}: every group had equal rewards in {skipped} steps in a row (--give-up)")
         if not updates:
             fail("no step was taken, the model is unchanged")
         save_model(run.path, model, tokenizer)
@@ -198,7 +197,9 @@ def log_step(run, step, args, loss, entropies, norm, seen, rewards, kept, sampli
     run.log("metrics", record)
     for r in seen[:2]:
         run.log("samples", dict(step=step + 1, question=r.problem.question, gold=r.problem.answer, response=r.text, outcome=r.outcome, reason=r.reason))
-    if kept:
+    if not kept:
+        print(f"step {step + 1}/{args.steps}  every group has equal rewards; no update", flush=True)
+    else:
         print(f"step {step + 1}/{args.steps}  reward {record['reward']:.3f}  correct {count['correct']}/{len(seen)}  truncated {count['truncated']}  "
               f"equal groups {record['equal_groups']}/{args.batch}  length {record['length']:.1f}  {sampling_seconds + training_seconds:.1f} s", flush=True)
 

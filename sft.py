@@ -36,12 +36,12 @@ def parse_args(argv=None):
 
 # The embedded mixture: (share, context in the prompt, thinking).
 MIXTURE = [
-    (0.48, "none", True),
-    (0.22, "solution", True),
-    (0.08, "answer", True),
-    (0.07, "instruction", True),
-    (0.10, "none", False),
-    (0.05, "solution", False),
+    (0.56, "none", True),
+    (0.24, "solution", True),
+    (0.06, "answer", True),
+    (0.06, "instruction", True),
+    (0.05, "none", False),
+    (0.03, "solution", False),
 ]
 
 

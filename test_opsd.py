@@ -251,6 +251,13 @@ def test_teachers_move_as_named(model):
             assert all(torch.equal(t, s) for t, s in zip(teacher.parameters(), student.parameters()))
 
 
+def test_kl_by_position_sums_tokens_into_bins():
+    rollouts = [Rollout(None, [], [0] * 5, True, outcome="correct"), Rollout(None, [], [0] * 3, True, outcome="incorrect"), Rollout(None, [], [0] * 2, True, outcome="correct")]
+    bins = opsd.kl_by_position(rollouts, [1, 2, 3, 4, 5, 10, 20, 30, 100, 200], 2)
+    assert bins["correct"] == dict(kl=[303, 7, 5], tokens=[4, 2, 1], rollouts=[2, 1, 1])
+    assert bins["incorrect"] == dict(kl=[30, 30], tokens=[2, 1], rollouts=[1, 1]) and bins["truncated"]["kl"] == []
+
+
 def test_filters_and_the_third_outcome():
     kept = {name: [o for o in ("correct", "incorrect", "truncated") if keep(o)] for name, keep in opsd.FILTERS.items()}
     assert kept == {"all": ["correct", "incorrect", "truncated"], "correct": ["correct"], "incorrect": ["incorrect"]}
