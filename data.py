@@ -208,7 +208,7 @@ CONTEXTS = {
 # redundant on easy steps and rescue wrong first attempts on hard ones.
 
 HARD_SHARE = 0.5
-HARD_OPERANDS = (12, 15)        # factors of the hard steps, both ends included
+HARD_OPERANDS = (12, 13, 14, 15, 16, 17, 22, 23, 24, 25, 26, 27)        # factors of the hard steps
 
 # Reference traces of sft.py. Injected slips are masked out of the loss: nobody is trained to slip, only to settle on the right value.
 EASY_CHECK = 0.6                # chance that a trace re-checks an easy step (never needed), ...
@@ -237,7 +237,7 @@ def embedded_problem(rng, difficulty):
     steps = []
     for i in range(count):
         if i in hard_steps:
-            op, operand = "*", int(rng.integers(HARD_OPERANDS[0], HARD_OPERANDS[1] + 1))
+            op, operand = "*", int(rng.choice(HARD_OPERANDS))
         else:
             operand = int(rng.integers(2, 10))
             op = "+" if value < 10 or (value < 90 and rng.random() < 0.5) else "-"

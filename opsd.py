@@ -30,7 +30,7 @@ import time
 
 from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, peak_memory, positive, response_hidden, response_targets, save_model, set_up
 from data import CONTEXTS, add_data_flags, load_problems, problem_batch, render_prompt, require_thinking_switch
-from rollout import Rollout, add_sampling_flags, check_room, grade_rollouts, make_rollouts, make_sampler
+from rollout import Rollout, add_sampling_flags, drop_long, grade_rollouts, make_rollouts, make_sampler
 from verify import Verifier
 
 
@@ -176,6 +176,20 @@ def opsd_loss(student, teacher, rollouts, teacher_prompts, weights, divergence="
     return loss, torch.cat(measures, 1)
 
 
+def accumulate_gradients(student, teacher, rollouts, teacher_prompts, args):
+    """The whole step's loss, with gradients added up over micro-batches: (loss, measures: one (4, tokens) a rollout, see opsd_loss)."""
+    weights = token_weights(rollouts, args.mean)                                    # one denominator, before the loop
+    loss, measures = 0.0, [None] * len(rollouts)
+    for group in micro_batches([len(p) + len(r.response_ids) for p, r in zip(teacher_prompts, rollouts)], args.micro_tokens):
+        pick = lambda rows: [rows[i] for i in group]
+        part, part_measures = opsd_loss(student, teacher, pick(rollouts), pick(teacher_prompts), pick(weights), args.divergence, args.beta, args.chunk)
+        part.backward()
+        loss += part.item()
+        for i, row in zip(group, part_measures.split([len(rollouts[i].response_ids) for i in group], 1)):
+            measures[i] = row
+    return loss, measures
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Teachers: function (teacher, student, step, args) called after each optimizer step. The teacher is always its own copy.
 
@@ -206,18 +220,18 @@ def main(argv=None):
     device = set_up(args)
     import torch
     from eval import compare, evaluate, print_table
-    args.model = args.model or os.path.join(HERE, "tiny", "rlvr")
+    args.model = args.model or os.path.relpath(os.path.join(HERE, "tiny", "rlvr"))
     problems = load_problems(args, args.steps * args.batch * (args.resample + 1))
     held_out = load_problems(args, args.eval_problems, held_out=True) if args.eval_problems and not args.data else []
     model, tokenizer = load_model(args.model, device, args.dtype)
     require_thinking_switch(tokenizer, args.thinking == "on")
     teacher = frozen_copy(model)
     sampler = make_sampler(model, tokenizer, args)
+    problems = drop_long(problems, tokenizer, args, sampler.limit, args.context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    first = problems[0]
+    first = problem_batch(problems, 0, 1, args.seed)[0]
     student_prompt = render_prompt(tokenizer, first, "", args.thinking == "on")
     teacher_prompt = render_prompt(tokenizer, first, CONTEXTS[args.context]([Rollout(first, student_prompt)])[0], args.thinking == "on")
-    check_room([student_prompt, teacher_prompt], args.max_new_tokens, sampler.limit)
     run = Run(args, f"opsd-{args.filter}")
     print(f"student's prompt:\n{tokenizer.decode(student_prompt)}\n\nteacher's prompt:\n{tokenizer.decode(teacher_prompt)}\n")
     run.log("samples", dict(student_prompt=tokenizer.decode(student_prompt), teacher_prompt=tokenizer.decode(teacher_prompt)))
@@ -238,18 +252,9 @@ def main(argv=None):
             kept = kept[:args.batch]
             sampled = time.time()
 
-            # 4. loss: one denominator for the whole step, gradients added up over micro-batches
-            weights = token_weights(kept, args.mean)
-            contexts = CONTEXTS[args.context](kept)
-            teacher_prompts = [render_prompt(tokenizer, r.problem, c, args.thinking == "on") for r, c in zip(kept, contexts)]
-            loss, measures, order = 0.0, [], []
-            for group in micro_batches([len(p) + len(r.response_ids) for p, r in zip(teacher_prompts, kept)], args.micro_tokens):
-                part, part_measures = opsd_loss(model, teacher, [kept[i] for i in group], [teacher_prompts[i] for i in group],
-                                                [weights[i] for i in group], args.divergence, args.beta, args.chunk)
-                part.backward()
-                loss += part.item()
-                measures.append(part_measures)
-                order += [kept[i] for i in group]                               # the rollouts in the order of their measures
+            # 4. loss: the teacher scores the same tokens behind its own prompt
+            teacher_prompts = [render_prompt(tokenizer, r.problem, c, args.thinking == "on") for r, c in zip(kept, CONTEXTS[args.context](kept))]
+            loss, measures = accumulate_gradients(model, teacher, kept, teacher_prompts, args)
 
             # 5. step
             if kept:
@@ -263,7 +268,7 @@ def main(argv=None):
                 norm, skipped = 0.0, skipped + 1
             log_step(run, step, args, loss, measures, norm, seen, kept, sampled - start, time.time() - sampled, device)
             if args.kl_by_position and kept:
-                run.log("kl_by_position", dict(step=step + 1, bin=args.kl_by_position, **kl_by_position(order, torch.cat(measures, 1)[0].tolist(), args.kl_by_position)))
+                run.log("kl_by_position", dict(step=step + 1, bin=args.kl_by_position, **kl_by_position(kept, measures, args.kl_by_position)))
             if skipped == args.give_up:
                 fail(f"--filter {args.filter}: kept nothing in {skipped} steps in a row (--give-up)")
         if not updates:
@@ -277,17 +282,16 @@ def main(argv=None):
     print(f"\nrun directory {run.path}: the trained model, metrics.jsonl (a line a step), samples.jsonl (some rollouts)")
 
 
-def kl_by_position(rollouts, kl, width):
+def kl_by_position(rollouts, measures, width):
     """Figure 2: reverse KL (nats) by position in the response. Per outcome the sum over tokens, the tokens and the rollouts in each bin of `width` tokens."""
     bins = {name: dict(kl=[], tokens=[], rollouts=[]) for name in ("correct", "incorrect", "truncated")}
-    values = iter(kl)
-    for rollout in rollouts:
+    for rollout, (kl, *_) in zip(rollouts, measures):
         row = bins[rollout.outcome]
-        for t in range(len(rollout.response_ids)):
+        for t, value in enumerate(kl.tolist()):
             if t // width == len(row["kl"]):
                 for column in row.values():
                     column.append(0)
-            row["kl"][t // width] += next(values)
+            row["kl"][t // width] += value
             row["tokens"][t // width] += 1
             row["rollouts"][t // width] += t % width == 0
     return bins

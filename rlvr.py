@@ -17,7 +17,7 @@ import time
 
 from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, peak_memory, positive, response_hidden, response_targets, save_model, set_up
 from data import add_data_flags, load_problems, problem_batch, render_prompt, require_thinking_switch
-from rollout import add_sampling_flags, check_room, grade_rollouts, make_rollouts, make_sampler
+from rollout import add_sampling_flags, drop_long, grade_rollouts, make_rollouts, make_sampler
 from verify import Verifier
 
 
@@ -110,16 +110,16 @@ def main(argv=None):
     import copy
     import torch
     from eval import compare, evaluate, print_table
-    args.model = args.model or os.path.join(HERE, "tiny", "sft")
+    args.model = args.model or os.path.relpath(os.path.join(HERE, "tiny", "sft"))
     problems = load_problems(args, args.steps * args.batch)
     held_out = load_problems(args, args.eval_problems, held_out=True) if args.eval_problems and not args.data else []
     model, tokenizer = load_model(args.model, device, args.dtype)
     require_thinking_switch(tokenizer, args.thinking == "on")
     initial = copy.deepcopy(model).requires_grad_(False) if args.kl else None
     sampler = make_sampler(model, tokenizer, args)
+    problems = drop_long(problems, tokenizer, args, sampler.limit)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    student_prompt = render_prompt(tokenizer, problems[0], "", args.thinking == "on")
-    check_room([student_prompt], args.max_new_tokens, sampler.limit)
+    student_prompt = render_prompt(tokenizer, problem_batch(problems, 0, 1, args.seed)[0], "", args.thinking == "on")
     run = Run(args, "rlvr")
     print(f"prompt:\n{tokenizer.decode(student_prompt)}\n")
     run.log("samples", dict(student_prompt=tokenizer.decode(student_prompt)))

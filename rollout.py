@@ -8,7 +8,7 @@ The sampled end-of-sequence token is part of the response. A truncated response 
 from dataclasses import dataclass, field
 
 from common import fail, stop_ids
-from data import Problem, render_prompt
+from data import CONTEXTS, Problem, render_prompt
 from verify import grade_responses
 
 
@@ -105,10 +105,27 @@ def cut(ids, stop):
 
 
 def check_room(prompts, max_new_tokens, limit):
-    """Nothing is truncated silently: a prompt that leaves no room for the response under the model's context ends the program."""
+    """Nothing is truncated silently. `drop_long` has made sure of this beforehand; a caller who did not is stopped here."""
     longest = max(map(len, prompts))
     if limit and longest + max_new_tokens > limit:
         fail(f"--max-new-tokens {max_new_tokens}: the longest prompt has {longest} tokens and the model's context is {limit}")
+
+
+def drop_long(problems, tokenizer, args, limit, context="none"):
+    """The problems whose prompts, the student's and the teacher's, leave room for the response. Says how many it drops; ends the program if none is left.
+
+    Embedded problems are all of one size: only the first is looked at.
+    """
+    look_at = problems if args.data else problems[:1]
+    contexts = CONTEXTS[context]([Rollout(problem, []) for problem in look_at])
+    room = limit - args.max_new_tokens if limit else None
+    long = {i for i, (p, c) in enumerate(zip(look_at, contexts)) if room is not None
+            and max(len(render_prompt(tokenizer, p, text, args.thinking == "on")) for text in ("", c)) > room}
+    if long:
+        print(f"dropped {len(long)} of {len(problems)} problems, the first being number {min(long) + 1}: prompt and --max-new-tokens {args.max_new_tokens} exceed the model's context of {limit}")
+    if len(long) == len(look_at):
+        fail(f"--max-new-tokens {args.max_new_tokens}: no prompt leaves room for it in the model's context of {limit} tokens")
+    return [p for i, p in enumerate(problems) if i not in long]
 
 
 def make_sampler(model, tokenizer, args):

@@ -55,13 +55,10 @@ def some_rollouts(tokenizer, count=6, seed=0):
 
 def loss_and_gradient(model, teacher, rollouts, prompts, divergence="reverse_kl", mean="response", budget=10**9, chunk=10**9):
     """The step's loss as opsd.py adds it up, and the flat gradient."""
+    args = opsd.parse_args(["--divergence", divergence, "--mean", mean, "--micro-tokens", str(budget), "--chunk", str(chunk)])
     model.zero_grad()
-    weights, loss = opsd.token_weights(rollouts, mean), 0.0
-    for group in micro_batches([len(p) + len(r.response_ids) for p, r in zip(prompts, rollouts)], budget):
-        pick = lambda rows: [rows[i] for i in group]
-        part, _ = opsd.opsd_loss(model, teacher, pick(rollouts), pick(prompts), pick(weights), divergence, 0.5, chunk)
-        part.backward()
-        loss += part.item()
+    loss, measures = opsd.accumulate_gradients(model, teacher, rollouts, prompts, args)
+    assert [row.shape for row in measures] == [(4, len(r.response_ids)) for r in rollouts]
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -253,7 +250,8 @@ def test_teachers_move_as_named(model):
 
 def test_kl_by_position_sums_tokens_into_bins():
     rollouts = [Rollout(None, [], [0] * 5, True, outcome="correct"), Rollout(None, [], [0] * 3, True, outcome="incorrect"), Rollout(None, [], [0] * 2, True, outcome="correct")]
-    bins = opsd.kl_by_position(rollouts, [1, 2, 3, 4, 5, 10, 20, 30, 100, 200], 2)
+    measures = [torch.tensor([row] * 4) for row in ([1, 2, 3, 4, 5], [10, 20, 30], [100, 200])]
+    bins = opsd.kl_by_position(rollouts, measures, 2)
     assert bins["correct"] == dict(kl=[303, 7, 5], tokens=[4, 2, 1], rollouts=[2, 1, 1])
     assert bins["incorrect"] == dict(kl=[30, 30], tokens=[2, 1], rollouts=[1, 1]) and bins["truncated"]["kl"] == []
 
@@ -547,6 +545,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, complaint, tmp_path, mon
     error = capsys.readouterr().err.strip().split("\n")
     assert stop.value.code == 2 and complaint in error[-1] and "Traceback" not in "".join(error)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_long_prompt_among_others_is_dropped_with_a_word(tokenizer, capsys):
+    from rollout import drop_long
+    args = opsd.parse_args(["--data", "x.jsonl"])
+    problems = [Problem("1+1?", "2"), Problem("long " * 3000, "1"), Problem("short?", "2", "long " * 3000)]
+    assert drop_long(problems, tokenizer, args, 2048) == [problems[0], problems[2]]
+    assert drop_long(problems, tokenizer, args, 2048, "solution") == problems[:1]
+    assert "dropped 2 of 3 problems, the first being number 2" in capsys.readouterr().out
 
 
 def test_a_filter_that_keeps_nothing_is_logged_and_then_ends_the_run(tmp_path, monkeypatch, capsys):
