@@ -51,7 +51,7 @@ def parse_args(argv=None):
     group.add_argument("--ema", type=float, default=0.99, help="share of the old teacher kept at each step, with --teacher ema")
     group.add_argument("--refresh", type=int, default=10, help="steps between copies, with --teacher every")
     group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=int, default=30, help="optimizer steps")
+    group.add_argument("--steps", type=int, default=20, help="optimizer steps")
     group.add_argument("--batch", type=int, default=96, help="rollouts drawn at once, one a problem; with --resample: rollouts kept")
     group.add_argument("--resample", type=int, default=0, help="draw again, up to this many times a step, until --batch rollouts are kept; 0 = a single draw")
     group.add_argument("--lr", type=float, default=3e-4, help="constant learning rate of AdamW")

@@ -40,7 +40,7 @@ def parse_args(argv=None):
     group.add_argument("--lr", type=float, default=2e-4, help="constant learning rate of AdamW")
     group.add_argument("--weight-decay", type=float, default=0.0)
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm")
-    group.add_argument("--micro-tokens", type=int, default=4096, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
+    group.add_argument("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
     group.add_argument("--chunk", type=int, default=1024, help="tokens whose logits exist at once; changes memory and speed, not the gradient")
     group.add_argument("--give-up", type=int, default=10, help="stop after this many steps in a row in which every group has equal rewards")
     group.add_argument("--eval-problems", type=int, default=512, help="held-out problems of the embedded task in the closing table; 0 = no evaluation")

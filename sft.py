@@ -28,7 +28,7 @@ def parse_args(argv=None):
     group.add_argument("--warmup", type=int, default=100, help="steps")
     group.add_argument("--weight-decay", type=float, default=0.01)
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm")
-    group.add_argument("--micro-tokens", type=int, default=4096, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
+    group.add_argument("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
     args = parser.parse_args(argv)
     positive(parser, args, "steps", "batch", "lr", "micro_tokens")
     return args
