@@ -61,6 +61,8 @@ def set_up(args):
 
 def load_model(path, device, dtype="auto"):
     """(model, tokenizer) of a Hugging Face directory or id, safetensors only, no remote code. Ends the program if it cannot."""
+    if not os.path.isdir(path) and path.count("/") != 1:
+        fail(f"--model {path}: no such directory (a Hugging Face id has the form owner/name)")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     try:

@@ -116,16 +116,17 @@ def read_rows(path, split):
     is_file = path.endswith(".parquet")
     if is_file and not os.path.isfile(path):
         fail(f"--data {path}: no such file")
-    if not is_file and (os.path.exists(path) or "/" not in path):
+    if not is_file and (os.path.exists(path) or path.count("/") != 1):
         fail(f"--data {path}: neither a .jsonl or .parquet file nor a Hugging Face data set id (owner/name)")
     try:
-        from datasets import load_dataset
-    except ImportError:
-        fail(f"--data {path}: parquet files and data set ids need the package datasets (pip install datasets)")
-    try:
-        rows = load_dataset("parquet", data_files=path, split="train") if is_file else load_dataset(path, split=split)
+        if is_file:
+            import pyarrow.parquet
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        else:
+            import datasets
+            rows = datasets.load_dataset(path, split=split)
     except Exception as error:                              # a hub out of reach, a wrong id, a broken file: one line is enough
-        fail(f"--data {path}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        fail(f"--data {path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", row
 
@@ -180,6 +181,9 @@ def require_thinking_switch(tokenizer, thinking):
 # 3. Privileged contexts (paper, table 4). A new one is a function and an entry.
 
 def solution_context(rollouts):
+    for r in rollouts:
+        if not r.problem.solution:
+            fail(f"--context solution: no worked solution for {r.problem.question[:60]!r} (see --solution-field, or choose another context)")
     return [f"Here is a reference solution:\n{r.problem.solution}\nThe answer is {r.problem.answer}." for r in rollouts]
 
 

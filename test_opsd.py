@@ -428,6 +428,9 @@ def write(path, *lines):
 def test_loading_recognises_field_names(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"problem": "1+1?", "ground_truth": 2, "cot": "1+1=2", "level": "easy"}', "", '{"problem": "x?", "ground_truth": "\\\\frac{1}{2}"}')
     assert data.load_file(path) == [Problem("1+1?", "2", "1+1=2", "easy"), Problem("x?", "\\frac{1}{2}")]
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["1+1?"], "ground_truth": [2.0], "solution": [None]}), tmp_path / "c.parquet")
+    assert data.load_file(str(tmp_path / "c.parquet")) == [Problem("1+1?", "2.0")]
     path = write(tmp_path / "b.jsonl", '{"q": "1+1?", "a": "2"}')
     assert data.load_file(path, question_field="q", answer_field="a") == [Problem("1+1?", "2")]
 
@@ -509,9 +512,6 @@ def test_eval_writes_a_table_and_json(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit code 2, nothing left behind
 
-LONG = json.dumps({"question": "long " * 3000, "answer": "1"})
-
-
 @pytest.mark.parametrize("argv, complaint", [
     (["--filter", "corect"], "--filter"),
     (["--data", "missing.jsonl"], "missing.jsonl"),
@@ -521,9 +521,11 @@ LONG = json.dumps({"question": "long " * 3000, "answer": "1"})
     (["--data", "bad_gold.jsonl"], "bad_gold.jsonl, line 1: gold answer"),
     (["--data", "long.jsonl", "--eval-problems", "0"], "--max-new-tokens"),
     (["--data", "notes.txt"], "notes.txt"),
+    (["--data", "broken.parquet"], "broken.parquet"),
     (["--device", "cuda:7"], "--device cuda:7"),
     (["--model", "nowhere"], "--model nowhere"),
     (["--beta", "1"], "--beta"),
+    (["--data", "good.jsonl"], "--context solution"),
     (["--steps", "0"], "--steps"),
     (["--hard", "1.5"], "--hard"),
     (["--out", "taken"], "--out taken"),
@@ -532,12 +534,14 @@ LONG = json.dumps({"question": "long " * 3000, "answer": "1"})
 def test_bad_input_is_one_line_and_leaves_nothing(argv, complaint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     good = '{"question": "1+1?", "answer": "2"}'
+    write(tmp_path / "good.jsonl", good)
     write(tmp_path / "empty.jsonl", "")
     write(tmp_path / "broken.jsonl", good, "{not json")
     write(tmp_path / "no_answer.jsonl", good, '{"question": "1+1?"}')
     write(tmp_path / "bad_gold.jsonl", '{"question": "1+1?", "answer": "}{"}')
-    write(tmp_path / "long.jsonl", LONG)
+    write(tmp_path / "long.jsonl", json.dumps({"question": "long " * 3000, "answer": "1", "solution": "1"}))
     write(tmp_path / "notes.txt", "hello")
+    write(tmp_path / "broken.parquet", "hello")
     (tmp_path / "taken").mkdir()
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(SystemExit) as stop:
