@@ -554,7 +554,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, complaint, tmp_path, mon
 def test_a_long_prompt_among_others_is_dropped_with_a_word(tokenizer, capsys):
     from rollout import drop_long
     args = opsd.parse_args(["--data", "x.jsonl"])
-    problems = [Problem("1+1?", "2"), Problem("long " * 3000, "1"), Problem("short?", "2", "long " * 3000)]
+    problems = [Problem("1+1?", "2", "2"), Problem("long " * 3000, "1", "1"), Problem("short?", "2", "long " * 3000)]
     assert drop_long(problems, tokenizer, args, 2048) == [problems[0], problems[2]]
     assert drop_long(problems, tokenizer, args, 2048, "solution") == problems[:1]
     assert "dropped 2 of 3 problems, the first being number 2" in capsys.readouterr().out
