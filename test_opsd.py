@@ -476,7 +476,7 @@ def weights(path):
     (opsd, ["--steps", "2", "--filter", "correct", "--resample", "1"], "rlvr"),
     (opsd, ["--steps", "2", "--filter", "all", "--divergence", "jsd", "--teacher", "ema", "--mean", "token", "--context", "answer"], "rlvr"),
     (opsd, ["--steps", "2", "--filter", "all", "--thinking", "off", "--divergence", "split", "--truncated", "incorrect"], "rlvr"),
-    (rlvr, ["--steps", "2", "--group", "4", "--updates", "2", "--kl", "0.01"], "sft"),
+    (rlvr, ["--steps", "2", "--hard", "1", "--group", "8", "--updates", "2", "--kl", "0.01"], "sft"),
 ])
 def test_script_trains(script, argv, start, tmp_path, capsys):
     out = str(tmp_path / "run")
@@ -570,10 +570,10 @@ def test_a_filter_that_keeps_nothing_is_logged_and_then_ends_the_run(tmp_path, m
 
 
 def test_every_readme_command_parses():
-    commands = re.findall(r"python (\w+)\.py([^\n&|#]*)", open(os.path.join(HERE, "README.md")).read())
+    commands = re.findall(r"python (\w+)\.py([^\n&|#`]*)", open(os.path.join(HERE, "README.md")).read())
     assert len(commands) > 5
     for script, line in commands:
-        argv = shlex.split(line.replace("`", ""))
+        argv = shlex.split(line)
         module = {"opsd": opsd, "rlvr": rlvr, "sft": sft, "eval": evaluation}.get(script)
         if module and "--help" not in argv:
             module.parse_args(argv)
