@@ -43,7 +43,10 @@ def positive(parser, args, *names):
 
 
 def set_up(args):
-    """Threads, seed and device; returns the device. The first second of every script."""
+    """Threads, seed and device; returns the device. The first second of every script. No numeric flag may be negative."""
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and value < 0:
+            fail(f"--{name.replace('_', '-')} {value}: must not be negative")
     import torch
     import transformers
     transformers.logging.set_verbosity_error()
@@ -108,14 +111,15 @@ def save_model(path, model, tokenizer):
 
 
 def write_json(path, record):
-    """Writes the file whole or not at all."""
+    """Writes the file whole or not at all, its folder too if need be."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path + ".saving", "w") as stream:
         json.dump(record, stream)
     os.replace(path + ".saving", path)
 
 
 def check_out(args):
-    """Fails early if --out exists. Nothing is created yet: that is `open_run`'s, after everything loaded."""
+    """Fails early if --out exists. Nothing is created yet: that is `Run`'s, after everything loaded."""
     if args.out and os.path.exists(args.out) and not args.overwrite:
         fail(f"--out {args.out}: exists already; choose another or add --overwrite")
 
@@ -136,8 +140,9 @@ class Run:
                 except FileExistsError:
                     number += 1
         self.path = args.out
-        for stale in ("metrics.jsonl", "samples.jsonl"):
-            open(os.path.join(self.path, stale), "w").close()
+        for stale in os.listdir(self.path):                 # with --overwrite: the logs of the run before
+            if stale.endswith(".jsonl"):
+                os.remove(os.path.join(self.path, stale))
         self.log("metrics", dict(script=os.path.basename(sys.argv[0]), args=vars(args), **provenance()))
 
     def log(self, file, record):

@@ -129,6 +129,8 @@ def drop_long(problems, tokenizer, args, limit, context="none"):
 
 
 def make_sampler(model, tokenizer, args):
+    if not 0 < args.top_p <= 1:
+        fail(f"--top-p {args.top_p}: above 0 and at most 1")
     return TransformersSampler(model, tokenizer, args.sample_batch)
 
 

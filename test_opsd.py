@@ -527,6 +527,8 @@ def test_eval_writes_a_table_and_json(tmp_path, capsys):
     (["--beta", "1"], "--beta"),
     (["--data", "good.jsonl"], "--context solution"),
     (["--steps", "0"], "--steps"),
+    (["--seed", "-1"], "--seed -1"),
+    (["--top-p", "1.5"], "--top-p 1.5"),
     (["--hard", "1.5"], "--hard"),
     (["--out", "taken"], "--out taken"),
     (["--max-new-tokens", "5000"], "--max-new-tokens 5000"),
