@@ -86,7 +86,7 @@ def learning_rate(args, step):
 
 
 def build_tiny(seed):
-    """The embedded model and tokenizer from nothing: standard Llama, float32, 0.7 million parameters."""
+    """The embedded model and tokenizer from nothing: standard Llama, float32, 0.4 million parameters."""
     import numpy as np
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
