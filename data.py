@@ -178,30 +178,58 @@ def require_thinking_switch(tokenizer, thinking):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Privileged contexts (paper, table 4). A new one is a function and an entry.
+# 3. Privileged contexts (paper, table 4): what the teacher reads besides the problem.
+#
+# Each is a function (rollouts, write) -> one text a rollout, or None where the context failed. `write` takes one prompt a rollout and returns
+# what the frozen teacher writes to it, or None (empty or truncated). A new context is a function, a template if it needs one, and an entry.
 
-def solution_context(rollouts):
-    for r in rollouts:
-        if not r.problem.solution:
-            fail(f"--context solution: no worked solution for {r.problem.question[:60]!r} (see --solution-field, or choose another context)")
-    return [f"Here is a reference solution:\n{r.problem.solution}\nThe answer is {r.problem.answer}." for r in rollouts]
+REFERENCE = "Here is a reference solution:\n{solution}\nThe answer is {answer}."
+ANSWER = "The correct answer is {answer}."
+CONCISE = "Solve this concisely and correctly: be direct, do not restate the problem, and write only the key steps."
+
+ATTEMPT = "Problem:\n{question}\n\nYour attempt:\n{response}\n\n"
+REFLECTION = ATTEMPT + ("The correct answer is {answer}.\n\nWrite a short memo to yourself for the next time you meet this problem: the key insight, "
+                        "the most efficient path, patterns to recognise, and the answer.")
+REFLECTION_DEMO = ATTEMPT + ("A worked solution:\n{solution}\nThe correct answer is {answer}.\n\nWrite a short memo to yourself for the next time you meet this "
+                             "problem: the key insight, the most efficient path, patterns to recognise, and the answer.")
+FOUR_LINES = ATTEMPT + ("A worked solution:\n{solution}\nThe correct answer is {answer}.\n\nReflect in exactly four lines.\nKey insight: ...\nRecognition pattern: ...\n"
+                        "What you did right: ...\nEfficient path: ...")
+TWO_LINES = ATTEMPT + ("A worked solution:\n{solution}\nThe correct answer is {answer}.\n\nGive advice in exactly two lines.\nDO: ...\nDON'T: ...")
+RESOLVE = ("Problem:\n{question}\n\nA worked solution:\n{solution}\nThe correct answer is {answer}.\n\nNow solve the problem afresh, in your own words, "
+           "and put your final answer within \\boxed{{}}.")
+MEMO = "Notes from an earlier look at this problem:\n{text}"
+OWN_SOLUTION = "Here is a solution that you wrote earlier:\n{text}"
 
 
-def answer_context(rollouts):
-    return [f"The correct answer is {r.problem.answer}." for r in rollouts]
+def fill(template, rollout):
+    """The template with this rollout's fields. Ends the program where it wants a worked solution and the problem has none."""
+    if "{solution}" in template and not rollout.problem.solution:
+        fail(f"--context: it needs a worked solution, and {rollout.problem.question[:60]!r} has none (see --solution-field, or choose another context)")
+    return template.format(question=rollout.problem.question, answer=rollout.problem.answer, solution=rollout.problem.solution, response=rollout.text)
 
 
-def instruction_context(rollouts):
-    return ["Solve this concisely and correctly: be direct, do not restate the problem, and write only the key steps." for _ in rollouts]
+def given(template):
+    """A context that needs no generation."""
+    return lambda rollouts, write: [fill(template, r) for r in rollouts]
 
 
-# name -> function (rollouts) -> one context text per rollout. "none" is the student's own prompt.
+def written(template, frame=MEMO):
+    """A context that the frozen teacher writes first: `template` is what it is asked, `frame` what stands around its text afterwards."""
+    return lambda rollouts, write: [text and frame.format(text=text) for text in write([fill(template, r) for r in rollouts])]
+
+
 CONTEXTS = {
-    "none": lambda rollouts: ["" for _ in rollouts],
-    "solution": solution_context,
-    "answer": answer_context,
-    "instruction": instruction_context,
+    "none": given(""),
+    "solution": given(REFERENCE),
+    "answer": given(ANSWER),
+    "instruction": given(CONCISE),
+    "reflection": written(REFLECTION),
+    "reflection-demo": written(REFLECTION_DEMO),
+    "four-line": written(FOUR_LINES),
+    "two-line": written(TWO_LINES),
+    "resolve": written(RESOLVE, OWN_SOLUTION),
 }
+EMBEDDED_CONTEXTS = ["none", "solution", "answer", "instruction"]       # what the embedded model has seen in sft.py
 
 
 # ---------------------------------------------------------------------------------------------------------------------

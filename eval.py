@@ -17,7 +17,7 @@ import numpy as np
 
 from common import add_run_flags, check_out, load_model, make_parser, positive, provenance, set_up, write_json
 from data import CONTEXTS, add_data_flags, load_problems, read_trace, require_thinking_switch
-from rollout import Rollout, add_sampling_flags, grade_rollouts, make_rollouts, make_sampler
+from rollout import add_context_flags, add_sampling_flags, grade_rollouts, make_rollouts, make_sampler, make_writer
 from verify import Verifier
 
 # Table 3 of the paper: words that mark hesitation.
@@ -35,15 +35,15 @@ def parse_args(argv=None):
     group.add_argument("--problems", type=int, default=512, help="embedded task: number of held-out problems")
     group.add_argument("--samples", type=int, default=4, help="samples a problem (k of average@k)")
     group.add_argument("--context", nargs="*", default=[], choices=list(CONTEXTS), help="also evaluate the first model reading this context")
+    add_context_flags(group)
     args = parser.parse_args(argv)
     positive(parser, args, "problems", "samples", "max_new_tokens", "sample_batch")
     return args
 
 
-def evaluate(sampler, tokenizer, problems, verifier, args, samples=1, context="none"):
+def evaluate(sampler, tokenizer, problems, verifier, args, samples=1, contexts=None):
     """`samples` graded rollouts a problem, problem after problem. The same seed each time: checkpoints are compared like with like."""
     repeated = [problem for problem in problems for _ in range(samples)]
-    contexts = CONTEXTS[context]([Rollout(problem, []) for problem in repeated])
     rollouts = make_rollouts(sampler, tokenizer, repeated, args, EVALUATION_SEED + args.seed, contexts)
     grade_rollouts(verifier, rollouts)
     return rollouts
@@ -136,8 +136,11 @@ def main(argv=None):
             require_thinking_switch(tokenizer, args.thinking == "on")
             sampler = make_sampler(model, tokenizer, args)
             for context in ["none", *(args.context if path == args.model[0] else [])]:
-                name = path if context == "none" else f"{path} reading {context}"
-                named.append((name, evaluate(sampler, tokenizer, problems, verifier, args, args.samples, context)))
+                name, contexts = path, None
+                if context != "none":                                           # written ones reflect on the model's own responses, just sampled
+                    contexts = CONTEXTS[context](named[0][1], make_writer(sampler, tokenizer, args, args.seed))
+                    name = f"{path} reading {context}" + f" ({contexts.count(None)} of {len(contexts)} failed: without)" * (None in contexts)
+                named.append((name, evaluate(sampler, tokenizer, problems, verifier, args, args.samples, contexts)))
                 if not args.data and args.thinking == "on":
                     traces[name] = trace_table(named[-1][1])
                 print(f"evaluated {name}", flush=True)

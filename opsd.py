@@ -30,7 +30,7 @@ import time
 
 from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, peak_memory, positive, response_hidden, response_targets, save_model, set_up
 from data import CONTEXTS, add_data_flags, load_problems, problem_batch, render_prompt, require_thinking_switch
-from rollout import Rollout, add_sampling_flags, drop_long, grade_rollouts, make_rollouts, make_sampler
+from rollout import add_context_flags, add_sampling_flags, drop_long, grade_rollouts, make_rollouts, make_sampler, make_writer
 from verify import Verifier
 
 
@@ -43,7 +43,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("method")
     group.add_argument("--filter", default="correct", choices=list(FILTERS), help="rollouts that reach the loss")
     group.add_argument("--truncated", default="apart", choices=["apart", "incorrect"], help="what a response that hit the token cap counts as")
-    group.add_argument("--context", default="solution", choices=[name for name in CONTEXTS], help="what the teacher reads besides the problem")
+    group.add_argument("--context", default="solution", choices=list(CONTEXTS), help="what the teacher reads besides the problem (table 4)")
+    add_context_flags(group)
     group.add_argument("--divergence", default="reverse_kl", choices=list(DIVERGENCES), help="formulas above")
     group.add_argument("--beta", type=float, default=0.5, help="of jsd, between 0 and 1: weight of the teacher in the mixture")
     group.add_argument("--mean", default="response", choices=["response", "token"], help="response: mean over responses of their token means (eq. 1); token: mean over all tokens of the step")
@@ -176,6 +177,20 @@ def opsd_loss(student, teacher, rollouts, teacher_prompts, weights, divergence="
     return loss, torch.cat(measures, 1)
 
 
+def teacher_rows(tokenizer, rollouts, contexts, args, limit):
+    """(rollouts, teacher prompts, failed): without the rollouts whose context failed or whose teacher row exceeds the model's context; nothing is cut."""
+    rows = [(r, render_prompt(tokenizer, r.problem, c, args.thinking == "on")) for r, c in zip(rollouts, contexts) if c is not None]
+    rows = [(r, prompt) for r, prompt in rows if not limit or len(prompt) + len(r.response_ids) <= limit]
+    return [r for r, _ in rows], [prompt for _, prompt in rows], len(rollouts) - len(rows)
+
+
+def show_prompts(run, tokenizer, rollout, teacher_prompt):
+    """Prints and logs what student and teacher really read, once."""
+    texts = dict(student_prompt=tokenizer.decode(rollout.prompt_ids), teacher_prompt=tokenizer.decode(teacher_prompt))
+    run.log("samples", texts)
+    print(f"\nstudent's prompt:\n{texts['student_prompt']}\n\nteacher's prompt:\n{texts['teacher_prompt']}\n", flush=True)
+
+
 def accumulate_gradients(student, teacher, rollouts, teacher_prompts, args):
     """The whole step's loss, with gradients added up over micro-batches: (loss, measures: one (4, tokens) a rollout, see opsd_loss)."""
     weights = token_weights(rollouts, args.mean)                                    # one denominator, before the loop
@@ -226,15 +241,11 @@ def main(argv=None):
     model, tokenizer = load_model(args.model, device, args.dtype)
     require_thinking_switch(tokenizer, args.thinking == "on")
     teacher = frozen_copy(model)
-    sampler = make_sampler(model, tokenizer, args)
+    sampler, teacher_sampler = make_sampler(model, tokenizer, args), make_sampler(teacher, tokenizer, args)
     problems = drop_long(problems, tokenizer, args, sampler.limit, args.context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    first = problem_batch(problems, 0, 1, args.seed)[0]
-    student_prompt = render_prompt(tokenizer, first, "", args.thinking == "on")
-    teacher_prompt = render_prompt(tokenizer, first, CONTEXTS[args.context]([Rollout(first, student_prompt)])[0], args.thinking == "on")
     run = Run(args, f"opsd-{args.filter}")
-    print(f"student's prompt:\n{tokenizer.decode(student_prompt)}\n\nteacher's prompt:\n{tokenizer.decode(teacher_prompt)}\n")
-    run.log("samples", dict(student_prompt=tokenizer.decode(student_prompt), teacher_prompt=tokenizer.decode(teacher_prompt)))
+    print(f"{len(problems):,} problems, device {device}, run directory {run.path}")
     with Verifier() as verifier:
         before = evaluate(sampler, tokenizer, held_out, verifier, args) if held_out else None
         drawn = skipped = updates = 0
@@ -253,7 +264,10 @@ def main(argv=None):
             sampled = time.time()
 
             # 4. loss: the teacher scores the same tokens behind its own prompt
-            teacher_prompts = [render_prompt(tokenizer, r.problem, c, args.thinking == "on") for r, c in zip(kept, CONTEXTS[args.context](kept))]
+            contexts = CONTEXTS[args.context](kept, make_writer(teacher_sampler, tokenizer, args, args.seed + drawn))
+            kept, teacher_prompts, failed = teacher_rows(tokenizer, kept, contexts, args, sampler.limit)
+            if kept and not updates:
+                show_prompts(run, tokenizer, kept[0], teacher_prompts[0])
             loss, measures = accumulate_gradients(model, teacher, kept, teacher_prompts, args)
 
             # 5. step
@@ -266,7 +280,7 @@ def main(argv=None):
                 updates, skipped = updates + 1, 0
             else:
                 norm, skipped = 0.0, skipped + 1
-            log_step(run, step, args, loss, measures, norm, seen, kept, sampled - start, time.time() - sampled, device)
+            log_step(run, step, args, loss, measures, norm, seen, kept, failed, sampled - start, time.time() - sampled, device)
             if args.kl_by_position and kept:
                 run.log("kl_by_position", dict(step=step + 1, bin=args.kl_by_position, **kl_by_position(kept, measures, args.kl_by_position)))
             if skipped == args.give_up:
@@ -297,7 +311,7 @@ def kl_by_position(rollouts, measures, width):
     return bins
 
 
-def log_step(run, step, args, loss, measures, norm, seen, kept, sampling_seconds, training_seconds, device):
+def log_step(run, step, args, loss, measures, norm, seen, kept, failed, sampling_seconds, training_seconds, device):
     """One line of metrics.jsonl. Lengths in tokens; KLs and entropies in nats, means over the tokens that reached the loss."""
     import torch
     count = {name: sum(r.outcome == name for r in seen) for name in ("correct", "incorrect", "truncated")}
@@ -306,7 +320,7 @@ def log_step(run, step, args, loss, measures, norm, seen, kept, sampling_seconds
     record = dict(
         step=step + 1, loss=loss, reverse_kl=means[0], forward_kl=means[1], student_entropy=means[2], teacher_entropy=means[3], grad_norm=norm,
         sampled=len(seen), **count, no_answer=sum(r.reason == "no_answer" for r in seen),
-        kept=len(kept), loss_tokens=sum(len(r.response_ids) for r in kept),
+        context_failed=failed, kept=len(kept), loss_tokens=sum(len(r.response_ids) for r in kept),
         length=length(seen), length_correct=length([r for r in seen if r.outcome == "correct"]), length_kept=length(kept),
         sampling_seconds=sampling_seconds, sampled_tokens_per_second=sum(len(r.response_ids) for r in seen) / sampling_seconds,
         training_seconds=training_seconds, trained_tokens_per_second=sum(len(r.response_ids) for r in kept) / training_seconds,
@@ -316,7 +330,7 @@ def log_step(run, step, args, loss, measures, norm, seen, kept, sampling_seconds
         run.log("samples", dict(step=step + 1, question=r.problem.question, gold=r.problem.answer, response=r.text, outcome=r.outcome, reason=r.reason,
                                 kept=any(r is k for k in kept)))
     if not kept:
-        print(f"step {step + 1}/{args.steps}  nothing kept: --filter {args.filter} left none of {len(seen)} rollouts; no update", flush=True)
+        print(f"step {step + 1}/{args.steps}  nothing kept: --filter {args.filter} left none of {len(seen)} rollouts" + f", {failed} contexts failed" * bool(failed) + "; no update", flush=True)
     else:
         print(f"step {step + 1}/{args.steps}  loss {loss:.4f}  KL {means[0]:.4f}  correct {count['correct']}/{len(seen)}  truncated {count['truncated']}  "
               f"kept {len(kept)}  length {record['length']:.1f}  {sampling_seconds + training_seconds:.1f} s", flush=True)

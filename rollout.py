@@ -8,7 +8,7 @@ The sampled end-of-sequence token is part of the response. A truncated response 
 from dataclasses import dataclass, field
 
 from common import fail, stop_ids
-from data import CONTEXTS, Problem, render_prompt
+from data import CONTEXTS, Problem, chat_ids, plain, render_prompt
 from verify import grade_responses
 
 
@@ -35,9 +35,9 @@ def add_sampling_flags(parser, max_new_tokens=160):
 
 
 def make_rollouts(sampler, tokenizer, problems, args, seed, contexts=None):
-    """Samples one response a problem. `contexts` (one text a problem) turns the prompts into the teacher's."""
+    """Samples one response a problem. `contexts` (a text a problem; None for one that failed) turns the prompts into the teacher's."""
     contexts = contexts or [""] * len(problems)
-    rollouts = [Rollout(p, render_prompt(tokenizer, p, c, args.thinking == "on")) for p, c in zip(problems, contexts)]
+    rollouts = [Rollout(p, render_prompt(tokenizer, p, c or "", args.thinking == "on")) for p, c in zip(problems, contexts)]
     samples = sampler.sample([r.prompt_ids for r in rollouts], args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed)
     for rollout, (ids, finished) in zip(rollouts, samples):
         rollout.response_ids, rollout.finished = ids, finished
@@ -117,7 +117,7 @@ def drop_long(problems, tokenizer, args, limit, context="none"):
     Embedded problems are all of one size: only the first is looked at.
     """
     look_at = problems if args.data else problems[:1]
-    contexts = CONTEXTS[context]([Rollout(problem, []) for problem in look_at])
+    contexts = CONTEXTS[context]([Rollout(problem, []) for problem in look_at], lambda prompts: [""] * len(prompts))      # written ones: their frame
     room = limit - args.max_new_tokens if limit else None
     long = {i for i, (p, c) in enumerate(zip(look_at, contexts)) if room is not None
             and max(len(render_prompt(tokenizer, p, text, args.thinking == "on")) for text in ("", c)) > room}
@@ -126,6 +126,25 @@ def drop_long(problems, tokenizer, args, limit, context="none"):
     if len(long) == len(look_at):
         fail(f"--max-new-tokens {args.max_new_tokens}: no prompt leaves room for it in the model's context of {limit} tokens")
     return [p for i, p in enumerate(problems) if i not in long]
+
+
+def add_context_flags(group):
+    group.add_argument("--context-tokens", type=int, default=512, help="cap in tokens of a context that the teacher writes; one that hits it has failed")
+    group.add_argument("--context-thinking", default="off", choices=["on", "off"], help="enable_thinking while the teacher writes a context")
+
+
+def make_writer(sampler, tokenizer, args, seed):
+    """The `write` of data.CONTEXTS: what the sampler's model writes to each prompt, in one batch; None where it is empty, truncated or the prompt too long."""
+    def write(prompts):
+        ids = [chat_ids(tokenizer, plain(tokenizer, prompt), args.context_thinking == "on") for prompt in prompts]
+        fits = [i for i, row in enumerate(ids) if not sampler.limit or len(row) + args.context_tokens <= sampler.limit]
+        texts = [None] * len(prompts)
+        samples = sampler.sample([ids[i] for i in fits], args.context_tokens, args.temperature, args.top_p, args.top_k, seed) if fits else []
+        for i, (response, finished) in zip(fits, samples):
+            text = tokenizer.decode(response[:-1]).rpartition("</think>")[2].strip()
+            texts[i] = text if finished and text else None
+        return texts
+    return write
 
 
 def make_sampler(model, tokenizer, args):

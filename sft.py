@@ -13,7 +13,7 @@
 import time
 
 from common import Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, peak_memory, positive, response_hidden, response_targets, save_model, set_up
-from data import CONTEXTS, add_data_flags, load_problems, reference_trace, render_prompt
+from data import CONTEXTS, EMBEDDED_CONTEXTS, add_data_flags, load_problems, reference_trace, render_prompt
 
 
 def parse_args(argv=None):
@@ -50,7 +50,7 @@ def embedded_row(tokenizer, problem, rng):
     import numpy as np
     from rollout import Rollout
     _, context, thinking = MIXTURE[rng.choice(len(MIXTURE), p=np.array([share for share, _, _ in MIXTURE]))]
-    prompt = render_prompt(tokenizer, problem, CONTEXTS[context]([Rollout(problem, [])])[0], thinking)
+    prompt = render_prompt(tokenizer, problem, CONTEXTS[context]([Rollout(problem, [])], None)[0], thinking)
     pieces = reference_trace(problem, rng, context, thinking) + [(tokenizer.eos_token, True)]
     ids = tokenizer([text for text, _ in pieces], add_special_tokens=False).input_ids       # pieces meet at digits, which are single tokens
     response = [token for piece in ids for token in piece]
@@ -96,8 +96,8 @@ def build_tiny(seed):
     rng = np.random.default_rng(seed)
     corpus = []
     for problem in embedded_problems(400, seed):
-        for name, context in CONTEXTS.items():
-            corpus += ["user\n", "assistant\n", problem.question, INSTRUCTION, context([Rollout(problem, [])])[0]]
+        for name in EMBEDDED_CONTEXTS:
+            corpus += ["user\n", "assistant\n", problem.question, INSTRUCTION, CONTEXTS[name]([Rollout(problem, [])], None)[0]]
             corpus.append("".join(text for text, _ in reference_trace(problem, rng, name)))
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe = Tokenizer(models.BPE())

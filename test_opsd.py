@@ -17,7 +17,7 @@ import rlvr
 import sft
 from common import HERE, load_model, micro_batches, response_hidden, response_targets
 from data import CONTEXTS, Problem, embedded_problems, render_prompt
-from rollout import Rollout, cut, make_rollouts, make_sampler
+from rollout import Rollout, cut, make_sampler, make_writer
 from verify import Verifier
 
 TINY = os.path.join(HERE, "tiny", "rlvr")
@@ -63,7 +63,7 @@ def loss_and_gradient(model, teacher, rollouts, prompts, divergence="reverse_kl"
 
 
 def teacher_prompts(tokenizer, rollouts, context="solution"):
-    return [render_prompt(tokenizer, r.problem, c) for r, c in zip(rollouts, CONTEXTS[context](rollouts))]
+    return [render_prompt(tokenizer, r.problem, c) for r, c in zip(rollouts, CONTEXTS[context](rollouts, None))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,11 +360,42 @@ def test_every_stop_id_ends_a_response(tiny, tokenizer):
 def test_student_and_teacher_prompts(tokenizer):
     problem = Problem("What is 2+2?", "4", "2+2=4")
     student = tokenizer.decode(render_prompt(tokenizer, problem))
-    teacher = tokenizer.decode(render_prompt(tokenizer, problem, CONTEXTS["solution"]([Rollout(problem, [])])[0]))
+    teacher = tokenizer.decode(render_prompt(tokenizer, problem, CONTEXTS["solution"]([Rollout(problem, [])], None)[0]))
     assert student.startswith("<|im_start|>user\nWhat is 2+2?\n\nReason step by step") and student.endswith("<|im_start|>assistant\n")
     assert "2+2=4" in teacher and teacher.index("What is") < teacher.index("2+2=4") < teacher.index("Reason step by step")
     off = tokenizer.decode(render_prompt(tokenizer, problem, thinking=False))
     assert off == student + "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("name, wants, frame", [
+    ("reflection", ["5 {q}", "my attempt", "is 6", "memo"], "Notes"), ("reflection-demo", ["my attempt", "five plus one", "memo"], "Notes"),
+    ("four-line", ["my attempt", "five plus one", "four lines"], "Notes"), ("two-line", ["my attempt", "five plus one", "DO:", "DON'T:"], "Notes"),
+    ("resolve", ["five plus one", "\\boxed{}"], "solution that you wrote"),
+])
+def test_written_contexts_ask_the_teacher_and_frame_what_it_writes(name, wants, frame):
+    asked = []
+
+    def write(prompts):
+        asked.extend(prompts)
+        return ["{text} 42", None]
+
+    rollouts = [Rollout(Problem("5 {q} + 1?", "6", "five plus one"), [], text="my attempt"), Rollout(Problem("x?", "1", "s"), [], text="t")]
+    texts = CONTEXTS[name](rollouts, write)
+    assert all(part in asked[0] for part in wants) and (name == "resolve") == ("my attempt" not in asked[0])
+    assert texts[0].startswith(("Notes", "Here is")) and frame in texts[0] and texts[0].endswith("{text} 42") and texts[1] is None
+
+
+def test_writer_counts_truncated_and_oversized_contexts_as_failed(tiny, tokenizer):
+    args = opsd.parse_args(["--context-tokens", "150"])
+    sampler = make_sampler(tiny[0], tokenizer, args)
+    prompts = [embedded_problems(1, 1)[0].question + "\n\n" + data.INSTRUCTION, "long " * 3000]
+    texts = make_writer(sampler, tokenizer, args, seed=0)(prompts)
+    assert isinstance(texts[0], str) and texts[1] is None
+    args.context_tokens = 1
+    assert make_writer(sampler, tokenizer, args, seed=0)(prompts) == [None, None]
+    rollouts = [Rollout(embedded_problems(1, 1)[0], [], [1] * 10), Rollout(embedded_problems(1, 1)[0], [], [1] * 2100)]
+    kept, rows, failed = opsd.teacher_rows(tokenizer, rollouts * 2, ["a", "a", None, None], args, sampler.limit)
+    assert kept == [rollouts[0]] and len(rows) == 1 and failed == 3
 
 
 def test_control_tokens_in_data_stay_text(tokenizer):
@@ -390,7 +421,7 @@ def test_embedded_problems_are_right_reproducible_and_disjoint():
     assert {p.difficulty for p in embedded_problems(50, 0, hard=0.0)} == {"easy"}
 
 
-@pytest.mark.parametrize("context", list(CONTEXTS))
+@pytest.mark.parametrize("context", data.EMBEDDED_CONTEXTS)
 def test_reference_traces_end_right_and_every_step_is_repaired(context):
     rng = np.random.default_rng(0)
     checked = {"easy": 0, "hard": 0}
@@ -476,6 +507,7 @@ def weights(path):
     (opsd, ["--steps", "2", "--filter", "correct", "--resample", "1"], "rlvr"),
     (opsd, ["--steps", "2", "--filter", "all", "--divergence", "jsd", "--teacher", "ema", "--mean", "token", "--context", "answer"], "rlvr"),
     (opsd, ["--steps", "2", "--filter", "all", "--thinking", "off", "--divergence", "split", "--truncated", "incorrect"], "rlvr"),
+    (opsd, ["--steps", "2", "--filter", "all", "--context", "resolve", "--context-tokens", "60"], "rlvr"),
     (rlvr, ["--steps", "2", "--hard", "1", "--group", "8", "--updates", "2", "--kl", "0.01"], "sft"),
 ])
 def test_script_trains(script, argv, start, tmp_path, capsys):
@@ -525,7 +557,7 @@ def test_eval_writes_a_table_and_json(tmp_path, capsys):
     (["--device", "cuda:7"], "--device cuda:7"),
     (["--model", "nowhere"], "--model nowhere"),
     (["--beta", "1"], "--beta"),
-    (["--data", "good.jsonl"], "--context solution"),
+    (["--data", "good.jsonl"], "--context: it needs a worked solution"),
     (["--steps", "0"], "--steps"),
     (["--seed", "-1"], "--seed -1"),
     (["--top-p", "1.5"], "--top-p 1.5"),
