@@ -188,25 +188,27 @@ def micro_batches(lengths, budget):
 
 
 def response_hidden(model, rows):
-    """Hidden states that predict the response tokens of `rows`, a list of (prompt ids, response ids): (R, D), row after row.
+    """Hidden states that predict the response tokens of `rows`: (R, D), row after row.
 
-    Response token t (from 0) is predicted at position len(prompt) + t - 1. Padding stands on the right, where causal attention
-    never looks, so it changes nothing; the mask comes from lengths, never from ids (pad may equal eos).
+    A row alternates ids that are given and ids that are scored: (prompt, response), or, where the teacher's copy has insertions,
+    (prompt, response part, insertion, response part, ...). A scored token is predicted at the position before it. Padding stands on
+    the right, where causal attention never looks, so it changes nothing; the mask comes from lengths, never from ids (pad may equal eos).
     """
     import torch
-    width = max(len(prompt) + len(response) - 1 for prompt, response in rows)
+    width = max(sum(map(len, row)) for row in rows) - 1
     ids = torch.zeros(len(rows), width, dtype=torch.long)                               # (B, T)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)                              # (B, T)
-    for i, (prompt, response) in enumerate(rows):
-        row = (prompt + response)[:-1]                                                  # the last token predicts nothing here
-        ids[i, :len(row)] = torch.tensor(row)
-        mask[i, len(prompt) - 1:len(row)] = True
+    for i, row in enumerate(rows):
+        flat = [token for piece in row for token in piece]
+        scored = [number % 2 == 1 for number, piece in enumerate(row) for _ in piece]
+        ids[i, :len(flat) - 1] = torch.tensor(flat[:-1])                                # the last token predicts nothing here
+        mask[i, :len(flat) - 1] = torch.tensor(scored[1:])
     ids, mask = ids.to(model.device), mask.to(model.device)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state         # (B, T, D)
     return hidden[mask]                                                                 # (R, D)
 
 
 def response_targets(model, rows):
-    """The response ids of `rows` in the order of `response_hidden`: (R,)."""
+    """The scored ids of `rows` in the order of `response_hidden`: (R,)."""
     import torch
-    return torch.tensor([token for _, response in rows for token in response], device=model.device)
+    return torch.tensor([token for row in rows for piece in row[1::2] for token in piece], device=model.device)

@@ -29,7 +29,7 @@ import os
 import time
 
 from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, peak_memory, positive, response_hidden, response_targets, save_model, set_up
-from data import CONTEXTS, add_data_flags, load_problems, problem_batch, render_prompt, require_thinking_switch
+from data import CONTEXTS, add_data_flags, load_problems, plain, problem_batch, render_prompt, require_thinking_switch
 from rollout import add_context_flags, add_sampling_flags, drop_long, grade_rollouts, make_rollouts, make_sampler, make_writer
 from verify import Verifier
 
@@ -45,6 +45,7 @@ def parse_args(argv=None):
     group.add_argument("--truncated", default="apart", choices=["apart", "incorrect"], help="what a response that hit the token cap counts as")
     group.add_argument("--context", default="solution", choices=list(CONTEXTS), help="what the teacher reads besides the problem (table 4)")
     add_context_flags(group)
+    group.add_argument("--reinject", type=int, default=0, help="put the context again into the teacher's copy of the response every this many tokens (table 5: 2048); 0 = off")
     group.add_argument("--divergence", default="reverse_kl", choices=list(DIVERGENCES), help="formulas above")
     group.add_argument("--beta", type=float, default=0.5, help="of jsd, between 0 and 1: weight of the teacher in the mixture")
     group.add_argument("--mean", default="response", choices=["response", "token"], help="response: mean over responses of their token means (eq. 1); token: mean over all tokens of the step")
@@ -146,18 +147,18 @@ def entropy(logprobs):
     return -(logprobs.exp() * logprobs).sum(-1)                                                             # (R,)
 
 
-def opsd_loss(student, teacher, rollouts, teacher_prompts, weights, divergence="reverse_kl", beta=0.5, chunk=1024):
+def opsd_loss(student, teacher, rollouts, teacher_rows, weights, divergence="reverse_kl", beta=0.5, chunk=1024):
     """The loss of one micro-batch: (loss, measures (4, R): reverse KL, forward KL, student entropy, teacher entropy, all in nats).
 
-    student, teacher: models. rollouts: their response ids stand in both rows, behind the student's prompt and behind
-    `teacher_prompts`. weights: see token_weights. Logits exist for `chunk` response tokens at a time, and are recomputed in backward.
+    student, teacher: models. rollouts: the student's rows. teacher_rows: the same response ids behind the teacher's prompts, see
+    teacher_row. weights: see token_weights. Logits exist for `chunk` response tokens at a time, and are recomputed in backward.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
     rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
     hidden = response_hidden(student, rows)                                                                 # (R, D)
     with torch.no_grad():
-        teacher_hidden = response_hidden(teacher, list(zip(teacher_prompts, (r.response_ids for r in rollouts))))   # (R, D)
+        teacher_hidden = response_hidden(teacher, teacher_rows)                                             # (R, D)
     ids = response_targets(student, rows)                                                                   # (R,)
     correct = torch.tensor([r.outcome == "correct" for r in rollouts for _ in r.response_ids], device=ids.device)   # (R,)
     flat = torch.tensor([w for row in weights for w in row], device=ids.device)                             # (R,)
@@ -177,27 +178,48 @@ def opsd_loss(student, teacher, rollouts, teacher_prompts, weights, divergence="
     return loss, torch.cat(measures, 1)
 
 
+RECALL = "\n\nActually, I recall:\n{context}\nContinuing from this.\n\n"
+
+
+def teacher_row(prompt, response, recall=(), every=0):
+    """The teacher's row (see response_hidden): its prompt and the response; with `every` the ids `recall` stand again before each further
+    `every` response tokens (reinjection, table 5). They are read, not scored: the response tokens are the same, none is moved or added."""
+    row = [prompt, response[:every] if every else response]
+    for start in range(every, len(response), every) if every else ():
+        row += [list(recall), response[start:start + every]]
+    return row
+
+
 def teacher_rows(tokenizer, rollouts, contexts, args, limit):
-    """(rollouts, teacher prompts, failed): without the rollouts whose context failed or whose teacher row exceeds the model's context; nothing is cut."""
-    rows = [(r, render_prompt(tokenizer, r.problem, c, args.thinking == "on")) for r, c in zip(rollouts, contexts) if c is not None]
-    rows = [(r, prompt) for r, prompt in rows if not limit or len(prompt) + len(r.response_ids) <= limit]
-    return [r for r, _ in rows], [prompt for _, prompt in rows], len(rollouts) - len(rows)
+    """(rollouts, teacher rows, failed): without the rollouts whose context failed or whose teacher row exceeds the model's context; nothing is cut."""
+    rows = []
+    for rollout, context in zip(rollouts, contexts):
+        if context is not None:
+            recall = plain(tokenizer, RECALL.format(context=context)) if context and args.reinject else ""
+            rows.append((rollout, teacher_row(render_prompt(tokenizer, rollout.problem, context, args.thinking == "on"), rollout.response_ids,
+                                              tokenizer(recall, add_special_tokens=False).input_ids, args.reinject)))
+    rows = [(rollout, row) for rollout, row in rows if not limit or sum(map(len, row)) <= limit]
+    return [rollout for rollout, _ in rows], [row for _, row in rows], len(rollouts) - len(rows)
 
 
-def show_prompts(run, tokenizer, rollout, teacher_prompt):
+def show_prompts(run, tokenizer, rollout, row):
     """Prints and logs what student and teacher really read, once."""
-    texts = dict(student_prompt=tokenizer.decode(rollout.prompt_ids), teacher_prompt=tokenizer.decode(teacher_prompt))
+    texts = dict(student_prompt=tokenizer.decode(rollout.prompt_ids), teacher_prompt=tokenizer.decode(row[0]))
+    if len(row) > 2:
+        texts["reinjected"] = tokenizer.decode(row[2])
     run.log("samples", texts)
-    print(f"\nstudent's prompt:\n{texts['student_prompt']}\n\nteacher's prompt:\n{texts['teacher_prompt']}\n", flush=True)
+    for name, text in texts.items():
+        print(f"\n{name.replace('_prompt', chr(39) + 's prompt')}:\n{text}", flush=True)
+    print()
 
 
-def accumulate_gradients(student, teacher, rollouts, teacher_prompts, args):
+def accumulate_gradients(student, teacher, rollouts, teacher_rows, args):
     """The whole step's loss, with gradients added up over micro-batches: (loss, measures: one (4, tokens) a rollout, see opsd_loss)."""
     weights = token_weights(rollouts, args.mean)                                    # one denominator, before the loop
     loss, measures = 0.0, [None] * len(rollouts)
-    for group in micro_batches([len(p) + len(r.response_ids) for p, r in zip(teacher_prompts, rollouts)], args.micro_tokens):
+    for group in micro_batches([sum(map(len, row)) for row in teacher_rows], args.micro_tokens):
         pick = lambda rows: [rows[i] for i in group]
-        part, part_measures = opsd_loss(student, teacher, pick(rollouts), pick(teacher_prompts), pick(weights), args.divergence, args.beta, args.chunk)
+        part, part_measures = opsd_loss(student, teacher, pick(rollouts), pick(teacher_rows), pick(weights), args.divergence, args.beta, args.chunk)
         part.backward()
         loss += part.item()
         for i, row in zip(group, part_measures.split([len(rollouts[i].response_ids) for i in group], 1)):
@@ -265,10 +287,10 @@ def main(argv=None):
 
             # 4. loss: the teacher scores the same tokens behind its own prompt
             contexts = CONTEXTS[args.context](kept, make_writer(teacher_sampler, tokenizer, args, args.seed + drawn))
-            kept, teacher_prompts, failed = teacher_rows(tokenizer, kept, contexts, args, sampler.limit)
+            kept, rows, failed = teacher_rows(tokenizer, kept, contexts, args, sampler.limit)
             if kept and not updates:
-                show_prompts(run, tokenizer, kept[0], teacher_prompts[0])
-            loss, measures = accumulate_gradients(model, teacher, kept, teacher_prompts, args)
+                show_prompts(run, tokenizer, kept[0], rows[0])
+            loss, measures = accumulate_gradients(model, teacher, kept, rows, args)
 
             # 5. step
             if kept:

@@ -57,7 +57,8 @@ def loss_and_gradient(model, teacher, rollouts, prompts, divergence="reverse_kl"
     """The step's loss as opsd.py adds it up, and the flat gradient."""
     args = opsd.parse_args(["--divergence", divergence, "--mean", mean, "--micro-tokens", str(budget), "--chunk", str(chunk)])
     model.zero_grad()
-    loss, measures = opsd.accumulate_gradients(model, teacher, rollouts, prompts, args)
+    rows = [opsd.teacher_row(p, r.response_ids) for p, r in zip(prompts, rollouts)]
+    loss, measures = opsd.accumulate_gradients(model, teacher, rollouts, rows, args)
     assert [row.shape for row in measures] == [(4, len(r.response_ids)) for r in rollouts]
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -178,6 +179,27 @@ def test_tenth_response_token_is_the_same_id_at_the_right_offset(model, tokenize
         assert start == len(hidden) == len(targets)
 
 
+def test_reinjection_is_read_but_not_scored_and_moves_nothing(model, tokenizer):
+    rollouts = some_rollouts(tokenizer)
+    prompts = teacher_prompts(tokenizer, rollouts)
+    recall, args = tokenizer("recall 42", add_special_tokens=False).input_ids, opsd.parse_args(["--reinject", "10"])
+    plain, empty, again = ([opsd.teacher_row(p, r.response_ids, ids, every) for p, r in zip(prompts, rollouts)] for ids, every in [((), 0), ((), 10), (recall, 10)])
+    ids = response_targets(model, plain).tolist()
+    assert response_targets(model, again).tolist() == response_targets(model, empty).tolist() == ids             # same tokens, same order
+    assert sum(piece == recall for piece in again[0]) == (len(rollouts[0].response_ids) - 1) // 10
+    # token 9 stands before the first insertion: nothing changes. Token 10 stands behind it: predicted from the insertion's last token
+    hidden, single = response_hidden(model, again), model.base_model(torch.tensor([prompts[0] + rollouts[0].response_ids[:10] + recall])).last_hidden_state[0]
+    torch.testing.assert_close(hidden[9], response_hidden(model, plain)[9], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hidden[10], single[-1], rtol=1e-4, atol=1e-5)
+    teacher = opsd.frozen_copy(model)
+    loss = [opsd.accumulate_gradients(model, teacher, rollouts, rows, args)[0] for rows in (plain, empty, again)]
+    assert loss[0] == pytest.approx(loss[1], rel=1e-6) and loss[2] != pytest.approx(loss[0], rel=1e-2)
+    # the rows that opsd.py makes: every insertion holds the context, and with an empty context there is nothing to insert
+    _, rows, _ = opsd.teacher_rows(tokenizer, rollouts, ["the hint"] * len(rollouts), args, None)
+    assert "the hint" in tokenizer.decode(rows[0][2]) and rows[0][0] == render_prompt(tokenizer, rollouts[0].problem, "the hint")
+    assert not opsd.teacher_rows(tokenizer, rollouts, [""] * len(rollouts), args, None)[1][0][2]
+
+
 def test_masks_come_from_lengths_so_a_final_eos_counts_even_if_pad_is_eos(model, tokenizer):
     model.config.pad_token_id = tokenizer.eos_token_id
     rollouts = some_rollouts(tokenizer)
@@ -187,7 +209,7 @@ def test_masks_come_from_lengths_so_a_final_eos_counts_even_if_pad_is_eos(model,
     assert (targets == tokenizer.eos_token_id).sum() == sum(r.finished for r in rollouts) == 4
     # the eos position carries gradient: a loss on it alone moves the model, and prompt or padding tokens are not among the targets
     weights = [[0.0] * (len(r.response_ids) - 1) + [float(r.finished)] for r in rollouts]
-    loss, _ = opsd.opsd_loss(model, opsd.frozen_copy(model), rollouts, [r.prompt_ids for r in rollouts], weights, "rft")
+    loss, _ = opsd.opsd_loss(model, opsd.frozen_copy(model), rollouts, rows, weights, "rft")
     loss.backward()
     assert loss.item() > 0 and model.lm_head.weight.grad[tokenizer.eos_token_id].abs().sum() > 0
 
@@ -197,7 +219,7 @@ def test_ids_reach_the_loss_as_sampled_even_if_text_would_tokenise_otherwise(mod
     assert tokenizer(tokenizer.decode(ids[:-1]), add_special_tokens=False).input_ids != ids[:-1]
     problem = embedded_problems(1, 0)[0]
     rollout = Rollout(problem, render_prompt(tokenizer, problem), ids, True, outcome="correct")
-    loss, _ = opsd.opsd_loss(model, opsd.frozen_copy(model), [rollout], [rollout.prompt_ids], opsd.token_weights([rollout], "response"), "rft")
+    loss, _ = opsd.opsd_loss(model, opsd.frozen_copy(model), [rollout], [(rollout.prompt_ids, ids)], opsd.token_weights([rollout], "response"), "rft")
     logprobs = model(torch.tensor([rollout.prompt_ids + ids])).logits[0].log_softmax(-1)
     expected = -sum(logprobs[len(rollout.prompt_ids) + i - 1, token] for i, token in enumerate(ids)) / len(ids)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
