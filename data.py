@@ -40,9 +40,10 @@ SOLUTION_FIELDS = ("solution", "cot", "reasoning")
 DIFFICULTY_FIELDS = ("difficulty", "level")
 
 
-def add_data_flags(parser):
+def add_data_flags(parser, several=False):
     group = parser.add_argument_group("data")
-    group.add_argument("--data", help="JSONL or parquet file, or a Hugging Face data set id; without it: the embedded task")
+    group.add_argument("--data", nargs="+" if several else None, help="JSONL or parquet file, or a Hugging Face data set id (owner/name, or owner/name:configuration)"
+                       + " (several: their changes are averaged)" * several + "; without it: the embedded task")
     group.add_argument("--split", default="train", help="split of a Hugging Face data set id")
     group.add_argument("--question-field", help=f"field of the question (else the first of {', '.join(QUESTION_FIELDS)})")
     group.add_argument("--answer-field", help=f"field of the gold answer (else the first of {', '.join(ANSWER_FIELDS)})")
@@ -50,17 +51,38 @@ def add_data_flags(parser):
     group.add_argument("--hard", type=float, default=HARD_SHARE, help="embedded task: share of hard problems, 0 to 1")
 
 
-def load_problems(args, count, held_out=False):
-    """The problems of `--data`, or `count` problems of the embedded task.
+def add_held_out_flags(parser):
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval-data", help="like --data: held-out problems of a real run, evaluated before and after; without it none are")
+    group.add_argument("--eval-problems", type=int, default=512, help="held-out problems to evaluate, one response each; 0 = no evaluation")
+    group.add_argument("--eval-every", type=int, default=0, help="evaluate after every so many steps too (figure 3); 0 = only before and after")
 
-    `held_out` chooses the embedded task's evaluation side; with `--data` the file itself is the choice.
-    Ends the program (exit 2) on a bad file or row, naming file, row and field.
-    """
+
+def load_problems(args, count):
+    """The problems of `--data`, or `count` problems of the embedded task. Ends the program (exit 2) on a bad file or row, naming file, row and field."""
     if args.data is None:
-        if not 0 <= args.hard <= 1:
-            fail(f"--hard {args.hard}: a share between 0 and 1")
-        return embedded_problems(count, args.seed, held_out, args.hard)
+        return embedded_problems(count, args.seed, False, args.hard)
     return load_file(args.data, args.split, args.question_field, args.answer_field, args.solution_field)
+
+
+def load_held_out(args, problems):
+    """(training problems, held-out problems): the first `--eval-problems` of `--eval-data`, or of the embedded task's other side.
+
+    Training problems whose question is also held out are dropped, with a word.
+    """
+    if not args.eval_problems or (args.data and not args.eval_data):
+        return problems, []
+    if args.eval_data:
+        held_out = load_file(args.eval_data, args.split, args.question_field, args.answer_field, args.solution_field)[:args.eval_problems]
+    else:
+        held_out = embedded_problems(args.eval_problems, args.seed, True, args.hard)
+    questions = {p.question for p in held_out}
+    kept = [p for p in problems if p.question not in questions]
+    if len(kept) < len(problems):
+        print(f"dropped {len(problems) - len(kept)} of {len(problems)} training problems: they are in --eval-data too")
+    if not kept:
+        fail(f"--eval-data {args.eval_data}: holds every training problem")
+    return kept, held_out
 
 
 def load_file(path, split="train", question_field=None, answer_field=None, solution_field=None):
@@ -124,7 +146,7 @@ def read_rows(path, split):
             rows = pyarrow.parquet.read_table(path).to_pylist()
         else:
             import datasets
-            rows = datasets.load_dataset(path, split=split)
+            rows = datasets.load_dataset(*path.split(":", 1), split=split)
     except Exception as error:                              # a hub out of reach, a wrong id, a broken file: one line is enough
         fail(f"--data {path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     for number, row in enumerate(rows, 1):
@@ -253,6 +275,8 @@ HARD_CHECK_SLIP = 0.4           # ... and that this check slips instead, so that
 
 def embedded_problems(count, seed, held_out=False, hard=HARD_SHARE):
     """`count` problems from a seed. A hash of the question decides the side, so no seed can put one question on both."""
+    if not 0 <= hard <= 1:
+        fail(f"--hard {hard}: a share between 0 and 1")
     rng = np.random.default_rng([seed, int(held_out)])
     problems = []
     while len(problems) < count:

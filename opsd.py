@@ -29,7 +29,7 @@ import os
 import time
 
 from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, peak_memory, positive, response_hidden, response_targets, save_model, set_up
-from data import CONTEXTS, add_data_flags, load_problems, plain, problem_batch, render_prompt, require_thinking_switch
+from data import CONTEXTS, add_data_flags, add_held_out_flags, load_held_out, load_problems, plain, problem_batch, render_prompt, require_thinking_switch
 from rollout import add_context_flags, add_sampling_flags, drop_long, grade_rollouts, make_rollouts, make_sampler, make_writer
 from verify import Verifier
 
@@ -63,7 +63,8 @@ def parse_args(argv=None):
     group.add_argument("--chunk", type=int, default=1024, help="tokens whose logits exist at once; changes memory and speed, not the gradient")
     group.add_argument("--kl-by-position", type=int, default=0, help="write kl_by_position.jsonl in bins of this many tokens (figure 2); 0 = off")
     group.add_argument("--give-up", type=int, default=10, help="stop after this many steps in a row of which the filter keeps nothing")
-    group.add_argument("--eval-problems", type=int, default=512, help="held-out problems of the embedded task in the closing table; 0 = no evaluation")
+    group.add_argument("--save-every", type=int, default=0, help="also save the model after every so many steps, as step-N in the run directory; 0 = only at the end")
+    add_held_out_flags(parser)
     args = parser.parse_args(argv)
     positive(parser, args, "steps", "batch", "lr", "clip", "micro_tokens", "chunk", "give_up", "max_new_tokens", "sample_batch", "refresh")
     if not 0 < args.beta < 1:
@@ -256,15 +257,16 @@ def main(argv=None):
     check_out(args)
     device = set_up(args)
     import torch
-    from eval import compare, evaluate, print_table
+    from eval import evaluate, log_evaluation
     args.model = args.model or os.path.relpath(os.path.join(HERE, "tiny", "rlvr"))
     problems = load_problems(args, args.steps * args.batch * (args.resample + 1))
-    held_out = load_problems(args, args.eval_problems, held_out=True) if args.eval_problems and not args.data else []
+    problems, held_out = load_held_out(args, problems)
     model, tokenizer = load_model(args.model, device, args.dtype)
     require_thinking_switch(tokenizer, args.thinking == "on")
     teacher = frozen_copy(model)
     sampler, teacher_sampler = make_sampler(model, tokenizer, args), make_sampler(teacher, tokenizer, args)
     problems = drop_long(problems, tokenizer, args, sampler.limit, args.context)
+    held_out = held_out and drop_long(held_out, tokenizer, args, sampler.limit)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     run = Run(args, f"opsd-{args.filter}")
     print(f"{len(problems):,} problems, device {device}, run directory {run.path}")
@@ -305,16 +307,17 @@ def main(argv=None):
             log_step(run, step, args, loss, measures, norm, seen, kept, failed, sampled - start, time.time() - sampled, device)
             if args.kl_by_position and kept:
                 run.log("kl_by_position", dict(step=step + 1, bin=args.kl_by_position, **kl_by_position(kept, measures, args.kl_by_position)))
+            if held_out and args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+                log_evaluation(run, step + 1, before, evaluate(sampler, tokenizer, held_out, verifier, args))
+            if args.save_every and (step + 1) % args.save_every == 0:
+                save_model(os.path.join(run.path, f"step-{step + 1}"), model, tokenizer)
             if skipped == args.give_up:
                 fail(f"--filter {args.filter}: kept nothing in {skipped} steps in a row (--give-up)")
         if not updates:
             fail(f"--filter {args.filter}: no step was taken, the model is unchanged")
         save_model(run.path, model, tokenizer)
         if held_out:
-            records = compare([("before", before), ("after", evaluate(sampler, tokenizer, held_out, verifier, args))], samples=1)
-            print(f"\n{len(held_out)} held-out problems, one response each; change with 95% interval")
-            print_table(records)
-            run.log("metrics", dict(evaluation=records))
+            log_evaluation(run, args.steps, before, evaluate(sampler, tokenizer, held_out, verifier, args))
     print(f"\nrun directory {run.path}: the trained model, metrics.jsonl (a line a step), samples.jsonl (some rollouts)")
 
 

@@ -16,7 +16,7 @@ import os
 import time
 
 from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, peak_memory, positive, response_hidden, response_targets, save_model, set_up
-from data import add_data_flags, load_problems, problem_batch, render_prompt, require_thinking_switch
+from data import add_data_flags, add_held_out_flags, load_held_out, load_problems, problem_batch, render_prompt, require_thinking_switch
 from rollout import add_sampling_flags, drop_long, grade_rollouts, make_rollouts, make_sampler
 from verify import Verifier
 
@@ -43,7 +43,8 @@ def parse_args(argv=None):
     group.add_argument("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
     group.add_argument("--chunk", type=int, default=1024, help="tokens whose logits exist at once; changes memory and speed, not the gradient")
     group.add_argument("--give-up", type=int, default=10, help="stop after this many steps in a row in which every group has equal rewards")
-    group.add_argument("--eval-problems", type=int, default=512, help="held-out problems of the embedded task in the closing table; 0 = no evaluation")
+    group.add_argument("--save-every", type=int, default=0, help="also save the model after every so many steps, as step-N in the run directory; 0 = only at the end")
+    add_held_out_flags(parser)
     args = parser.parse_args(argv)
     positive(parser, args, "steps", "batch", "lr", "clip", "micro_tokens", "chunk", "give_up", "max_new_tokens", "sample_batch", "updates", "clip_low", "clip_high")
     if args.group < 2:
@@ -109,15 +110,16 @@ def main(argv=None):
     device = set_up(args)
     import copy
     import torch
-    from eval import compare, evaluate, print_table
+    from eval import evaluate, log_evaluation
     args.model = args.model or os.path.relpath(os.path.join(HERE, "tiny", "sft"))
     problems = load_problems(args, args.steps * args.batch)
-    held_out = load_problems(args, args.eval_problems, held_out=True) if args.eval_problems and not args.data else []
+    problems, held_out = load_held_out(args, problems)
     model, tokenizer = load_model(args.model, device, args.dtype)
     require_thinking_switch(tokenizer, args.thinking == "on")
     initial = copy.deepcopy(model).requires_grad_(False) if args.kl else None
     sampler = make_sampler(model, tokenizer, args)
     problems = drop_long(problems, tokenizer, args, sampler.limit)
+    held_out = held_out and drop_long(held_out, tokenizer, args, sampler.limit)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     student_prompt = render_prompt(tokenizer, problem_batch(problems, 0, 1, args.seed)[0], "", args.thinking == "on")
     run = Run(args, "rlvr")
@@ -168,16 +170,17 @@ def main(argv=None):
             else:
                 loss, norm, entropies, skipped = 0.0, 0.0, [], skipped + 1
             log_step(run, step, args, loss, entropies, norm, seen, rewards, kept, sampled - start, time.time() - sampled, device)
+            if held_out and args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+                log_evaluation(run, step + 1, before, evaluate(sampler, tokenizer, held_out, verifier, args))
+            if args.save_every and (step + 1) % args.save_every == 0:
+                save_model(os.path.join(run.path, f"step-{step + 1}"), model, tokenizer)
             if skipped == args.give_up:
                 fail(f"--group {args.group}: every group had equal rewards in {skipped} steps in a row (--give-up)")
         if not updates:
             fail("no step was taken, the model is unchanged")
         save_model(run.path, model, tokenizer)
         if held_out:
-            records = compare([("before", before), ("after", evaluate(sampler, tokenizer, held_out, verifier, args))], samples=1)
-            print(f"\n{len(held_out)} held-out problems, one response each; change with 95% interval")
-            print_table(records)
-            run.log("metrics", dict(evaluation=records))
+            log_evaluation(run, args.steps, before, evaluate(sampler, tokenizer, held_out, verifier, args))
     print(f"\nrun directory {run.path}: the trained model, metrics.jsonl (a line a step), samples.jsonl (some rollouts)")
 
 

@@ -495,11 +495,31 @@ def test_bootstrap_intervals_cover_and_pair():
     rng = np.random.default_rng(0)
     base = rng.random(400)
     before, after = (base, np.full(400, 100.0)), (base + 0.05, np.full(400, 80.0))
-    change = evaluation.paired_bootstrap(before, after)
+    intervals = lambda *pair: {key: evaluation.interval(*value) for key, value in evaluation.paired_bootstrap(*pair).items()}
+    change = intervals(before, after)
     assert change["accuracy"] == pytest.approx((5, 5, 5)) and change["length"] == pytest.approx((-20, -20, -20))    # paired: no width
-    noisy = evaluation.paired_bootstrap((base, np.full(400, 1.0)), (rng.permutation(base), np.full(400, 1.0)))["accuracy"]
+    noisy = intervals((base, np.full(400, 1.0)), (rng.permutation(base), np.full(400, 1.0)))["accuracy"]
     expected = 100 * 1.96 * (2 * base.var() / 400) ** 0.5
     assert noisy[1] < noisy[0] < noisy[2] and noisy[2] - noisy[0] == pytest.approx(expected, rel=0.15)
+
+
+def graded(outcomes, length):
+    """One rollout an outcome, each a problem of its own."""
+    return [Rollout(Problem(str(i), "1"), [], [0] * length, True, "", outcome, outcome) for i, outcome in enumerate(outcomes)]
+
+
+def test_shift_counts_expected_repairs_and_damages():
+    pairs = ((np.array([0.0, 1.0, 0.5]), None), (np.array([1.0, 0.75, 0.5]), None))
+    assert evaluation.shift(*pairs) == dict(repaired=1.25, damaged=0.5, net=0.75)
+
+
+def test_mean_over_benchmarks_weighs_benchmarks_alike_and_adds_shifts():
+    big = [("a", graded(["correct"] * 30 + ["incorrect"] * 10, 100)), ("b", graded(["correct"] * 30 + ["incorrect"] * 10, 80))]
+    small = [("a", graded(["correct", "incorrect"], 10)), ("b", graded(["correct", "correct"], 10))]
+    before, after = evaluation.compare_mean(dict(big=big, small=small), samples=1)
+    assert (before["accuracy"], before["length"], before["change"]) == (62.5, 55, None) and after["accuracy"] == 87.5
+    assert after["change"]["accuracy"][0] == 25 and after["change"]["length"][0] == pytest.approx(-10) and after["shift"]["net"] == 1
+    assert after["length_incorrect"] is None                                        # one benchmark has none
 
 
 def test_summary_keeps_the_groups_apart():
@@ -536,7 +556,7 @@ def test_script_trains(script, argv, start, tmp_path, capsys):
     out = str(tmp_path / "run")
     script.main(argv + SMALL + ["--out", out])
     head, *steps, last = metrics(out)
-    assert head["args"]["steps"] == 2 and len(steps) == 2 and "evaluation" in last
+    assert head["args"]["steps"] == 2 and len(steps) == 2 and "evaluation" in last and last["step"] == 2
     for step in steps:
         assert all(math.isfinite(v) for v in step.values() if v is not None) and step["loss_tokens"] > 0 and step["grad_norm"] > 0
         assert step["correct"] + step["incorrect"] + step["truncated"] == step["sampled"] >= step["kept"] > 0
@@ -560,7 +580,32 @@ def test_eval_writes_a_table_and_json(tmp_path, capsys):
     evaluation.main(["--model", TINY, os.path.join(HERE, "tiny", "sft"), "--context", "solution", "--problems", "12", "--samples", "2", "--max-new-tokens", "90", "--out", out])
     printed, saved = capsys.readouterr().out, json.load(open(out))
     assert "accuracy" in printed and len({r["name"] for r in saved["records"]}) == 3
-    assert all(len(m["reasons"]) == len(m["lengths"]) == 12 and len(m["reasons"][0]) == 2 for m in saved["models"])
+    assert all(len(m["reasons"]) == len(m["lengths"]) == 12 and len(m["reasons"][0]) == 2 for m in saved["responses"]["embedded"]["models"])
+
+
+def test_eval_averages_several_files_of_the_shapes_that_benchmarks_have(tmp_path, capsys):
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(problem="12 +3, last two digits?", solution="12+3=15", answer="15", subject="Algebra", level=level)
+                                                           for level in (1, 2)]), tmp_path / "math500.parquet")
+    aime = write(tmp_path / "aime24.jsonl", json.dumps(dict(id=60, problem="20 -4, last two digits?", solution="20-4=16", answer="016", url="x", year="2024")))
+    out = str(tmp_path / "e.json")
+    evaluation.main(["--model", TINY, os.path.join(HERE, "tiny", "sft"), "--data", str(tmp_path / "math500.parquet"), aime, "--samples", "4", "--max-new-tokens", "60", "--out", out])
+    records = json.load(open(out))["records"]
+    assert [(r["benchmark"], r["group"]) for r in records[:3]] == [("math500", "all"), ("math500", "1"), ("math500", "2")]
+    mean, parts = records[-1], [r for r in records[:-2] if r["group"] == "all" and r["name"] == records[-1]["name"]]
+    assert mean["benchmark"] == "mean" and mean["accuracy"] == pytest.approx(sum(r["accuracy"] for r in parts) / 2)
+    assert mean["change"]["length"][0] == pytest.approx(sum(r["change"]["length"][0] for r in parts) / 2) and "mean over the benchmarks" in capsys.readouterr().out
+
+
+def test_a_run_on_real_data_is_evaluated_on_held_out_problems_on_its_way(tmp_path, capsys):
+    rows = [json.dumps(dict(prompt=p.question, answer=p.answer, solution=p.solution)) for p in embedded_problems(12, 7)]
+    train, held_out = write(tmp_path / "train.jsonl", *rows), write(tmp_path / "held-out.jsonl", *rows[:4])
+    out = str(tmp_path / "run")
+    opsd.main(["--model", TINY, "--data", train, "--eval-data", held_out, "--eval-every", "1", "--save-every", "2", "--steps", "3", "--filter", "all", "--out", out] + SMALL)
+    assert [(row["step"], "evaluation" in row) for row in metrics(out)[1:]] == [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
+    assert "dropped 4 of 12 training problems" in capsys.readouterr().out
+    assert sorted(name for name in os.listdir(out) if name.startswith("step")) == ["step-2"] and len(weights(os.path.join(out, "step-2")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
