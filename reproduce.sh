@@ -1,47 +1,59 @@
 #!/usr/bin/env bash
 # Every table and figure of the README from a fresh clone: three seeds of training and evaluation problems on the committed tiny/sft and
 # tiny/rlvr. Interrupted, it goes on where it was: a run or an evaluation whose output exists is skipped.
-#     bash reproduce.sh                 # two idle cores: see README for the time it takes
-#     SEEDS="1 2 3" bash reproduce.sh   # other seeds
+#     bash reproduce.sh                         # two jobs of one thread each; README says how long it takes
+#     SEEDS="1 2 3" JOBS=4 bash reproduce.sh    # other seeds, more cores
 set -euo pipefail
 cd "$(dirname "$0")"
-SEEDS=${SEEDS:-"101 102 103"}
-mkdir -p results/metrics
+export SEEDS=${SEEDS:-"101 102 103"} JOBS=${JOBS:-2}
+mkdir -p results/metrics results/evaluations runs/table
 
-train() {       # name, seed, flags of opsd.py
-    local out=runs/table/$1-$2
-    if [ ! -f "$out/model.safetensors" ]; then
-        echo "== $1, seed $2"
-        python opsd.py --seed "$2" --eval-problems 0 --kl-by-position 8 --out "$out" --overwrite "${@:3}" > "$out.log" 2>&1 || { tail -n 3 "$out.log"; exit 1; }
-    fi
-    cp "$out/metrics.jsonl" "results/metrics/$1-$2.jsonl"
+run() {         # script, name, seed, flags: one training run; its log is kept in results/metrics
+    local out=runs/table/$2-$3
+    [ -f "$out/model.safetensors" ] || { echo "== $2, seed $3"
+        python "$1.py" --seed "$3" --threads 1 --out "$out" --overwrite "${@:4}" > "$out.log" 2>&1 || { echo "failed: $2, seed $3"; tail -n 3 "$out.log"; exit 255; }; }
+    cp "$out/metrics.jsonl" "results/metrics/$2-$3.jsonl"
 }
 
-evaluate() {    # name, seed, flags of eval.py
-    local out=results/$1-$2.json
-    [ -f "$out" ] || { echo "== evaluation $1, seed $2"; python eval.py --seed "$2" --problems 512 --samples 2 --out "$out" "${@:3}"; }
+evaluate() {    # name, seed, flags of eval.py; a name of a run stands for its checkpoint
+    local out=results/evaluations/$1-$2.json
+    [ -f "$out" ] || { echo "== evaluation $1, seed $2"
+        python eval.py --seed "$2" --threads 1 --problems 1024 --samples 2 --out "$out" "${@:3}" > "runs/table/$1-$2.txt" 2>&1 || { echo "failed: evaluation $1, seed $2"; exit 255; }; }
 }
+export -f run evaluate
 
-mkdir -p runs/table
+for seed in $SEEDS; do          # the filters and divergences, with their trajectories
+    for flags in "correct --filter correct" "incorrect --filter incorrect" "all --filter all" "split --filter all --divergence split" "jsd --filter all --divergence jsd"; do
+        echo "opsd ${flags%% *} $seed ${flags#* } --kl-by-position 8 --eval-every 10 --eval-problems 256"
+    done
+    cat <<END
+opsd answer-correct $seed --eval-problems 0 --filter correct --context answer
+opsd answer-incorrect $seed --eval-problems 0 --filter incorrect --context answer
+opsd instruction-correct $seed --eval-problems 0 --filter correct --context instruction
+opsd instruction-incorrect $seed --eval-problems 0 --filter incorrect --context instruction
+opsd reinject-correct $seed --eval-problems 0 --filter correct --reinject 32
+opsd reinject-all $seed --eval-problems 0 --filter all --reinject 32
+opsd rft-correct $seed --eval-problems 0 --filter correct --divergence rft
+rlvr length-penalty $seed --eval-problems 0 --model tiny/rlvr --length-penalty 0.5 --steps 20
+opsd sft-correct $seed --eval-problems 0 --filter correct --model tiny/sft
+opsd sft-incorrect $seed --eval-problems 0 --filter incorrect --model tiny/sft
+opsd off-correct $seed --eval-problems 0 --filter correct --thinking off
+opsd off-incorrect $seed --eval-problems 0 --filter incorrect --thinking off
+END
+done | xargs -P "$JOBS" -L 1 bash -c 'run "$@"' _
+
 for seed in $SEEDS; do
-    train correct "$seed" --filter correct
-    train incorrect "$seed" --filter incorrect
-    train all "$seed" --filter all
-    train split "$seed" --filter all --divergence split
-    train jsd "$seed" --filter all --divergence jsd
-    train rft "$seed" --filter correct --divergence rft
-    train answer-correct "$seed" --filter correct --context answer
-    train answer-incorrect "$seed" --filter incorrect --context answer
-    train instruction-correct "$seed" --filter correct --context instruction
-    train instruction-incorrect "$seed" --filter incorrect --context instruction
-    train sft-correct "$seed" --filter correct --model tiny/sft
-    train sft-incorrect "$seed" --filter incorrect --model tiny/sft
-    train off-correct "$seed" --filter correct --thinking off
-    train off-incorrect "$seed" --filter incorrect --thinking off
-    after=()
-    for name in correct incorrect all split jsd rft answer-correct answer-incorrect instruction-correct instruction-incorrect; do after+=("runs/table/$name-$seed"); done
-    evaluate rlvr "$seed" --model tiny/rlvr "${after[@]}" --context solution answer instruction
-    evaluate sft "$seed" --model tiny/sft tiny/rlvr "runs/table/sft-correct-$seed" "runs/table/sft-incorrect-$seed" --context solution
-    evaluate off "$seed" --model tiny/rlvr "runs/table/off-correct-$seed" "runs/table/off-incorrect-$seed" --context solution --thinking off
-done
+    models() { for name in "$@"; do echo -n " runs/table/$name-$seed"; done; }
+    echo "filters $seed --context solution --model tiny/rlvr$(models correct incorrect all split jsd)"
+    echo "contexts $seed --context answer instruction --model tiny/rlvr$(models answer-correct answer-incorrect instruction-correct instruction-incorrect reinject-correct reinject-all)"
+    echo "baselines $seed --model tiny/rlvr$(models rft-correct length-penalty)"
+    echo "order $seed --context solution --model tiny/sft tiny/rlvr$(models sft-correct sft-incorrect)"
+    echo "off $seed --context solution --thinking off --model tiny/rlvr$(models off-correct off-incorrect)"
+done | xargs -P "$JOBS" -L 1 bash -c 'evaluate "$@"' _
+
 python table.py --seeds $SEEDS
+files() { for seed in $SEEDS; do echo "${1/SEED/$seed}"; done; }
+python plot.py plane $(files results/evaluations/filters-SEED.json) --out results/figure1
+python plot.py position $(files runs/table/all-SEED/kl_by_position.jsonl) --out results/figure2
+python plot.py trajectory $(files results/metrics/correct-SEED.jsonl) $(files results/metrics/incorrect-SEED.jsonl) --out results/figure3
+python plot.py shift $(files results/evaluations/filters-SEED.json) --out results/figure4

@@ -598,6 +598,32 @@ def test_eval_averages_several_files_of_the_shapes_that_benchmarks_have(tmp_path
     assert mean["change"]["length"][0] == pytest.approx(sum(r["change"]["length"][0] for r in parts) / 2) and "mean over the benchmarks" in capsys.readouterr().out
 
 
+def test_figures_and_tables_from_the_runs_own_files(tmp_path, monkeypatch, capsys):
+    import plot
+    import table
+    (tmp_path / "evaluations").mkdir(), (tmp_path / "metrics").mkdir()
+    pairs = lambda seed: [("tiny/rlvr", graded(["correct"] * 3 + ["incorrect"], 100)), (f"runs/table/correct-{seed}", graded(["correct"] * 4, 80 - seed))]
+    traces = {name: evaluation.trace_table(rows) for seed in (1, 2) for name, rows in pairs(seed)}
+    for seed in (1, 2):
+        for part in ("filters", "contexts", "baselines", "order", "off"):
+            json.dump(dict(records=evaluation.compare(pairs(seed), 1), traces={name: traces[name] for name, _ in pairs(seed)}), open(tmp_path / "evaluations" / f"{part}-{seed}.json", "w"))
+        rows = [dict(args=dict(out=f"runs/table/correct-{seed}")), dict(step=1, kept=5, loss_tokens=50), dict(step=2, kept=7, loss_tokens=70), dict(step=2, evaluation=evaluation.compare(pairs(seed), 1))]
+        write(tmp_path / "metrics" / f"correct-{seed}.jsonl", *map(json.dumps, rows))
+        bins = opsd.kl_by_position(pairs(seed)[0][1], torch.rand(4, 4, 100), 8)
+        write(tmp_path / f"kl-{seed}.jsonl", json.dumps(dict(step=1, bin=8, **bins)))
+    monkeypatch.setattr(table, "RESULTS", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["table.py", "--seeds", "1", "2"])
+    table.main()
+    row = next(line for line in capsys.readouterr().out.split("\n") if line.startswith("| correct"))
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3] == "100.0" and cells[4].startswith("+25.0") and cells[5] == "78.5" and cells[6].startswith("-21.5 [-27.9, -15.1]") and cells[9:11] == ["6.0", "120"]
+    for figure, name in (("plane", "evaluations/filters-{}.json"), ("shift", "evaluations/filters-{}.json"), ("trajectory", "metrics/correct-{}.jsonl"), ("position", "kl-{}.jsonl")):
+        plot.main([figure, *(str(tmp_path / name.format(seed)) for seed in (1, 2)), "--out", str(tmp_path / figure)])
+        assert (tmp_path / f"{figure}.png").stat().st_size > 5000 and (tmp_path / f"{figure}.svg").exists()
+    with pytest.raises(SystemExit):
+        plot.main(["plane", str(tmp_path / "kl-1.jsonl"), "--out", str(tmp_path / "x")])
+
+
 def test_a_run_on_real_data_is_evaluated_on_held_out_problems_on_its_way(tmp_path, capsys):
     rows = [json.dumps(dict(prompt=p.question, answer=p.answer, solution=p.solution)) for p in embedded_problems(12, 7)]
     train, held_out = write(tmp_path / "train.jsonl", *rows), write(tmp_path / "held-out.jsonl", *rows[:4])
