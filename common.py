@@ -4,10 +4,13 @@ Nothing of the method is in here. Imports of torch and transformers are late, so
 """
 import argparse
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import time
+import zlib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -25,10 +28,13 @@ def make_parser(doc):
     return argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
 
 
-def add_run_flags(parser, out="run directory (else a fresh numbered one under runs/)"):
+def add_run_flags(parser, resume_every=0, out="run directory (else a fresh numbered one under runs/)"):
     group = parser.add_argument_group("run")
     group.add_argument("--out", help=out)
     group.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    if resume_every:
+        group.add_argument("--resume", action="store_true", help="go on with the run in --out from its newest whole state; the other flags as before")
+        group.add_argument("--state-every", type=int, default=resume_every, help="steps between states for --resume, the newest two of which are kept until the run ends; 0 = none")
     group.add_argument("--seed", type=int, default=0, help="fixes problems, sampling and initial weights")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the weights; auto = as saved")
@@ -77,6 +83,9 @@ def load_model(path, device, dtype="auto"):
         fail(f"--model {path}: its tokenizer has no chat template")
     if stop_ids(model, tokenizer) == []:
         fail(f"--model {path}: neither generation config nor tokenizer names an end-of-sequence token")
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            fail(f"--model {path}: {name} holds values that are not finite")
     model.to(device).eval()                                 # eval for the whole run: no dropout, in the student or the teacher
     check_head(model)
     return model, tokenizer
@@ -100,34 +109,77 @@ def check_head(model):
         fail("--model: its logits are not lm_head(hidden states) (soft-capping or scaling of logits?), which the loss relies on")
 
 
+def write_whole(path, write):
+    """Calls write(temporary path), then renames it to `path`: the file appears whole or not at all, also after a power cut."""
+    temporary = os.path.join(os.path.dirname(path), ".saving-" + os.path.basename(path))
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                # torch turns a full disk into a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        fail(f"{path}: cannot be written ({' '.join(str(error).split())[:150]})")
+
+
 def save_model(path, model, tokenizer):
-    """Writes a plain Hugging Face directory. Each file appears whole or not at all: written under a temporary name, then renamed."""
+    """Writes a plain Hugging Face directory; each file appears whole or not at all."""
     temporary = os.path.join(path, ".saving")
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    except Exception as error:                              # safetensors has an exception of its own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        fail(f"{path}: the model cannot be written ({' '.join(str(error).split())[:150]})")
     for name in sorted(os.listdir(temporary)):
-        os.replace(os.path.join(temporary, name), os.path.join(path, name))
+        write_whole(os.path.join(path, name), lambda target: os.replace(os.path.join(temporary, name), target))
     os.rmdir(temporary)
 
 
 def write_json(path, record):
     """Writes the file whole or not at all, its folder too if need be."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".saving", "w") as stream:
-        json.dump(record, stream)
-    os.replace(path + ".saving", path)
+    write_whole(path, lambda target: open(target, "w").write(json.dumps(record)))
 
 
 def check_out(args):
-    """Fails early if --out exists. Nothing is created yet: that is `Run`'s, after everything loaded."""
-    if args.out and os.path.exists(args.out) and not args.overwrite:
+    """Fails early if --out exists, or with --resume if there is nothing to resume. Nothing is created yet: that is `Run`'s, after everything loaded."""
+    if getattr(args, "resume", False):
+        if not args.out or not os.path.isfile(os.path.join(args.out, "metrics.jsonl")):
+            fail(f"--resume: --out {args.out or '(missing)'} is not the directory of a run")
+        if not find_states(args.out) and os.path.isfile(os.path.join(args.out, "model.safetensors")):
+            fail(f"--resume: the run in {args.out} is finished")
+    elif args.out and os.path.exists(args.out) and not args.overwrite:
         fail(f"--out {args.out}: exists already; choose another or add --overwrite")
 
 
+# A state holds everything that --resume needs, in one file: state-STEP-CHECKSUM.pt. The checksum in the name tells a damaged file.
+
+HARMLESS = {"overwrite", "resume", "state_every", "save_every", "eval_every", "give_up", "threads", "device", "micro_tokens", "chunk", "sample_batch"}
+
+
+def find_states(path):
+    """File names, the newest first."""
+    return sorted((name for name in os.listdir(path) if name.startswith("state-")), reverse=True)
+
+
+def checksum(path):
+    with open(path, "rb") as stream:
+        value = 0
+        while block := stream.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
 class Run:
-    """A run directory and its log: metrics.jsonl (line 0 the settings, then one line a step) and samples.jsonl."""
+    """A run directory: its logs (metrics.jsonl: line 0 the settings, then one line a step; samples.jsonl) and its states.
+
+    With --resume the directory is the one of the run before, and nothing in it changes until `resume` is called.
+    """
 
     def __init__(self, args, name):
+        self.args = args
         if args.out:
             os.makedirs(args.out, exist_ok=True)
         else:
@@ -140,14 +192,96 @@ class Run:
                 except FileExistsError:
                     number += 1
         self.path = args.out
-        for stale in os.listdir(self.path):                 # with --overwrite: the logs of the run before
-            if stale.endswith(".jsonl"):
-                os.remove(os.path.join(self.path, stale))
-        self.log("metrics", dict(script=os.path.basename(sys.argv[0]), args=vars(args), **provenance()))
+        if not args.resume:
+            for stale in os.listdir(self.path):             # with --overwrite: logs and states of the run before
+                if stale.endswith(".jsonl") or stale.startswith("state-"):
+                    os.remove(os.path.join(self.path, stale))
+            self.log("metrics", dict(script=os.path.basename(sys.argv[0]), args=vars(args), **provenance()))
 
     def log(self, file, record):
-        with open(os.path.join(self.path, file + ".jsonl"), "a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        try:
+            with open(os.path.join(self.path, file + ".jsonl"), "a") as stream:
+                stream.write(json.dumps(record) + "\n")
+        except OSError as error:
+            fail(f"{self.path}: cannot write {file}.jsonl ({error})")
+
+    def save_state(self, step, problems, model, optimizer, **rest):
+        """Model, optimizer, generator, settings and `rest` after `step` steps, if --state-every says so. The newest two are kept."""
+        if not self.args.state_every or step % self.args.state_every:
+            return
+        import torch
+        state = dict(step=step, args=vars(self.args), problems=fingerprint(problems), model=model.state_dict(), optimizer=optimizer.state_dict(),
+                     generator=torch.get_rng_state(), **rest)
+        unnamed = os.path.join(self.path, ".saving-state")
+        write_whole(unnamed, lambda target: torch.save(state, target))
+        os.replace(unnamed, os.path.join(self.path, f"state-{step:07d}-{checksum(unnamed)}.pt"))
+        for name in find_states(self.path)[2:]:
+            os.remove(os.path.join(self.path, name))
+
+    def resume(self, problems, model, optimizer):
+        """With --resume: loads the newest whole state into model and optimizer, cuts the logs back to its step, and returns it; else an empty dict.
+
+        Ends the program where the settings or problems of that run were others, naming them.
+        """
+        if not self.args.resume:
+            return {}
+        import torch
+        state = {}
+        for name in find_states(self.path):
+            if name == f"{name[:13]}-{checksum(os.path.join(self.path, name))}.pt":
+                state = torch.load(os.path.join(self.path, name), map_location="cpu", weights_only=True)
+                break
+            print(f"{os.path.join(self.path, name)} is damaged: not used")
+        if state:
+            before, now = state["args"], vars(self.args)
+            other = [f"--{key.replace('_', '-')} {before.get(key)} then, {now.get(key)} now" for key in sorted({*before, *now} - HARMLESS) if before.get(key) != now.get(key)]
+            if other:
+                fail(f"--resume: the run in {self.path} is another experiment: {'; '.join(other)}")
+            if state["problems"] != fingerprint(problems):
+                fail(f"--resume: the run in {self.path} was on other problems")
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["generator"])
+        for name in os.listdir(self.path):
+            path = os.path.join(self.path, name)
+            if name.endswith(".jsonl"):
+                self.cut(path, state.get("step", 0))
+            elif name.startswith(".saving"):                # what a crash left half-written
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        print(f"resumed after step {state.get('step', 0)}" + " (no whole state: from the start)" * (not state))
+        return state
+
+    @staticmethod
+    def cut(path, step):
+        """Drops the lines of a log that are later than `step`, and whatever a crash left half-written."""
+        kept = []
+        for line in open(path, "rb"):
+            try:
+                if line.endswith(b"\n") and json.loads(line).get("step", 0) <= step:
+                    kept.append(line)
+            except ValueError:
+                continue
+        write_whole(path, lambda target: open(target, "wb").writelines(kept))
+
+    def finish(self):
+        """The run is complete: its states are of no use any more."""
+        for name in find_states(self.path):
+            os.remove(os.path.join(self.path, name))
+
+
+def fingerprint(problems):
+    return zlib.crc32("\0".join(text for p in problems for text in (p.question, p.answer, p.solution)).encode())
+
+
+def optimizer_step(model, optimizer, clip):
+    """(gradient norm before clipping, whether a step was taken): none where the gradient is not finite. Gradients are cleared."""
+    import torch
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    finite = math.isfinite(norm)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm, finite
 
 
 def provenance():

@@ -28,7 +28,7 @@ import math
 import os
 import time
 
-from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, peak_memory, positive, response_hidden, response_targets, save_model, set_up
+from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
 from data import CONTEXTS, add_data_flags, add_held_out_flags, load_held_out, load_problems, plain, problem_batch, render_prompt, require_thinking_switch
 from rollout import add_context_flags, add_sampling_flags, drop_long, grade_rollouts, make_rollouts, make_sampler, make_writer
 from verify import Verifier
@@ -37,7 +37,7 @@ from verify import Verifier
 def parse_args(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument("--model", help="Hugging Face directory or id; without it tiny/rlvr")
-    add_run_flags(parser)
+    add_run_flags(parser, resume_every=10)
     add_data_flags(parser)
     add_sampling_flags(parser)
     group = parser.add_argument_group("method")
@@ -203,12 +203,12 @@ def teacher_rows(tokenizer, rollouts, contexts, args, limit):
     return [rollout for rollout, _ in rows], [row for _, row in rows], len(rollouts) - len(rows)
 
 
-def show_prompts(run, tokenizer, rollout, row):
+def show_prompts(run, tokenizer, rollout, row, step):
     """Prints and logs what student and teacher really read, once."""
     texts = dict(student_prompt=tokenizer.decode(rollout.prompt_ids), teacher_prompt=tokenizer.decode(row[0]))
     if len(row) > 2:
         texts["reinjected"] = tokenizer.decode(row[2])
-    run.log("samples", texts)
+    run.log("samples", dict(step=step + 1, **texts))
     for name, text in texts.items():
         print(f"\n{name.replace('_prompt', chr(39) + 's prompt')}:\n{text}", flush=True)
     print()
@@ -272,8 +272,11 @@ def main(argv=None):
     print(f"{len(problems):,} problems, device {device}, run directory {run.path}")
     with Verifier() as verifier:
         before = evaluate(sampler, tokenizer, held_out, verifier, args) if held_out else None
-        drawn = skipped = updates = 0
-        for step in range(args.steps):
+        state = run.resume(problems, model, optimizer)
+        drawn, skipped, updates = (state.get(name, 0) for name in ("drawn", "skipped", "updates"))
+        if state.get("teacher"):
+            teacher.load_state_dict(state["teacher"])
+        for step in range(state.get("step", 0), args.steps):
             # 1. sample, 2. verify, 3. filter: until the batch is full or the draws are used up
             start, seen, kept = time.time(), [], []
             for _ in range(args.resample + 1):
@@ -291,33 +294,37 @@ def main(argv=None):
             contexts = CONTEXTS[args.context](kept, make_writer(teacher_sampler, tokenizer, args, args.seed + drawn))
             kept, rows, failed = teacher_rows(tokenizer, kept, contexts, args, sampler.limit)
             if kept and not updates:
-                show_prompts(run, tokenizer, kept[0], rows[0])
+                show_prompts(run, tokenizer, kept[0], rows[0], step)
             loss, measures = accumulate_gradients(model, teacher, kept, rows, args)
 
             # 5. step
-            if kept:
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
-                optimizer.step()
-                optimizer.zero_grad()
+            norm, updated = optimizer_step(model, optimizer, args.clip) if kept else (0.0, False)
+            if updated:
                 TEACHERS[args.teacher](teacher, model, step, args)
                 sampler.push(model)
                 updates, skipped = updates + 1, 0
             else:
-                norm, skipped = 0.0, skipped + 1
+                skipped += 1
             log_step(run, step, args, loss, measures, norm, seen, kept, failed, sampled - start, time.time() - sampled, device)
-            if args.kl_by_position and kept:
+            if kept and not updated:
+                run.log("not_finite", dict(step=step + 1, loss=loss, grad_norm=norm, rows=not_finite(kept, measures)))
+            if args.kl_by_position and updated:
                 run.log("kl_by_position", dict(step=step + 1, bin=args.kl_by_position, **kl_by_position(kept, measures, args.kl_by_position)))
             if held_out and args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
                 log_evaluation(run, step + 1, before, evaluate(sampler, tokenizer, held_out, verifier, args))
             if args.save_every and (step + 1) % args.save_every == 0:
                 save_model(os.path.join(run.path, f"step-{step + 1}"), model, tokenizer)
             if skipped == args.give_up:
-                fail(f"--filter {args.filter}: kept nothing in {skipped} steps in a row (--give-up)")
+                fail(f"--filter {args.filter}: kept nothing in {skipped} steps in a row (--give-up)" if not kept else
+                     f"loss or gradient not finite, or nothing kept, in {skipped} steps in a row (--give-up): see {run.path}/not_finite.jsonl")
+            run.save_state(step + 1, problems, model, optimizer, drawn=drawn, skipped=skipped, updates=updates,
+                           teacher=None if args.teacher == "frozen" else teacher.state_dict())
         if not updates:
             fail(f"--filter {args.filter}: no step was taken, the model is unchanged")
         save_model(run.path, model, tokenizer)
         if held_out:
             log_evaluation(run, args.steps, before, evaluate(sampler, tokenizer, held_out, verifier, args))
+    run.finish()
     print(f"\nrun directory {run.path}: the trained model, metrics.jsonl (a line a step), samples.jsonl (some rollouts)")
 
 
@@ -334,6 +341,13 @@ def kl_by_position(rollouts, measures, width):
             row["tokens"][t // width] += 1
             row["rollouts"][t // width] += t % width == 0
     return bins
+
+
+def not_finite(rollouts, measures):
+    """The rollouts whose KLs or entropies are not finite, or all of them if it was only the gradient."""
+    import torch
+    bad = [r for r, row in zip(rollouts, measures) if not torch.isfinite(row).all()]
+    return [dict(question=r.problem.question, prompt_ids=r.prompt_ids, response_ids=r.response_ids) for r in bad or rollouts]
 
 
 def log_step(run, step, args, loss, measures, norm, seen, kept, failed, sampling_seconds, training_seconds, device):
@@ -356,6 +370,8 @@ def log_step(run, step, args, loss, measures, norm, seen, kept, failed, sampling
                                 kept=any(r is k for k in kept)))
     if not kept:
         print(f"step {step + 1}/{args.steps}  nothing kept: --filter {args.filter} left none of {len(seen)} rollouts" + f", {failed} contexts failed" * bool(failed) + "; no update", flush=True)
+    elif not math.isfinite(norm):
+        print(f"step {step + 1}/{args.steps}  loss {loss}, gradient norm {norm}: no update; the rollouts are in not_finite.jsonl", flush=True)
     else:
         print(f"step {step + 1}/{args.steps}  loss {loss:.4f}  KL {means[0]:.4f}  correct {count['correct']}/{len(seen)}  truncated {count['truncated']}  "
               f"kept {len(kept)}  length {record['length']:.1f}  {sampling_seconds + training_seconds:.1f} s", flush=True)

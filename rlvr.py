@@ -12,10 +12,11 @@
     python rlvr.py --out tiny/rlvr                                                  # the embedded model, about three minutes on two cores
     python rlvr.py --model MODEL --data train.jsonl --lr 1e-6 --max-new-tokens 8192 --out runs/rlvr
 """
+import math
 import os
 import time
 
-from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, peak_memory, positive, response_hidden, response_targets, save_model, set_up
+from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
 from data import add_data_flags, add_held_out_flags, load_held_out, load_problems, problem_batch, render_prompt, require_thinking_switch
 from rollout import add_sampling_flags, drop_long, grade_rollouts, make_rollouts, make_sampler
 from verify import Verifier
@@ -24,7 +25,7 @@ from verify import Verifier
 def parse_args(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument("--model", help="Hugging Face directory or id; without it tiny/sft")
-    add_run_flags(parser)
+    add_run_flags(parser, resume_every=10)
     add_data_flags(parser)
     add_sampling_flags(parser)
     group = parser.add_argument_group("method")
@@ -124,11 +125,13 @@ def main(argv=None):
     student_prompt = render_prompt(tokenizer, problem_batch(problems, 0, 1, args.seed)[0], "", args.thinking == "on")
     run = Run(args, "rlvr")
     print(f"prompt:\n{tokenizer.decode(student_prompt)}\n")
-    run.log("samples", dict(student_prompt=tokenizer.decode(student_prompt)))
+    if not args.resume:
+        run.log("samples", dict(student_prompt=tokenizer.decode(student_prompt)))
     with Verifier() as verifier:
         before = evaluate(sampler, tokenizer, held_out, verifier, args) if held_out else None
-        drawn = skipped = updates = 0
-        for step in range(args.steps):
+        state = run.resume(problems, model, optimizer)
+        drawn, skipped, updates = (state.get(name, 0) for name in ("drawn", "skipped", "updates"))
+        for step in range(state.get("step", 0), args.steps):
             # 1. sample, 2. verify: reward and advantage, 3. filter: groups with equal rewards say nothing
             start = time.time()
             batch = problem_batch(problems, drawn, args.batch, args.seed)
@@ -160,27 +163,31 @@ def main(argv=None):
                     entropies.append(entropy)
 
                 # 5. step
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
-                optimizer.step()
-                optimizer.zero_grad()
+                norm, updated = optimizer_step(model, optimizer, args.clip)
+                if not updated:
+                    run.log("not_finite", dict(step=step + 1, loss=loss, grad_norm=norm, rows=[dict(question=r.problem.question, prompt_ids=r.prompt_ids, response_ids=r.response_ids) for r, _ in kept]))
+                    break
                 updates += 1
             if kept:
                 sampler.push(model)
-                skipped = 0
             else:
-                loss, norm, entropies, skipped = 0.0, 0.0, [], skipped + 1
+                loss, norm, entropies, updated = 0.0, 0.0, [], False
+            skipped = 0 if updated else skipped + 1
             log_step(run, step, args, loss, entropies, norm, seen, rewards, kept, sampled - start, time.time() - sampled, device)
             if held_out and args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
                 log_evaluation(run, step + 1, before, evaluate(sampler, tokenizer, held_out, verifier, args))
             if args.save_every and (step + 1) % args.save_every == 0:
                 save_model(os.path.join(run.path, f"step-{step + 1}"), model, tokenizer)
             if skipped == args.give_up:
-                fail(f"--group {args.group}: every group had equal rewards in {skipped} steps in a row (--give-up)")
+                fail(f"--group {args.group}: every group had equal rewards in {skipped} steps in a row (--give-up)" if not kept else
+                     f"loss or gradient not finite, or no group to learn from, in {skipped} steps in a row (--give-up): see {run.path}/not_finite.jsonl")
+            run.save_state(step + 1, problems, model, optimizer, drawn=drawn, skipped=skipped, updates=updates)
         if not updates:
             fail("no step was taken, the model is unchanged")
         save_model(run.path, model, tokenizer)
         if held_out:
             log_evaluation(run, args.steps, before, evaluate(sampler, tokenizer, held_out, verifier, args))
+    run.finish()
     print(f"\nrun directory {run.path}: the trained model, metrics.jsonl (a line a step), samples.jsonl (some rollouts)")
 
 
@@ -202,6 +209,8 @@ def log_step(run, step, args, loss, entropies, norm, seen, rewards, kept, sampli
         run.log("samples", dict(step=step + 1, question=r.problem.question, gold=r.problem.answer, response=r.text, outcome=r.outcome, reason=r.reason))
     if not kept:
         print(f"step {step + 1}/{args.steps}  every group has equal rewards; no update", flush=True)
+    elif not math.isfinite(norm):
+        print(f"step {step + 1}/{args.steps}  loss {loss}, gradient norm {norm}: no update; the rollouts are in not_finite.jsonl", flush=True)
     else:
         print(f"step {step + 1}/{args.steps}  reward {record['reward']:.3f}  correct {count['correct']}/{len(seen)}  truncated {count['truncated']}  "
               f"equal groups {record['equal_groups']}/{args.batch}  length {record['length']:.1f}  {sampling_seconds + training_seconds:.1f} s", flush=True)

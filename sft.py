@@ -12,14 +12,14 @@
 """
 import time
 
-from common import Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, peak_memory, positive, response_hidden, response_targets, save_model, set_up
+from common import Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
 from data import CONTEXTS, EMBEDDED_CONTEXTS, add_data_flags, load_problems, reference_trace, render_prompt
 
 
 def parse_args(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument("--model", help="Hugging Face directory or id; without it the embedded tiny model is built from scratch")
-    add_run_flags(parser)
+    add_run_flags(parser, resume_every=100)
     add_data_flags(parser)
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=3000, help="optimizer steps")
@@ -28,9 +28,10 @@ def parse_args(argv=None):
     group.add_argument("--warmup", type=int, default=100, help="steps")
     group.add_argument("--weight-decay", type=float, default=0.01)
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm")
+    group.add_argument("--give-up", type=int, default=10, help="stop after this many steps in a row whose loss or gradient is not finite")
     group.add_argument("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
     args = parser.parse_args(argv)
-    positive(parser, args, "steps", "batch", "lr", "micro_tokens")
+    positive(parser, args, "steps", "batch", "lr", "micro_tokens", "give_up")
     return args
 
 
@@ -140,7 +141,9 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     run = Run(args, "sft")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(problems):,} problems, device {device}, run directory {run.path}")
-    for step in range(args.steps):
+    state = run.resume(problems, model, optimizer)
+    skipped = state.get("skipped", 0)
+    for step in range(state.get("step", 0), args.steps):
         start = time.time()
         rng = np.random.default_rng([args.seed, 1, step])
         epoch, position = divmod(step * args.batch, len(problems))
@@ -154,15 +157,20 @@ def main(argv=None):
             loss = sft_loss(model, [rows[i] for i in group]) / tokens
             loss.backward()
             total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
-        optimizer.step()
-        optimizer.zero_grad()
+        norm, updated = optimizer_step(model, optimizer, args.clip)
+        skipped = 0 if updated else skipped + 1
+        if not updated:
+            run.log("not_finite", dict(step=step + 1, loss=total, grad_norm=norm, rows=[dict(prompt_ids=p, response_ids=r) for p, r, _ in rows]))
         seconds = time.time() - start
         run.log("metrics", dict(step=step + 1, loss=total, grad_norm=norm, lr=learning_rate(args, step), epoch=epoch, loss_tokens=tokens,
                                 tokens_per_second=tokens / seconds, seconds=seconds, peak_memory_mb=peak_memory(device)))
         if (step + 1) % max(1, args.steps // 40) == 0:
             print(f"step {step + 1}/{args.steps}  loss {total:.4f}  gradient norm {norm:.2f}  {tokens / seconds:,.0f} tokens/s", flush=True)
+        if skipped == args.give_up:
+            fail(f"loss or gradient not finite in {skipped} steps in a row (--give-up): see {run.path}/not_finite.jsonl")
+        run.save_state(step + 1, problems, model, optimizer, skipped=skipped)
     save_model(run.path, model, tokenizer)
+    run.finish()
     print(f"saved {run.path}")
 
 

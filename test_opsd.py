@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import data
 import eval as evaluation
 import opsd
@@ -632,6 +633,133 @@ def test_a_run_on_real_data_is_evaluated_on_held_out_problems_on_its_way(tmp_pat
     assert [(row["step"], "evaluation" in row) for row in metrics(out)[1:]] == [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
     assert "dropped 4 of 12 training problems" in capsys.readouterr().out
     assert sorted(name for name in os.listdir(out) if name.startswith("step")) == ["step-2"] and len(weights(os.path.join(out, "step-2")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resume, damaged files, numbers that are not finite, seeds
+
+STAGES = [
+    (opsd, ["--filter", "all", "--teacher", "ema", "--kl-by-position", "8", "--eval-every", "2", *SMALL]),
+    (rlvr, ["--hard", "1", *SMALL]),
+    (sft, ["--batch", "4", "--threads", "1"]),
+]
+
+
+def lines_without_times(path):
+    """The logs of a run, without what may differ between two runs of one experiment: times, memory, the settings' line."""
+    logs = {}
+    for name in sorted(os.listdir(path)):
+        if name.endswith(".jsonl"):
+            rows = [json.loads(line) for line in open(os.path.join(path, name))]
+            logs[name] = [{k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows if "args" not in row]
+    return logs
+
+
+@pytest.fixture
+def crash(monkeypatch):
+    """Makes the next run die in its fifth step, after that step's line was logged and before its state is saved."""
+    class Crash(Exception):
+        pass
+    own = common.Run.save_state
+
+    def save_state(run, step, *rest, **kwargs):
+        if step == 5:
+            raise Crash
+        own(run, step, *rest, **kwargs)
+    monkeypatch.setattr(common.Run, "save_state", save_state)
+    yield Crash
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("script, argv", STAGES)
+def test_a_resumed_run_equals_one_that_was_never_interrupted(script, argv, tmp_path, crash, monkeypatch, capsys):
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    argv = argv + ["--steps", "6", "--state-every", "2"]
+    with pytest.raises(crash):
+        script.main(argv + ["--out", cut])
+    assert [name[:13] for name in sorted(os.listdir(cut)) if name.startswith("state")] == ["state-0000002", "state-0000004"]
+    open(os.path.join(cut, "metrics.jsonl"), "a").write('{"step": 5, "lo')                # a line that the crash cut
+    monkeypatch.undo()
+    script.main(argv + ["--out", cut, "--resume"])
+    assert "resumed after step 4" in capsys.readouterr().out
+    script.main(argv + ["--out", whole])
+    assert torch.equal(weights(cut), weights(whole)) and lines_without_times(cut) == lines_without_times(whole)
+    assert sorted(os.listdir(cut)) == sorted(os.listdir(whole)) and not any(name.startswith(("state", ".saving")) for name in os.listdir(cut))
+    with pytest.raises(SystemExit):
+        script.main(argv + ["--out", cut, "--resume"])
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_resume_skips_damaged_states_and_refuses_another_experiment(tmp_path, crash, monkeypatch, capsys):
+    out = str(tmp_path / "run")
+    argv = [*SMALL, "--filter", "all", "--eval-problems", "0", "--steps", "6", "--state-every", "2", "--out", out]
+    with pytest.raises(crash):
+        opsd.main(argv)
+    monkeypatch.undo()
+    for other, complaint in ((["--lr", "1e-5"], "--lr 0.0003 then, 1e-05 now"), (["--hard", "0.7"], "--hard 0.5 then, 0.7 now"), (["--filter", "correct"], "--filter all then, correct now")):
+        with pytest.raises(SystemExit):
+            opsd.main(argv + other + ["--resume"])
+        error = capsys.readouterr().err
+        assert error.startswith("error: --resume: ") and complaint in error and error.count("\n") == 1
+    older, newer = (os.path.join(out, name) for name in sorted(name for name in os.listdir(out) if name.startswith("state")))
+    content = open(newer, "rb").read()
+    for damaged in (b"", content[:len(content) // 2], content[:5000] + bytes([content[5000] ^ 4]) + content[5001:]):
+        open(newer, "wb").write(damaged)
+        run = common.Run(opsd.parse_args(argv + ["--resume", "--model", os.path.relpath(TINY)]), "x")
+        model = load_model(TINY, CPU)[0]
+        problems = embedded_problems(6 * 6, 0)
+        assert run.resume(problems, model, torch.optim.AdamW(model.parameters()))["step"] == 2
+        assert f"{newer} is damaged" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run.resume(problems[1:], model, torch.optim.AdamW(model.parameters()))
+    assert "on other problems" in capsys.readouterr().err
+    os.remove(older), os.remove(newer)
+    opsd.main(argv + ["--resume", "--threads", "1"])
+    assert "from the start" in capsys.readouterr().out and [row["step"] for row in metrics(out)[1:]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_leaves_the_last_state_whole(tmp_path, monkeypatch, capsys):
+    out, own, calls = str(tmp_path / "run"), torch.save, []
+
+    def full(state, path):
+        calls.append(path)
+        if len(calls) == 2:
+            open(path, "wb").write(b"half")
+            raise OSError(28, "No space left on device")
+        own(state, path)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit):
+        opsd.main([*SMALL, "--eval-problems", "0", "--filter", "all", "--steps", "3", "--state-every", "1", "--out", out])
+    error = capsys.readouterr().err
+    assert "No space left" in error and error.count("\n") == 1
+    assert [name[:13] for name in os.listdir(out) if "state" in name] == ["state-0000001"]
+
+
+@pytest.mark.parametrize("script, argv", STAGES)
+def test_a_gradient_that_is_not_finite_is_skipped_and_ends_the_run_after_some(script, argv, tmp_path, monkeypatch, capsys):
+    out, own, steps = str(tmp_path / "run"), torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(parameters, clip):
+        parameters = list(parameters)
+        steps.append(0)
+        if len(steps) != 2:
+            parameters[0].grad[0, 0] = math.nan
+        return own(parameters, clip)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    with pytest.raises(SystemExit):
+        script.main(argv + ["--steps", "9", "--give-up", "3", "--out", out])
+    assert len(steps) == 5 and "not_finite.jsonl" in capsys.readouterr().err
+    rows = [json.loads(line) for line in open(os.path.join(out, "not_finite.jsonl"))]
+    assert [row["step"] for row in rows] == [1, 3, 4, 5] and rows[0]["rows"][0]["response_ids"]
+    assert not os.path.exists(os.path.join(out, "model.safetensors"))
+
+
+def test_one_seed_fixes_everything(tmp_path):
+    runs = [str(tmp_path / name) for name in "abc"]
+    for out, seed in zip(runs, "001"):
+        opsd.main(["--steps", "2", "--filter", "all", "--seed", seed, "--out", out] + SMALL)
+    a, b, c = map(lines_without_times, runs)
+    assert a == b != c and torch.equal(weights(runs[0]), weights(runs[1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
