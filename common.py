@@ -75,12 +75,16 @@ def load_model(path, device, dtype="auto"):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
     except Exception as error:                              # a wrong id, no network, pickle-only weights, custom code: one line is enough
         fail(f"--model {path}: {' '.join(str(error).split())[:300]}")
     if tokenizer.chat_template is None:
         fail(f"--model {path}: its tokenizer has no chat template")
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True, enable_thinking=True)
+    except Exception as error:                              # templates are programs, and may raise what they like
+        fail(f"--model {path}: its chat template fails on a plain user turn ({type(error).__name__}: {' '.join(str(error).split())[:150]})")
     if stop_ids(model, tokenizer) == []:
         fail(f"--model {path}: neither generation config nor tokenizer names an end-of-sequence token")
     for name, weight in model.named_parameters():

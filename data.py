@@ -97,6 +97,9 @@ def load_file(path, split="train", question_field=None, answer_field=None, solut
         places.append(where)
     if not problems:
         fail(f"--data {path}: no rows")
+    repeated = len(problems) - len({p.question for p in problems})
+    if repeated:
+        print(f"{path}: {repeated} of {len(problems)} rows repeat an earlier question; they count as often as they stand there")
     with Verifier() as verifier:
         for where, problem, complaint in zip(places, problems, verifier.check_golds([p.answer for p in problems])):
             if complaint:

@@ -12,7 +12,7 @@
 """
 import time
 
-from common import Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
+from common import Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up, stop_ids
 from data import CONTEXTS, EMBEDDED_CONTEXTS, add_data_flags, load_problems, reference_trace, render_prompt
 
 
@@ -59,10 +59,11 @@ def embedded_row(tokenizer, problem, rng):
     return prompt, response, trained
 
 
-def real_row(tokenizer, problem):
+def real_row(tokenizer, problem, end):
+    """The same of a real problem; `end` is the id that ends a response."""
     prompt = render_prompt(tokenizer, problem)
-    text = f"<think>\n{problem.solution}\n</think>\n\n\\boxed{{{problem.answer}}}{tokenizer.eos_token}"
-    response = tokenizer(text, add_special_tokens=False).input_ids
+    text = f"<think>\n{problem.solution}\n</think>\n\n\\boxed{{{problem.answer}}}"
+    response = tokenizer(text, add_special_tokens=False).input_ids + [end]
     return prompt, response, [True] * len(response)
 
 
@@ -138,6 +139,7 @@ def main(argv=None):
         fail(f"--data {args.data}: sft.py needs a worked solution in every row (see --solution-field)")
     model, tokenizer = load_model(args.model, device, args.dtype) if args.model else build_tiny(args.seed)
     model.to(device).eval()
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stop_ids(model, tokenizer)[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     run = Run(args, "sft")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(problems):,} problems, device {device}, run directory {run.path}")
@@ -148,7 +150,7 @@ def main(argv=None):
         rng = np.random.default_rng([args.seed, 1, step])
         epoch, position = divmod(step * args.batch, len(problems))
         batch = [problems[(position + i) % len(problems)] for i in range(args.batch)]
-        rows = [real_row(tokenizer, p) if args.data else embedded_row(tokenizer, p, rng) for p in batch]
+        rows = [real_row(tokenizer, p, end) if args.data else embedded_row(tokenizer, p, rng) for p in batch]
         tokens = sum(sum(trained) for _, _, trained in rows)                                # the denominator of the whole step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
