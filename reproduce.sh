@@ -51,7 +51,7 @@ for seed in $SEEDS; do
     echo "off $seed --context solution --thinking off --model tiny/rlvr$(models off-correct off-incorrect)"
 done | xargs -P "$JOBS" -L 1 bash -c 'evaluate "$@"' _
 
-python table.py --seeds $SEEDS
+python table.py --seeds $SEEDS --readme
 files() { for seed in $SEEDS; do echo "${1/SEED/$seed}"; done; }
 python plot.py plane $(files results/evaluations/filters-SEED.json) --out results/figure1
 python plot.py position $(files runs/table/all-SEED/kl_by_position.jsonl) --out results/figure2

@@ -1,6 +1,7 @@
 """The README's tables from what reproduce.sh left in results/: mean over seeds and 95% interval (Student's t over the seeds).
 
-    python table.py --seeds 101 102 103         # prints results/table.md, and writes it and results/table.json
+    python table.py --seeds 101 102 103             # prints results/table.md, and writes it and results/table.json
+    python table.py --seeds 101 102 103 --readme    # and puts the tables into README.md
 """
 import argparse
 import json
@@ -74,24 +75,86 @@ def markdown(records):
     return "\n".join(lines)
 
 
+# The paper's tables and figures: (place in the paper, part and branch of ours, flags, the paper's result on Qwen3-8B / AceReason-7B unless named).
+EXPERIMENTS = [
+    ("figure 1, table 2: correct only", "filters", "correct", "opsd.py --filter correct", "-1.0 pp, -29% / +3.5 pp, -18%"),
+    ("figure 1, table 2: incorrect only", "filters", "incorrect", "opsd.py --filter incorrect", "-6.6 pp, -20% / -10.0 pp, -17%"),
+    ("table 2: all rollouts", "filters", "all", "opsd.py --filter all", "-1.2 pp, -27% / -2.0 pp, -18%"),
+    ("table 2: split direction", "filters", "split", "opsd.py --filter all --divergence split", "+0.5 pp, -26% / +0.0 pp, -21%"),
+    ("table 2: JSD", "filters", "jsd", "opsd.py --filter all --divergence jsd", "-1.4 pp, -27% / +2.4 pp, -20%"),
+    ("table 4: only the answer as context, correct", "contexts", "answer-correct", "opsd.py --filter correct --context answer", "not run"),
+    ("the same, incorrect", "contexts", "answer-incorrect", "opsd.py --filter incorrect --context answer", "not run"),
+    ("table 4: conciseness instruction, correct", "contexts", "instruction-correct", "opsd.py --filter correct --context instruction", "-2.5 pp, -23% (all rollouts)"),
+    ("the same, incorrect", "contexts", "instruction-incorrect", "opsd.py --filter incorrect --context instruction", "not run"),
+    ("table 4: reflections, re-solve", None, "the embedded model cannot write them", "opsd.py --model MODEL --data DATA --context reflection (reflection-demo, four-line, two-line, resolve)",
+     "-1.2 pp, -27%; -2.4, -26%; +2.0, -10%; +0.5, -6%; -6.6, -46%"),
+    ("table 5: reinjection, correct", "contexts", "reinject-correct", "opsd.py --filter correct --reinject 32", "-2.6 pp, -33%"),
+    ("table 5: reinjection, all", "contexts", "reinject-all", "opsd.py --filter all --reinject 32", "-4.2 pp, -33%"),
+    ("table 6: before RLVR, correct", "order", "sft-correct", "opsd.py --filter correct --model tiny/sft", "+1.9 pp, -20% (R1-Distill-7B)"),
+    ("table 6: before RLVR, incorrect", "order", "sft-incorrect", "opsd.py --filter incorrect --model tiny/sft", "-3.9 pp, -16% (R1-Distill-7B)"),
+    ("RLVR alone", "order", "tiny/rlvr", "rlvr.py", "published checkpoints"),
+    ("prompt only: the student reads the reference", "filters", "tiny/rlvr reading solution", "eval.py --model tiny/rlvr --context solution", "not run"),
+    ("baseline: rejection-sampling fine-tuning", "baselines", "rft-correct", "opsd.py --filter correct --divergence rft", "not run"),
+    ("baseline: length-penalised RLVR", "baselines", "length-penalty", "rlvr.py --model tiny/rlvr --length-penalty 0.5 --steps 20", "not run"),
+    ("thinking off, correct", "off", "off-correct", "opsd.py --filter correct --thinking off", "not run"),
+    ("thinking off, incorrect", "off", "off-incorrect", "opsd.py --filter incorrect --thinking off", "not run"),
+    ("table 7: three seeds", None, "every row here", "SEEDS=\"101 102 103\" bash reproduce.sh", "correct -1.6 +- 1.6 pp, incorrect -7.9 +- 2.1 pp"),
+    ("figure 2: KL by position", None, "results/figure2.png", "opsd.py --filter all --kl-by-position 8, then plot.py position", "0.15 to 0.25 nats in the first 300 tokens, then 0.02 to 0.05"),
+    ("figure 3: trajectory", None, "results/figure3.png", "opsd.py --filter correct --eval-every 10, then plot.py trajectory", "length settles within 25 steps"),
+]
+MARKERS = {"correct": "10.6 to 8.2 / 12.2 to 10.5", "incorrect": "10.6 to 9.4 / 12.2 to 11.0"}               # table 3
+SHIFTS = {"correct": "net +0.2 / +14.8", "incorrect": "net -24.9 / -77.5"}                                  # figure 4
+
+
+def experiments(records):
+    """Markdown: experiment of the paper, command, our result as mean and 95% interval over seeds, the paper's result."""
+    found = {(r["part"], r["branch"]): r for r in records if r["group"] == "all"}
+    change = lambda value: f"{value[0]:+.1f}" + ("" if value[1] is None else f" [{value[1]:+.1f}, {value[2]:+.1f}]")
+    lines = ["| experiment of the paper | command (after `python`) | embedded model: accuracy, points; length, % | the paper, on its models |", "|---|---|---|---|"]
+    for place, part, branch, command, paper in EXPERIMENTS:
+        record = found[part, branch] if part else None
+        ours = f"{change(record['accuracy_change'])}; {change(record['length_change'])}" if part else branch
+        lines.append(f"| {place} | `{command}` | {ours} | {paper} |")
+    before = found["filters", "tiny/rlvr"]["markers"][0]
+    for branch, paper in MARKERS.items():
+        lines.append(f"| table 3: markers per 1,000 tokens, {branch} only | `eval.py --model tiny/rlvr RUN` | {before:.1f} to {found['filters', branch]['markers'][0]:.1f} | {paper} |")
+    for branch, paper in SHIFTS.items():
+        shift = found["filters", branch]["shift"]
+        ours = ", ".join(f"{key} {shift[key][0]:.1f}" for key in ("repaired", "damaged")) + f", net {change(shift['net'])}"
+        lines.append(f"| figure 4: shift, {branch} only | `eval.py --model tiny/rlvr RUN`, then `plot.py shift` | {ours} | {paper} |")
+    return "\n".join(lines)
+
+
+def into_readme(name, text):
+    """Replaces what stands in README.md between the lines <!-- name --> and <!-- end -->."""
+    path = os.path.join(HERE, "README.md")
+    readme = open(path).read()
+    before, mark, rest = readme.partition(f"<!-- {name} -->\n")
+    if mark:
+        open(path, "w").write(before + mark + text + "\n" + rest[rest.index("<!-- end -->"):])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", required=True, help="of reproduce.sh")
+    parser.add_argument("--readme", action="store_true", help="also put the tables into README.md, between their marks")
     args = parser.parse_args()
-    titles = dict(filters="Filters and divergences after RLVR (tables 2 and 3, figure 1)", contexts="Contexts and reinjection (tables 4 and 5)",
-                  baselines="Baselines that the paper never ran, after RLVR", order="RLVR, and OPSD before it (table 6): changes against tiny/sft",
-                  off="Thinking off: the answer alone")
-    records, text = [], ""
+    titles = dict(filters="Filters and divergences after RLVR", contexts="Contexts and reinjection", baselines="Baselines",
+                  order="RLVR, and OPSD before it: changes against tiny/sft", off="Thinking off: the answer alone")
     try:
-        for part, title in titles.items():
-            rows = collect(part, args.seeds)
-            records += rows
-            text += f"**{title}**\n\n{markdown(rows)}\n\n"
-        text += f"**What the traces do, percent of easy and of hard steps**\n\n{mechanism(args.seeds)}\n"
+        parts = {part: collect(part, args.seeds) for part in titles}
+        steps = mechanism(args.seeds)
     except OSError as error:
         fail(f"{error.filename}: no such file; run reproduce.sh first")
+    records = [record for part in parts.values() for record in part]
+    tables = {part: markdown(rows) for part, rows in parts.items()} | dict(mechanism=steps, experiments=experiments(records))
+    titles = titles | dict(mechanism="What the traces do, percent of easy and of hard steps", experiments="The paper's experiments")
+    text = "\n\n".join(f"**{titles[name]}**\n\n{table}" for name, table in tables.items()) + "\n"
     open(os.path.join(RESULTS, "table.md"), "w").write(text)
     write_json(os.path.join(RESULTS, "table.json"), dict(seeds=args.seeds, records=records))
+    if args.readme:
+        for name, table in tables.items():
+            into_readme(name, table)
     print(text)
 
 

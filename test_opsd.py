@@ -604,18 +604,29 @@ def test_figures_and_tables_from_the_runs_own_files(tmp_path, monkeypatch, capsy
     import plot
     import table
     (tmp_path / "evaluations").mkdir(), (tmp_path / "metrics").mkdir()
-    pairs = lambda seed: [("tiny/rlvr", graded(["correct"] * 3 + ["incorrect"], 100)), (f"runs/table/correct-{seed}", graded(["correct"] * 4, 80 - seed))]
-    traces = {name: evaluation.trace_table(rows) for seed in (1, 2) for name, rows in pairs(seed)}
+    branches = {part: [b for _, p, b, *_ in table.EXPERIMENTS if p == part] for part in ("filters", "contexts", "baselines", "order", "off")}
+
+    def pairs(part, seed):
+        """An evaluation in which every branch is right everywhere and 20 or 21 tokens shorter than the baseline."""
+        names = [b if b.startswith("tiny") else f"runs/table/{b}-{seed}" for b in branches[part]]
+        return [("tiny/sft" if part == "order" else "tiny/rlvr", graded(["correct"] * 3 + ["incorrect"], 100))] + [(name, graded(["correct"] * 4, 80 - seed)) for name in names]
     for seed in (1, 2):
-        for part in ("filters", "contexts", "baselines", "order", "off"):
-            json.dump(dict(records=evaluation.compare(pairs(seed), 1), traces={name: traces[name] for name, _ in pairs(seed)}), open(tmp_path / "evaluations" / f"{part}-{seed}.json", "w"))
-        rows = [dict(args=dict(out=f"runs/table/correct-{seed}")), dict(step=1, kept=5, loss_tokens=50), dict(step=2, kept=7, loss_tokens=70), dict(step=2, evaluation=evaluation.compare(pairs(seed), 1))]
+        for part in branches:
+            traces = {name: evaluation.trace_table(rows) for name, rows in pairs(part, seed)}
+            json.dump(dict(records=evaluation.compare(pairs(part, seed), 1), traces=traces), open(tmp_path / "evaluations" / f"{part}-{seed}.json", "w"))
+        rows = [dict(args=dict(out=f"runs/table/correct-{seed}")), dict(step=1, kept=5, loss_tokens=50), dict(step=2, kept=7, loss_tokens=70),
+                dict(step=2, evaluation=evaluation.compare(pairs("filters", seed)[:2], 1))]
         write(tmp_path / "metrics" / f"correct-{seed}.jsonl", *map(json.dumps, rows))
-        bins = opsd.kl_by_position(pairs(seed)[0][1], torch.rand(4, 4, 100), 8)
+        bins = opsd.kl_by_position(pairs("filters", seed)[0][1], torch.rand(4, 4, 100), 8)
         write(tmp_path / f"kl-{seed}.jsonl", json.dumps(dict(step=1, bin=8, **bins)))
+    write(tmp_path / "README.md", "before", "<!-- experiments -->", "old", "<!-- end -->", "after")
+    monkeypatch.setattr(table, "HERE", str(tmp_path))
     monkeypatch.setattr(table, "RESULTS", str(tmp_path))
-    monkeypatch.setattr("sys.argv", ["table.py", "--seeds", "1", "2"])
+    monkeypatch.setattr("sys.argv", ["table.py", "--seeds", "1", "2", "--readme"])
     table.main()
+    readme = open(tmp_path / "README.md").read()
+    assert "old" not in readme and readme.startswith("before\n") and readme.endswith("<!-- end -->\nafter\n")
+    assert "| table 5: reinjection, all | `opsd.py --filter all --reinject 32` | +25.0 [+25.0, +25.0]; -21.5 [-27.9, -15.1] | -4.2 pp, -33% |" in readme
     row = next(line for line in capsys.readouterr().out.split("\n") if line.startswith("| correct"))
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[3] == "100.0" and cells[4].startswith("+25.0") and cells[5] == "78.5" and cells[6].startswith("-21.5 [-27.9, -15.1]") and cells[9:11] == ["6.0", "120"]
