@@ -133,50 +133,38 @@ def token_weights(rollouts, mean):
     return [[1 / (len(rollouts) * len(r.response_ids)) if mean == "response" else 1 / total] * len(r.response_ids) for r in rollouts]
 
 
-def chunk_loss(student_hidden, teacher_logprobs, ids, correct, weights, head, divergence, beta):
-    """Hidden states (R, D) of one chunk -> (weighted loss, measures (4, R)). The chunk's logits die with this call."""
-    import torch
-    student = torch.log_softmax(head(student_hidden).float(), -1)                                           # (R, V)
-    teacher = teacher_logprobs()                                                                            # (R, V)
-    loss = (DIVERGENCES[divergence](student, teacher, ids, correct, beta) * weights).sum()
-    with torch.no_grad():
-        measures = torch.stack([kl(student, teacher), kl(teacher, student), entropy(student), entropy(teacher)])    # (4, R)
-    return loss, measures
-
-
 def entropy(logprobs):
     return -(logprobs.exp() * logprobs).sum(-1)                                                             # (R,)
 
 
 def opsd_loss(student, teacher, rollouts, teacher_rows, weights, divergence="reverse_kl", beta=0.5, chunk=1024):
-    """The loss of one micro-batch: (loss, measures (4, R): reverse KL, forward KL, student entropy, teacher entropy, all in nats).
+    """The loss of one micro-batch, its gradient added to the student's: (loss, measures (4, R): reverse KL, forward KL, student entropy, teacher entropy, in nats).
 
     student, teacher: models. rollouts: the student's rows. teacher_rows: the same response ids behind the teacher's prompts, see
-    teacher_row. weights: see token_weights. Logits exist for `chunk` response tokens at a time, and are recomputed in backward.
+    teacher_row. weights: see token_weights. Logits exist for `chunk` response tokens at a time: each chunk runs backward at once, into the
+    head and into its hidden states, whose gradients then go through the student's body together. Nothing is computed twice.
     """
     import torch
-    from torch.utils.checkpoint import checkpoint
     rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
-    hidden = response_hidden(student, rows)                                                                 # (R, D)
-    with torch.no_grad():
+    with torch.inference_mode():
         teacher_hidden = response_hidden(teacher, teacher_rows)                                             # (R, D)
+    hidden = response_hidden(student, rows)                                                                 # (R, D)
     ids = response_targets(student, rows)                                                                   # (R,)
     correct = torch.tensor([r.outcome == "correct" for r in rollouts for _ in r.response_ids], device=ids.device)   # (R,)
     flat = torch.tensor([w for row in weights for w in row], device=ids.device)                             # (R,)
-    head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
-    loss, measures = 0.0, []
-    for start in range(0, len(ids), chunk):
-        part = slice(start, start + chunk)
-
-        def teacher_logprobs(part=part):
-            with torch.no_grad():
-                return torch.log_softmax(teacher_head(teacher_hidden[part]).float(), -1)                    # (R, V)
-
-        part_loss, part_measures = checkpoint(chunk_loss, hidden[part], teacher_logprobs, ids[part], correct[part], flat[part],
-                                              head, divergence, beta, use_reentrant=False)
-        loss = loss + part_loss
-        measures.append(part_measures)
-    return loss, torch.cat(measures, 1)
+    total, gradients, measures = 0.0, [], []
+    for part in [slice(start, start + chunk) for start in range(0, len(ids), chunk)]:
+        leaf = hidden[part].detach().requires_grad_()                                                       # (C, D): C tokens of the chunk
+        s = torch.log_softmax(student.get_output_embeddings()(leaf).float(), -1)                            # (C, V)
+        with torch.no_grad():
+            t = torch.log_softmax(teacher.get_output_embeddings()(teacher_hidden[part]).float(), -1)        # (C, V)
+            measures.append(torch.stack([kl(s, t), kl(t, s), entropy(s), entropy(t)]))                      # (4, C)
+        loss = (DIVERGENCES[divergence](s, t, ids[part], correct[part], beta) * flat[part]).sum()
+        loss.backward()
+        total += loss.item()
+        gradients.append(leaf.grad)
+    hidden.backward(torch.cat(gradients))
+    return total, torch.cat(measures, 1)
 
 
 RECALL = "\n\nActually, I recall:\n{context}\nContinuing from this.\n\n"
@@ -221,8 +209,7 @@ def accumulate_gradients(student, teacher, rollouts, teacher_rows, args):
     for group in micro_batches([sum(map(len, row)) for row in teacher_rows], args.micro_tokens):
         pick = lambda rows: [rows[i] for i in group]
         part, part_measures = opsd_loss(student, teacher, pick(rollouts), pick(teacher_rows), pick(weights), args.divergence, args.beta, args.chunk)
-        part.backward()
-        loss += part.item()
+        loss += part
         for i, row in zip(group, part_measures.split([len(rollouts[i].response_ids) for i in group], 1)):
             measures[i] = row
     return loss, measures

@@ -74,24 +74,45 @@ def group_advantages(rewards, group):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss. Axes: R response tokens, D width, V vocabulary.
 
-def chunk_logprobs(hidden, ids, head):
-    """(log-probabilities of the sampled ids, entropies), each (R,), of one chunk. The chunk's logits die with this call."""
+def chunk_logprobs(model, hidden, ids):
+    """(log-probabilities of the sampled ids, entropies), each (C,), of a chunk's hidden states (C, D)."""
     import torch
-    logprobs = torch.log_softmax(head(hidden).float(), -1)                                                  # (R, V)
+    logprobs = torch.log_softmax(model.get_output_embeddings()(hidden).float(), -1)                         # (C, V)
     with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(-1)                                                      # (R,)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)                                                      # (C,)
     return logprobs.gather(-1, ids[:, None])[:, 0], entropy
 
 
 def sampled_logprobs(model, rollouts, chunk):
-    """(log-probabilities of the response tokens, entropies), each (R,). Logits exist for `chunk` tokens at a time."""
+    """Log-probabilities of the response tokens: (R,), without gradient. Logits exist for `chunk` tokens at a time."""
     import torch
-    from torch.utils.checkpoint import checkpoint
+    rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
+    with torch.no_grad():
+        hidden, ids = response_hidden(model, rows), response_targets(model, rows)                           # (R, D), (R,)
+        return torch.cat([chunk_logprobs(model, h, i)[0] for h, i in zip(hidden.split(chunk), ids.split(chunk))])
+
+
+def rlvr_loss(model, rollouts, advantages, old, start, tokens, args):
+    """The loss of one micro-batch over the step's `tokens`, its gradient added to the model's: (loss, entropies (R,)).
+
+    advantages: (R,). old, start: see grpo_loss; old = None where the model is still the sampled one. Logits exist for `args.chunk` tokens at a
+    time: each chunk runs backward at once, into the head and into its hidden states, whose gradients then go through the body together.
+    """
+    import torch
     rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
     hidden, ids = response_hidden(model, rows), response_targets(model, rows)                               # (R, D), (R,)
-    parts = [checkpoint(chunk_logprobs, hidden[i:i + chunk], ids[i:i + chunk], model.get_output_embeddings(), use_reentrant=False)
-             for i in range(0, len(ids), chunk)]
-    return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])
+    total, gradients, entropies = 0.0, [], []
+    for part in [slice(i, i + args.chunk) for i in range(0, len(ids), args.chunk)]:
+        leaf = hidden[part].detach().requires_grad_()                                                       # (C, D): C tokens of the chunk
+        logprobs, entropy = chunk_logprobs(model, leaf, ids[part])                                          # (C,), (C,)
+        reference = logprobs.detach() if old is None else old[part]
+        loss = grpo_loss(logprobs, reference, None if start is None else start[part], advantages[part], args.clip_low, args.clip_high, args.kl).sum() / tokens
+        loss.backward()
+        total += loss.item()
+        gradients.append(leaf.grad)
+        entropies.append(entropy)
+    hidden.backward(torch.cat(gradients))
+    return total, torch.cat(entropies)
 
 
 def grpo_loss(logprobs, old, start, advantages, clip_low, clip_high, kl):
@@ -145,21 +166,15 @@ def main(argv=None):
             # 4. loss: one denominator for the whole step, gradients added up over micro-batches
             tokens = sum(len(r.response_ids) for r, _ in kept)
             groups = [[kept[i] for i in group] for group in micro_batches([len(r.prompt_ids) + len(r.response_ids) for r, _ in kept], args.micro_tokens)]
-            old = [None] * len(groups)
+            old = [sampled_logprobs(model, [r for r, _ in g], args.chunk) if args.updates > 1 else None for g in groups]    # one update is on-policy: ratio 1
             for update in range(args.updates if kept else 0):
                 loss, entropies = 0.0, []
                 for i, group in enumerate(groups):
                     rollouts = [r for r, _ in group]
                     advantages = torch.tensor([a for r, a in group for _ in r.response_ids], device=device)                 # (R,)
-                    logprobs, entropy = sampled_logprobs(model, rollouts, args.chunk)                                       # (R,), (R,)
-                    if update == 0 and args.updates > 1 and i == 0:
-                        with torch.no_grad():
-                            old = [sampled_logprobs(model, [r for r, _ in g], args.chunk)[0] for g in groups]
-                    with torch.no_grad():
-                        first = sampled_logprobs(initial, rollouts, args.chunk)[0] if args.kl else None                     # (R,)
-                    part = grpo_loss(logprobs, logprobs.detach() if old[i] is None else old[i], first, advantages, args.clip_low, args.clip_high, args.kl).sum() / tokens
-                    part.backward()
-                    loss += part.item()
+                    first = sampled_logprobs(initial, rollouts, args.chunk) if args.kl else None                            # (R,)
+                    part, entropy = rlvr_loss(model, rollouts, advantages, old[i], first, tokens, args)
+                    loss += part
                     entropies.append(entropy)
 
                 # 5. step

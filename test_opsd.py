@@ -212,8 +212,7 @@ def test_masks_come_from_lengths_so_a_final_eos_counts_even_if_pad_is_eos(model,
     # the eos position carries gradient: a loss on it alone moves the model, and prompt or padding tokens are not among the targets
     weights = [[0.0] * (len(r.response_ids) - 1) + [float(r.finished)] for r in rollouts]
     loss, _ = opsd.opsd_loss(model, opsd.frozen_copy(model), rollouts, rows, weights, "rft")
-    loss.backward()
-    assert loss.item() > 0 and model.lm_head.weight.grad[tokenizer.eos_token_id].abs().sum() > 0
+    assert loss > 0 and model.lm_head.weight.grad[tokenizer.eos_token_id].abs().sum() > 0
 
 
 def test_ids_reach_the_loss_as_sampled_even_if_text_would_tokenise_otherwise(model, tokenizer):
@@ -224,7 +223,7 @@ def test_ids_reach_the_loss_as_sampled_even_if_text_would_tokenise_otherwise(mod
     loss, _ = opsd.opsd_loss(model, opsd.frozen_copy(model), [rollout], [(rollout.prompt_ids, ids)], opsd.token_weights([rollout], "response"), "rft")
     logprobs = model(torch.tensor([rollout.prompt_ids + ids])).logits[0].log_softmax(-1)
     expected = -sum(logprobs[len(rollout.prompt_ids) + i - 1, token] for i, token in enumerate(ids)) / len(ids)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_no_gradient_reaches_the_teacher_and_dropout_is_off(model, tokenizer):
@@ -315,13 +314,19 @@ def test_grpo_loss_equals_a_loop_and_clips_only_where_it_should():
 
 def test_on_policy_grpo_gradient_is_the_policy_gradient(model, tokenizer):
     rollouts = some_rollouts(tokenizer, 3)
-    logprobs, _ = rlvr.sampled_logprobs(model, rollouts, 11)
-    advantages = torch.linspace(-1, 1, len(logprobs))
-    rlvr.grpo_loss(logprobs, logprobs.detach(), None, advantages, 0.2, 0.28, 0.0).sum().backward()
+    args = rlvr.parse_args(["--chunk", "11"])
+    advantages = torch.linspace(-1, 1, sum(len(r.response_ids) for r in rollouts))
+    loss, entropies = rlvr.rlvr_loss(model, rollouts, advantages, None, None, 100, args)
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
-    (-(rlvr.sampled_logprobs(model, rollouts, 10**9)[0] * advantages).sum()).backward()
-    torch.testing.assert_close(gradient, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-3, atol=1e-5)
+    parts = []
+    for r in rollouts:                                                              # dense, row by row, without padding or chunks
+        logprobs = model(torch.tensor([r.prompt_ids + r.response_ids])).logits[0, len(r.prompt_ids) - 1:-1].log_softmax(-1)
+        parts.append(logprobs.gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0])
+    (-(torch.cat(parts) * advantages).sum() / 100).backward()
+    torch.testing.assert_close(gradient, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-3, atol=1e-6)
+    assert loss == pytest.approx(-advantages.sum().item() / 100, abs=1e-6) and entropies.shape == advantages.shape          # ratio 1
+    torch.testing.assert_close(rlvr.sampled_logprobs(model, rollouts, 7), torch.cat(parts).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_reward_and_length_penalty():
