@@ -44,7 +44,7 @@ def add_data_flags(parser, several=False):
     group = parser.add_argument_group("data")
     group.add_argument("--data", nargs="+" if several else None, help="JSONL or parquet file, or a Hugging Face data set id (owner/name, or owner/name:configuration)"
                        + " (several: their changes are averaged)" * several + "; without it: the embedded task")
-    group.add_argument("--split", default="train", help="split of a Hugging Face data set id")
+    group.add_argument("--split", help="split of a Hugging Face data set id (else train, or the only one)")
     group.add_argument("--question-field", help=f"field of the question (else the first of {', '.join(QUESTION_FIELDS)})")
     group.add_argument("--answer-field", help=f"field of the gold answer (else the first of {', '.join(ANSWER_FIELDS)})")
     group.add_argument("--solution-field", help=f"field of the worked solution (else the first of {', '.join(SOLUTION_FIELDS)}; may be absent)")
@@ -85,7 +85,7 @@ def load_held_out(args, problems):
     return kept, held_out
 
 
-def load_file(path, split="train", question_field=None, answer_field=None, solution_field=None):
+def load_file(path, split=None, question_field=None, answer_field=None, solution_field=None):
     """Problems of a JSONL or parquet file or a Hugging Face data set id. Every gold answer is checked here, once."""
     problems, places = [], []
     for where, row in read_rows(path, split):
@@ -150,6 +150,9 @@ def read_rows(path, split):
         else:
             import datasets
             rows = datasets.load_dataset(*path.split(":", 1), split=split)
+            if split is None:
+                names = list(rows)
+                rows = rows["train" if "train" in names or len(names) > 1 else names[0]]
     except Exception as error:                              # a hub out of reach, a wrong id, a broken file: one line is enough
         fail(f"--data {path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     for number, row in enumerate(rows, 1):

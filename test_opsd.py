@@ -498,6 +498,22 @@ def test_loading_recognises_field_names(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
+@pytest.mark.parametrize("identity, split_there, configuration, rows, flags", [                   # as on the hub, which is not asked here
+    ("HuggingFaceH4/MATH-500", "test", None, dict(problem="1+1?", solution="1+1=2", answer="2", subject="Algebra", level=2, unique_id="a"), {}),
+    ("HuggingFaceH4/aime_2024", "train", None, dict(id=60, problem="1+1?", solution="2", answer="002", url="u", year="2024"), {}),
+    ("math-ai/aime25", "test", None, dict(problem="1+1?", answer="2", id="0"), {}),
+    ("open-r1/DAPO-Math-17k-Processed:en", "train", "en", dict(prompt="1+1?", solution="2", data_source="d", source_prompt=[{"role": "user", "content": "x"}]),
+     dict(question_field="prompt", answer_field="solution")),
+])
+def test_hugging_face_data_sets_of_the_papers_shapes(identity, split_there, configuration, rows, flags, monkeypatch):
+    import datasets
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((names, split)) or datasets.DatasetDict({split_there: datasets.Dataset.from_list([rows])}))
+    problems = data.load_file(identity, **flags)
+    assert asked == [((identity.split(":")[0], *([configuration] if configuration else [])), None)]
+    assert (problems[0].question, float(problems[0].answer)) == ("1+1?", 2)
+
+
 def test_bootstrap_intervals_cover_and_pair():
     rng = np.random.default_rng(0)
     base = rng.random(400)
