@@ -50,6 +50,9 @@ def opened_think(tokenizer, prompt):
     return "<think>\n" if tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>") else ""
 
 
+SEGMENT = 32        # tokens
+
+
 class TransformersSampler:
     """`generate` of transformers on the training model itself: no copy of the weights, nothing to push."""
 
@@ -74,26 +77,41 @@ class TransformersSampler:
         return results
 
     def generate(self, prompts, max_new_tokens, temperature, top_p, top_k):
+        """One batch, generated in segments of SEGMENT tokens; rows that have finished leave the batch in between and cost nothing more."""
         import torch
         from transformers import GenerationConfig
-        width = max(map(len, prompts))
+        width, device = max(map(len, prompts)), self.model.device
         ids = torch.zeros(len(prompts), width, dtype=torch.long)                        # (B, T), padded on the left
         mask = torch.zeros(len(prompts), width, dtype=torch.long)                       # (B, T); generate derives the positions from it
         for i, prompt in enumerate(prompts):
             ids[i, width - len(prompt):] = torch.tensor(prompt)
             mask[i, width - len(prompt):] = 1
-        config = dict(max_new_tokens=max_new_tokens, eos_token_id=self.stop, pad_token_id=self.stop[0], do_sample=temperature > 0)
+        ids, mask = ids.to(device), mask.to(device)
+        config = dict(eos_token_id=self.stop, pad_token_id=self.stop[0], do_sample=temperature > 0, return_dict_in_generate=True)
         if temperature > 0:
             config.update(temperature=temperature, top_p=top_p, top_k=top_k)
         own = self.model.generation_config
         self.model.generation_config = GenerationConfig()                               # generate merges the model's own settings in: not here
+        results, rows, cache = [None] * len(prompts), list(range(len(prompts))), None
         try:
-            with torch.no_grad():
-                out = self.model.generate(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device),
-                                          generation_config=GenerationConfig(**config))
+            while rows:
+                room = min(SEGMENT, width + max_new_tokens - ids.shape[1])
+                with torch.no_grad():
+                    out = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=GenerationConfig(max_new_tokens=room, **config))
+                ids, cache = out.sequences, out.past_key_values                         # (B, T), its keys and values
+                samples = [cut(row, self.stop) for row in ids[:, width:].tolist()]
+                going = [place for place, (response, finished) in enumerate(samples) if not finished and len(response) < max_new_tokens]
+                for row, sample in zip(rows, samples):
+                    results[row] = sample
+                rows = [rows[place] for place in going]
+                if rows:
+                    keep = torch.tensor(going, device=device)
+                    cache.batch_select_indices(keep)
+                    ids = ids[keep]
+                    mask = torch.cat([mask[keep], mask.new_ones(len(going), ids.shape[1] - mask.shape[1])], 1)
         finally:
             self.model.generation_config = own
-        return [cut(row, self.stop) for row in out[:, width:].tolist()]
+        return results
 
 
 def cut(ids, stop):

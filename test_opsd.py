@@ -365,6 +365,19 @@ def test_sampling_is_greedy_at_zero_repeats_with_the_seed_and_ignores_the_genera
     assert model.generation_config.repetition_penalty == 5.0                # and the model's own settings are left as they were
 
 
+@pytest.mark.parametrize("segment", [1, 7, 1000])
+def test_rows_that_finish_leave_the_batch_and_the_others_do_not_notice(tiny, tokenizer, segment, monkeypatch):
+    import rollout
+    sampler = make_sampler(tiny[0], tokenizer, opsd.parse_args([]))
+    prompts = [r.prompt_ids for r in some_rollouts(tokenizer, 12, seed=2)]
+    lengths = sorted(len(sampler.sample([prompt], 150, temperature=0)[0][0]) for prompt in prompts)
+    cap = lengths[-1] - 1
+    alone = [sampler.sample([prompt], cap, temperature=0)[0] for prompt in prompts]
+    assert len(set(lengths)) > 2 and {finished for _, finished in alone} == {True, False}
+    monkeypatch.setattr(rollout, "SEGMENT", segment)
+    assert sampler.sample(prompts, cap, temperature=0) == alone
+
+
 def test_eos_stays_and_truncated_responses_get_none(tiny, tokenizer):
     sampler = make_sampler(tiny[0], tokenizer, opsd.parse_args([]))
     prompts = [render_prompt(tokenizer, p) for p in embedded_problems(8, 1)]
