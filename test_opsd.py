@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import common
 import data
 import eval as evaluation
+import kinds
 import opsd
 import rlvr
 import sft
@@ -486,6 +487,15 @@ def test_read_trace_tells_conflicts_and_how_they_were_settled():
     assert pick("right") == [1, 1, 1, 1, 0]
 
 
+def test_kinds_of_tokens_by_the_line_that_they_stand_in():
+    text = "<think>\n53+4=57 check 53+4=57\n57*13=48 wait 57*10=70,57*3=71,70+71=41 so 57*13=41\n</think>\n\n\\boxed{41}"
+    places = [("easy: a value", "53+4="), ("easy: a value", "53+4=5"), ("easy: check or go on", "53+4=57"), ("easy: a value", "53+4=57 check 53+4="),
+              ("easy: check or go on", "check 53+4=57"), ("hard: first attempt", "57*13="), ("hard: check or go on", "57*13=48"), ("hard: a value of the check", "57*10="),
+              ("hard: a value of the check", "70+71=4"), ("other", "wait 57*10=70"), ("hard: the value settled on", "so 57*13="), ("other", "</think>\n\n\\boxed{"), ("other", "57*1")]
+    for kind, end in places:
+        assert kinds.kind_of(text[:text.index(end) + len(end)]) == kind, end
+
+
 def test_problem_batches_visit_every_problem_once_an_epoch():
     problems = [Problem(str(i), "0") for i in range(10)]
     epoch = lambda n: [p.question for p in data.problem_batch(problems, 10 * n, 10, seed=3)]
@@ -609,6 +619,14 @@ def test_sft_trains_the_embedded_model_and_a_given_one(tmp_path):
     sft.main(["--model", TINY, "--data", path, "--steps", "3", "--batch", "2", "--lr", "1e-3", "--warmup", "0", "--out", str(tmp_path / "b")])
     losses = [s["loss"] for s in metrics(tmp_path / "b")[1:]]
     assert losses[-1] < losses[0] and (weights(tmp_path / "b") - weights(TINY)).abs().max() > 0
+
+
+def test_kinds_adds_up_to_the_whole_kl(tmp_path, capsys):
+    out = str(tmp_path / "k.json")
+    kinds.main(["--problems", "10", "--threads", "1", "--max-new-tokens", "90", "--out", out])
+    saved = json.load(open(out))
+    assert sum(saved["count"].values()) == 10 and "easy: check or go on" in capsys.readouterr().out
+    assert all(value > -1e-3 and tokens > 0 for outcome in saved["table"].values() for value, tokens in outcome.values())
 
 
 def test_eval_writes_a_table_and_json(tmp_path, capsys):
@@ -943,6 +961,6 @@ def test_every_readme_command_parses():
     assert len(commands) > 5
     for script, line in commands:
         argv = shlex.split(line)
-        module = {"opsd": opsd, "rlvr": rlvr, "sft": sft, "eval": evaluation}.get(script)
+        module = {"opsd": opsd, "rlvr": rlvr, "sft": sft, "eval": evaluation, "kinds": kinds}.get(script)
         if module and "--help" not in argv:
             module.parse_args(argv)
