@@ -42,6 +42,7 @@ ORDINARY = [
     ("(1,2,3)", "(1,2,3)", C), ("(1,2,3)", "(3,2,1)", W), ("(\\frac{1}{2},3)", "(0.5, 3)", C), ("(2,1)", "(1,2)", W),
     ("\\{1,2,3\\}", "\\{3,2,1\\}", C), ("1,2", "2, 1", C), ("3", "2, 3", W), ("3", "3 and 5", W), ("\\pm 2", "2,-2", C), ("\\emptyset", "\\{\\}", C),
     ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}", C),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\operatorname{cols}(\\begin{pmatrix}0&1\\\\0&2\\end{pmatrix})", W),  # parses to a list: several guesses
     ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{pmatrix}1&2\\\\3&5\\end{pmatrix}", W), ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "(1,2)", W),
     # equations and inequalities
     ("3", "x=3", C), ("x=3", "3", C), ("x=3", "3=x", C), ("x=3", "y=3", W), ("y=2x+1", "2x-y+1=0", C), ("x=2 \\text{ or } x=-2", "\\pm 2", C),

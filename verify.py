@@ -260,7 +260,8 @@ def _make_grader():
             gold = parse(gold)
             failure = "wrong"
             # math-verify's own time limit is a SIGALRM exception, which a `finally` or a C loop in sympy survives; ours is a kill.
-            return "correct" if verify(gold, parse(answer), timeout_seconds=None) else "wrong"
+            # The brackets: verify() takes a bare list for several guesses of which one must fit, and `\operatorname{cols}(...)` parses to a list.
+            return "correct" if verify([gold], [parse(answer)], timeout_seconds=None) else "wrong"
         except MemoryError:
             os._exit(1)  # counts as "timeout"
         except BaseException:  # math-verify's TimeoutException is no Exception
