@@ -1,12 +1,14 @@
-"""Tests of verify.py: what math-verify accepts and refuses (surprises included), extraction, hostile answers, processes, command line."""
+"""Tests of verify.py: what math-verify accepts and refuses (surprises included), extraction, hostile answers, random answers, processes, leaks, command line."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +73,10 @@ SURPRISING = [
     ("\\emptyset", "\\varnothing", W), ("\\mathbb{R}", "\\text{all real numbers}", W),  # words and unknown commands are names
     ("3", "2x=3", C), ("3", "1=2=3", C),  # of an equation only the last side is read when the gold is no equation
     ("3", "3 \\approx 4", C), ("3", "4 \\approx 3", W), ("x>2", "2x>4", W),
+    ("21823795077618.26", "21823795077618.260", W), ("\\frac{1}{2004!}", "\\frac{1}{2006!}", C),  # beyond 15 digits decimals differ from themselves; tiny is 0
+    ("0.111", "0,111", C), ("12345", "012,345", W),  # a comma after a leading 0 is a decimal point
+    ("25\\%", "0.25\\text{ percent}", C), ("25\\%", "25.0", W), ("25\\%", "25\\,\\%", W),
+    ("x^2=-1", "1=2", C), ("x^2=-1", "y=y+1", C), ("\\mathbb{R}", "\\pm\\infty", C),  # equations without solutions are all the same
     ("\\text{June 20}", "June 20", W), ("AB", "BA", C), ("x", "X", C), ("52_8", "52", C), ("101_2", "5", W), ("i", "\\sqrt{-1}", W),
 ]
 # Where math_verify.parse, the text search that verify.py does not use, would say "correct".
@@ -86,9 +92,138 @@ HOSTILE = [
 ]
 
 
+def split(text):
+    """Texts that stand two spaces or a line apart."""
+    return re.split(r"\s\s+", text.strip())
+
+
+def box(answers):
+    """A response for each answer."""
+    return ["so \\boxed{" + answer + "}" for answer in (split(answers) if isinstance(answers, str) else answers)]
+
+
+FIVES = [char for char in map(chr, range(128, 0x110000)) if unicodedata.numeric(char, None) == 5]  # about 130, half of them decimal digits
+INVISIBLE = [char for char in map(chr, range(0x3000)) if unicodedata.category(char) == "Cf"] + list("\u034f\u115f\u3164\ufe0f\ufeff\U000e0035")
+SPACES = [char for char in map(chr, range(0x3001)) if char.isspace()]
+BRACKETS = [("(", ")"), ("{", "}"), ("[", "]"), ("\\left(", "\\right)"), ("\\sqrt{", "}"), ("\\frac{1}{1+", "}"), ("|", "|"), ("-(", ")"), ("\\text{", "}")]
+MATRIX, MINUS_MATRIX = r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"-\begin{pmatrix}-1&-2\\-3&-4\end{pmatrix}"
+# (family, gold, verdict on every response, responses). "Right but refused": not in math-verify's grammar or not what it compares.
+FAMILIES = [
+    # what is meant to exhaust the grader, but ends in time (what does not is in HANGS)
+    ("huge exponents", "5", W, box(r"""0.5^{-10^{9}}  1.1^{10^{12}}  i^{10^{20}}  e^{10^{30}}  \pi^{10^{9}}  10^{400}  10^{-400}  2^{-999}  0^{10^{99}}
+        1^{-10^{99}}  x^{10^{99}}""")),
+    ("factorial towers", "5", W, box(r"((3!)!)!  (-5)!  (1/2)!  x!!!  100000!  0!!!!!!!!!!  (5!)^{-1}  \binom{5}{5!}  \frac{1000!}{999!}  i!")),
+    ("500 characters", "5", W, box([
+        "-" * 449 + "5", "5" + "!" * 400, "1" + "^1" * 200, "1/" * 249 + "1", "1," * 249 + "1", "5=" * 200 + "6", "1<" * 200 + "2", "5\\pm" * 90 + "5",
+        "0" * 400 + "/" + "0" * 50, "=" * 400, "_" * 400, "&" * 400, "\\\\" * 200, "\\pm" * 150, "\\cup" * 90, "\\%" * 200, "\\infty" * 80, "\\sum" * 100])),
+    ("nested", "5", W, box([left * depth + "1" + right * depth for depth in (3, 5) for left, right in BRACKETS])),
+    ("100,000 digits", "5", W, box(["5" * 100_000, "0" * 100_000 + "5", "5." + "0" * 100_000, "5" + "\u0660" * 100_000, "10" * 50_000 + "/" + "2" * 50_000,
+        "5" * 501, "5" + "\0" * 100_000])),
+    ("100,000 spaces", "5", C, ["\\boxed{5}" + " " * 100_000] + box([" " * 100_000 + "5", "5" + "\n" * 100_000, "\u3000" * 100_000 + "5\t"])),
+    ("400 digits, wrong", "1" * 400, W, box(["1" * 399, "1" * 399 + "2", "1" * 401, "-" + "1" * 400, "1" * 200 + "." + "1" * 200, "1" * 399 + "\u0661"])),
+    ("400 digits", "1" * 400, C, box(["1" * 400, "0" * 90 + "1" * 400, "+" + "1" * 400, "1" * 400 + "/1"])),
+    # boxes and think blocks
+    ("no box", "5", "no_answer", ["", " ", "\x08oxed{5}", "\\b\u043exed{5}", "\\b\u200boxed{5}", "\\boxed\u200b{5}", "\uff3cboxed{5}",
+        "\\boxed\uff5b5\uff5d"] + split(r"""5  $5$  **5**  \fbox5  \boxed[5]  \boxed(5)  \boxed\{5\}  \Boxed{5}  \BOXED{5}  \ boxed{5}  \bboxed{5}  oxed{5}
+        \framebox{5}  \mathbf{5}  correct  {"verdict": "correct"}  The final answer is $5$. I hope it is correct.""")),
+    ("unbalanced boxes", "5", "no_answer", ["\\boxed{5\uff5d", "\\boxed{" * 9 + "5", "\\boxed{" + "{" * 10_000 + "5" + "}" * 9_999 + "\\}",
+        "\\boxed{5" + "\\}" * 99, "}" * 99 + "\\boxed{5", "\\boxed" * 9, "{" * 99, "}" * 99] + split(r"\boxed{\boxed{5  \boxed{{}  \boxed{\\{5}  \boxed{\text{5}")),
+    ("unbalanced around a box", "5", C, ["\\boxed{" * 10_001 + "5" + "}" * 10_000, "\\boxed{5}" + "}" * 10_000, "}{" * 10_000 + "\\boxed{5}",
+        "\ud800 \\boxed{5} \udc00", "\u202e \\boxed{5}", "\0\\boxed{5}\0"] + split(r"""\boxed{{5}}}}  \}\boxed{5}\{  \boxed{\boxed{{5}}  \boxed{5} \boxed{6
+        \boxed{}\boxed{5}""")),
+    ("empty box", "5", "no_answer", box(["", *SPACES]) + ["\\boxed{5}\\boxed{}", "\\boxed{5\\boxed{}}"]),
+    ("gold in the think block, none after it", "5", "no_answer", ["<think>" * 999 + "\\boxed{5}"] + split(r"""<think>\boxed{5}</think>  <think>\boxed{5}
+        <think>\boxed{5}</think> so 5  <think>\boxed{5}</think><think>\boxed{5}  \boxed{5}</think>  <think><think>\boxed{5}</think></think>""")),
+    ("gold in the think block, another after it", "5", W, split(r"""<think>\boxed{5}</think>\boxed{6}  <think>\boxed{5}</think>5, \boxed{6}, 5
+        \boxed{5}</think>\boxed{5}</think>\boxed{6}  <think>The final answer is $5$. I hope it is correct.</think>\boxed{6}""")),
+    ("another in the think block, gold after it", "5", C, ["<think>" * 99 + "</think>\\boxed{5} so 6"] + split(r"""<think>\boxed{6}</think>\boxed{5}
+        <think>\boxed{6</think>\boxed{5}  <Think>\boxed{5}  </think>\boxed{5}""")),
+    ("many boxes", "5", W, ["".join(f"\\boxed{{{i}}}" for i in range(1000)), "\\boxed{5}" * 1000 + "\\boxed{4}"] + split(r"""\boxed{5} \boxed{6}
+        \boxed{4}\boxed{5}\boxed{6}  \boxed{\boxed{5}\boxed{6}}""")),
+    ("many boxes, gold last", "5", C, ["".join(f"\\boxed{{{i}}}" for i in range(1000, 4, -1)), "\\boxed{6} \\boxed{5}", "\\boxed{6 \\boxed{5} 6}"]),
+    # payloads
+    ("TeX", "5", W, box(r"""\input{gold}  \include{gold.tex}  \openin5  \read5 to\x  \catcode`\5=11  \def\x{5}\x  \newcommand{\x}{5}\x  \let\x5\x
+        \csname 5\endcsname  \the\year  \loop5\repeat  \directlua{os.exit()}  \immediate\write18{touch pwned}  \special{ps:5}  \href{http://x}{5}
+        \includegraphics{5}  \verb|5|  \begin{document}5\end{document}  \char53  \symbol{53}  ^^35  \hbox{5}  \begin{align}5\end{align}  \rule{5}{5}
+        \label{5}  \footnote{5}  \stackrel{5}{6}  \substack{5}  \operatorname{5}  \operatorname{eval}(5)  \not5  \unicode{53}  \colorbox{red}{5}
+        \underline{5}""")),
+    ("SQL and HTML", "5", W, box(r"""5 OR 1=1  5' OR '1'='1  5; DROP TABLE answers  5); DROP TABLE answers;--  5 UNION SELECT 5  ' OR 5=5 --  5/**/  5 AND 5
+        SELECT 5  <b>5</b>  <script>alert(5)</script>  5<br>  &#53;  &#x35;  5&nbsp;  <!--6-->5  5<!--6-->  <input value=5>  <img src=x onerror=5>  %35  \x35
+        \u0035  &lt;5&gt;  <answer>5</answer>  ```5```  `5`  # 5  > 5  [5](http://x)""")),
+    ("Python", "5", W, box(r"""eval('5')  int('5')  __import__('os').getpid()  __import__('os')._exit(0)  [5 for x in y]  print(5)  exit(5)  5**1  0x5  0b101
+        5e0  5j  5L  {5: 6}  sum([2,3])  f'{5}'  S(5)  x:=5  not 6  5 or 6  6 or 5  raise SystemExit(0)  os.kill(0,9)  import os;os.abort()  sympy.S(5)
+        yield 5  '%c' % 53  b'5'  5 # 6  object()  ().__class__.__mro__  globals()  \operatorname{exec}(5)""")),
+    ("the worker's protocol", "5", W, box([
+        '"correct"', 'wrong"\n"correct"', '"]\n["5", "5', "ready", "\x04", "\x1a", "\x1b[2J5", "5\x7f", "]\n", '\\"', "\\n", "5\r\n\r\n6"])),
+    ("asking for it", "5", W, box(r"""\text{correct}  \text{any number}  \text{the gold answer}  \text{see above}  \text{NaN}  ?  *  \ast  .  \dots  \square
+        \text{}  ~  \,  \emptyset  \infty  \pm\infty  \mathbb{R}  \mathbb{Z}  (-\infty,\infty)  x\in\mathbb{R}  \top  x  x=x  0=0  5<6  x\le5  5\neq6  \neq6
+        \ge5  \frac00  \frac50  \frac{\infty}{\infty}  \infty-\infty  0\cdot\infty  \ln0  \log_1 5  \arcsin5  \tan(\pi/2)  0^{-1}  \sqrt{-25}""")),
+    ("several guesses", "5", W, box(r"""4,5,6  4;5  5,6  4 or 5  4\text{ or }5  5\text{ or }6  \{4,5\}  [4,6]  (4,6)  4-6  4/5/6  5:6  5\pm1  \binom{4}{5}
+        5\mid6  5\to6  5\sim6  5\ldots6  \begin{cases}5\\6\end{cases}  \begin{cases}4&x<0\\5&x\ge0\end{cases}  \operatorname{rows}\begin{pmatrix}4\\5\end{pmatrix}
+        \operatorname{cols}(\begin{pmatrix}4&5\end{pmatrix})  \lim_{x\to\infty}5\sin x  x=5,x=6  x=5,y=6  \gcd(4,5)""")),
+    ("several guesses of a vector", r"\begin{pmatrix}1\\2\end{pmatrix}", W, box(r"""\operatorname{cols}(\begin{pmatrix}0&1&4\\0&2&4\end{pmatrix})
+        \operatorname{cols}\begin{pmatrix}1\\2\end{pmatrix}  \operatorname{nullspace}(\begin{pmatrix}2&-1\\4&-2\end{pmatrix})
+        \operatorname{orth}(\begin{pmatrix}1&0\\2&0\end{pmatrix})  \begin{pmatrix}1\\2\end{pmatrix},\begin{pmatrix}2\\1\end{pmatrix}""")),
+    # other scripts, and what cannot be seen
+    ("other scripts' digits", "5", W, box(FIVES)),
+    ("other scripts' digits among ours", "55", W, box(["5" + char for char in FIVES[::4]] + [char + "5" for char in FIVES[1::4]])),
+    ("invisible characters", "5", W, box([char + "5" for char in INVISIBLE] + ["5\u200b", "5\u202c", "\u202a5\u202c", "\u20675\u2069"])),
+    ("inside a number", "55", W, box(["5" + char + "5" for char in [*INVISIBLE[::3], *SPACES[::2], *map(chr, range(0, 32, 2)), "\x7f"]])),
+    ("around a number", "5", C, box([space + "5" + space for space in SPACES])),
+    ("surrogates", "5", W, box(["\ud800\udc00", "\udc00\ud800", "5\ud835", "\udfd3", "\ud8355", "5\udcff", "\udc35"])),
+    ("minus look-alikes", "-5", W, box([
+        char + "5" for char in "\u2010\u2011\u2012\u2013\u2014\u2015\u00ad\u02d7\u2043\u207b\u208b\u2796\ufe63\uff0d\u30fc\u4e00_~"])),
+    ("x look-alikes", "x", W, box(list("\u0445\u03c7\u00d7\u2715\u2573\U0001d465\U0001d4cd\uff58\u24e7\u02e3\u2093\u2169"))),
+    ("one half look-alikes", "\\frac{1}{2}", W, box("1\u20442  1\u29f82  1\uff0f2  1\u22362  50\uff05  0\u00b75  0\u066b5  0\u20245") + box(
+        r"1\\2  1\2  1|2  0;5  0:5  0'5  .5.  0.5.  ..5  0..5  0.5e0")),
+    # notations
+    ("percent", "25\\%", C, box(r"25 \%  25%  25 pct  25 percentage  25\text{ percent}  +25\%  25.0\%  0.25  \frac14  x=25\%  \frac{25}{100}")),
+    ("percent, wrong", "25\\%", W, box(r"2.5\%  0.25\%  25\%\%  -25\%  2500  \%25  25\% of 80  25\%-1  24.9\%  25\%+1\%  25.0  25\permil  2525\%")),
+    ("percent, right but refused", "25\\%", W, box(r"25\,\%  \frac{50}{2}\%  250\textperthousand")),
+    ("units", "5\\text{ cm}", C, box(r"5cm  5\mathrm{cm}  5\;\text{cm}  5\text{ centimeters}  5.0\text{ cm}  5 \mbox{ cm}  5 \text{ cm}^2  \frac{10}{2} cm")),
+    ("units, wrong", "5\\text{ cm}", W, box(r"\text{cm}  cm 5  5^2\text{ cm}  5cm2  -5\text{ cm}  5 parsecs  5 m/s  5 \frac{cm}{s}  \text{5 cm or 6 cm}")),
+    ("units, right but refused", "5\\text{ cm}", W, box(r"50 mm  0.05\text{ m}  \text{five cm}  \text{5 cm}  5\,cm  5~\text{cm}")),
+    ("intervals", "[0,5)", C, box(r"\left[0,5\right)  [0, 5.0)  [0,\frac{10}{2})  x\in[0,5)  \lbrack 0,5)  [0,2)\cup[2,5)  \{0\}\cup(0,5)")),
+    ("intervals, wrong", "[0,5)", W, box(r"""(0,5)  [0,5]  (0,5]  [0,5  0,5)  [5,0)  [0;5)  ]0,5[  0<x<5  [0,5)\cup\{5\}  [0,5.1)  0,5  \{0,5\}  [0,\infty)
+        [0,5))  [[0,5)  [0,4)\cup(4,5)  0 \text{ to } 5  [0..5)  \{0,1,2,3,4\}  (0,5)\cup[0,5]  [0,5)\cup[6,7)""")),
+    ("intervals, right but refused", "[0,5)", W, box(r"[0,5]\setminus\{5\}  0\le x<5  [0,5[")),
+    ("sets", "\\{1,2,3\\}", C, box(r"""\{3,1,2\}  1, 2, and 3  1,2\text{ and }3  \left\{1,2,3\right\}  \{1,2\}\cup\{3\}  \{1.0,2,3\}  \{1;2;3\}  x=1,x=2,x=3
+        x\in\{1,2,3\}  \{\frac22,2,3\}""")),
+    ("sets, wrong", "\\{1,2,3\\}", W, box(r"""\{1,2\}  \{1,2,3,4\}  \{1,2,4\}  123  1+2+3  \{\{1,2,3\}\}  \{1,2,3,\dots\}  \{1,\ldots,3\}  \{1,2,3  1,2,3\}
+        \{1,2,x\}  [1,3]  (1,3)  \{x|1\le x\le3\}  \{1\}\cup\{2\}  \{1,2,3\}\setminus\{3\}  \{1,(2,3)\}  \mathbb{N}  \{1,2,3\}^c""")),
+    ("matrices", MATRIX, C, box([MATRIX.replace("1", "\\frac22"), MATRIX.replace("2", "2.0"), MATRIX.replace("&", " & "), "A=" + MATRIX, "1" + MATRIX,
+        MATRIX + "^T^T", MINUS_MATRIX, "\\left[\\begin{matrix}1&2\\\\3&4\\end{matrix}\\right]", "\\begin{array}{cc}1&2\\\\3&4\\end{array}"])),
+    ("matrices, wrong", MATRIX, W, box([MATRIX + "^T", "2" + MATRIX, "\\det" + MATRIX, MATRIX + "+1", "\\operatorname{rows}(" + MATRIX + ")",
+        "\\operatorname{eigenvects}(" + MATRIX + ")", MATRIX.replace("2", "5"), MATRIX.replace("&", "\\\\"), MATRIX.replace("\\\\", "&"),
+        MATRIX.replace("&", " "), MATRIX.replace("&4", ""), "1,2,3,4", "(1,2,3,4)", "-2", "[[1,2],[3,4]]"])),
+    ("mixed numbers", "-\\frac72", C, box(r"-3\frac12  -3\tfrac{1}{2}  -3 \frac{2}{4}  -3.5  \frac{7}{-2}  -(3\frac12)  -3-\frac12  -7:2  -3\frac12\text{ cm}")),
+    ("mixed numbers, wrong", "\\frac72", W, box(r"""3\cdot\frac12  3\frac13  -3\frac12  3\frac{-1}{2}  31/2  \frac{31}{2}  3-1/2  3&1/2  3;\frac12  3,\frac12
+        2/7  3\frac12\frac12  \frac72\frac72  3^{\frac12}  3_{\frac12}  3\text{ and }\frac12""")),
+    ("thousands", "1234567", C, box(r"""1,234,567  1{,}234{,}567  1234567.0  1.234567\times10^6  1,234,567.00  1'234'567  \$1,234,567  1,234,567\text{ people}
+        1,\!234,\!567  01234567  123456.7\cdot10  1.234567E6""")),
+    ("thousands, wrong", "1234567", W, box(r"""12,34,567  1,234,56  1,234,5678  0,001,234,567  1_234_567  1,234  1;234;567  1234,567  1,234567  1,234,567,000
+        1,234,567.8  (1,234,567)  \{1,234,567\}  1, 234, 567  -1,234,567  1,234,568""")),
+    ("thousands, right but refused", "1234567", W, box(r"1.234.567  1 234 567  1\,234\,567  1,234,567.") + box(
+        ["1\u00a0234\u00a0567", "1\u202f234\u202f567", "1\uff0c234\uff0c567", "1\u066c234\u066c567"])),
+]
+LONG = "VERIFY_LONG" in os.environ  # `VERIFY_LONG=1 pytest test_verify.py`: all of HANGS, ten times the random answers, 10,000 gradings for leaks; some minutes
+# Each would run until the limit ends it, or nearly.
+HANGS = box(r"""2^{2^{2^{2^{2^{2}}}}}  10^{10^{100}}  (-9)^{9^9}  \sqrt[9]{9^{9^{9}}}  9^{-9^{9}}  x^{9^{9^{9}}}  10^{10^{10}}-10^{10^{10}}+6
+    5^{1^{9^{9^{9}}}}+1  (1+x)^{10^{6}}  (1+x+y+z)^{99}  7^{7777777}  9!!!  (10^{9})!  5!!!!!!!!!  (9^9)!  \frac{(10^{8})!}{(10^{8}-1)!}
+    \binom{10^{12}}{5\cdot10^{11}}  \Gamma(10^{10})  \prod_{i=1}^{10^{9}}i  \frac{1000000!}{999999!}  \sum_{i=1}^{10^{12}}\frac{1}{i}  \int e^{x^x} dx
+    \sum_{i=1}^{\infty}\frac{1}{i^{1.0001}}  \prod_{i=1}^{\infty}(1+\frac{1}{i^2+i+7})  \int_0^1\int_0^1\int_0^1 e^{xyz} dx dy dz  \sum_{n=1}^{10^6}n^{n}
+    \operatorname{ones}(9999,9999)""") + box([left * 60 + "1" + right * 60 for left, right in BRACKETS if len(left) < 7] + ["x_" * 200, "|x" * 200, "||1||" * 70])
+
+
 @pytest.fixture(scope="module")
 def verifier():
     with Verifier(workers=2, seconds=10) as shared:  # a loaded machine must not fail an ordinary answer
+        yield shared
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    with Verifier(workers=1, seconds=0.5) as shared:
         yield shared
 
 
@@ -165,6 +300,35 @@ def test_hostile_answers(tmp_path, monkeypatch):
         workers = [worker.process.pid for worker in verifier._workers if worker.process]
     assert time.monotonic() - start < 3.0 * len(HOSTILE)
     assert not any(map(alive, workers)) and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("gold, verdict, texts", [pytest.param(*family, id=name) for name, *family in FAMILIES])
+def test_hostile_family(verifier, gold, verdict, texts):
+    def others(texts, finished, expected):
+        graded = grade_responses(verifier, texts, [finished] * len(texts), [gold] * len(texts))
+        return {text[:99]: result for text, result in zip(texts, graded) if result != expected}
+
+    assert not others(texts, True, (C if verdict == C else "incorrect", verdict))
+    assert not others(texts, False, ("truncated", "truncated"))
+    assert not others(["<think>" + text + "</think>\\boxed{-99}" for text in texts], True, ("incorrect", W))  # a think block is never read, whatever it holds
+
+
+def test_hostile_gold_answers(verifier):
+    golds = [extract(text) or text for _, _, _, texts in FAMILIES for text in texts[::9]]
+    for gold, problem in zip(golds, verifier.check_golds(golds)):
+        try:
+            verdict = verifier.grade([(gold if problem is None else "1/2", gold)])
+        except ValueError:
+            assert problem
+        else:  # what complains about itself has no right answer
+            assert verdict == [C] if problem is None else verdict[0] in (W, "timeout"), gold[:99]
+
+
+def test_hangs(hasty):
+    for text in HANGS if LONG else HANGS[::10]:
+        start = time.monotonic()
+        assert grade_responses(hasty, [text], [True], ["5"])[0] in (("incorrect", W), ("incorrect", "timeout")), text
+        assert time.monotonic() - start < hasty.seconds + 20, text  # 20 s: to start another worker on a loaded machine
 
 
 def test_a_verifier_works_on_after_time_outs_interrupts_and_deaths():
