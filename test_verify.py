@@ -9,9 +9,12 @@ import sys
 import threading
 import time
 import unicodedata
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import verify
 from verify import Verifier, extract, grade_responses
@@ -245,6 +248,88 @@ def test_agrees_with_the_public_functions_where_nothing_is_searched():
         gold_and_answer = [parse("\\boxed{" + text + "}", parsing_timeout=None) for text in (gold, answer)]
         searched = (gold, answer, verdict) in SEARCHED
         assert compare(*gold_and_answer, timeout_seconds=None) == (searched or verdict == C), (gold, answer)
+
+
+def notations(value, factor):
+    """Plain texts of a Fraction: as a fraction expanded by `factor`, as a decimal (rounded where it has to be), as an integer."""
+    top, bottom = value.numerator * factor, value.denominator * factor
+    texts = [f"\\frac{{{top}}}{{{bottom}}}", f"{top}/{bottom}", f"\\dfrac{{{top}}}{{{bottom}}}", *(f"{float(value):.{places}f}" for places in (3, 6, 9))]
+    return texts + [str(value), f"{int(value):,}", f"{value}.0", f"0{value}".replace("0-", "-0")] * (value.denominator == 1)
+
+
+def rational(text):
+    """The exact value of a plain integer, decimal or fraction, by Python's own Fraction; None for any other text, and for decimals beyond 15 digits."""
+    text = re.sub(r"^([+-]?)\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text)
+    if re.fullmatch(r"-?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?", text):
+        text = text.replace(",", "")
+    if "." in text and len(re.sub("[^0-9]", "", text)) > 15:
+        return None
+    return Fraction(text) if re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+|/0*[1-9][0-9]*)?", text) else None
+
+
+FUZZ = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+DECIMALS = st.fractions(-10**6, 10**6).map(lambda value: round(value, 3))
+VALUES = st.fractions(-10**6, 10**6, max_denominator=1000) | DECIMALS | st.integers(-10**20, 10**20).map(Fraction)
+NUDGES = st.sampled_from([Fraction(0)] * 4 + [Fraction(nudge) for nudge in ("1", "-1", "1/3", "1/10", "-1/1000", "1/100000", "-1/10000000")])
+EDITS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 1), st.sampled_from([*"0123456789.,/-+ x%{}", ""])), max_size=2)  # (place, to drop, to put)
+
+
+def edited(text, edits):
+    for place, drop, new in edits:
+        text = text[:place] + new + text[place + drop:]
+    return text
+
+
+@settings(FUZZ, max_examples=3000 if LONG else 300)
+@given(VALUES, NUDGES, st.integers(1, 60), st.integers(0, 59), st.integers(0, 59), EDITS)
+def test_random_numbers_against_fractions(verifier, value, nudge, factor, one, other, edits):
+    golds, answers = notations(value, factor), notations(value + nudge, 1)
+    gold, answer = golds[one % len(golds)], edited(answers[other % len(answers)], edits)
+    verdict = verifier.grade([(answer, gold)])[0]
+    assert verdict in (C, W, "timeout"), (gold, answer)
+    exact_gold, exact = rational(gold), rational(answer)
+    if exact_gold is not None and exact is not None:
+        slack = abs(exact) / 10**14 + Fraction(1, 10**6) if "." in gold + answer else 0  # rule 3: 15 digits and 6 decimals, where there are decimals
+        assert verdict == C if exact == exact_gold else abs(exact - exact_gold) <= slack or verdict == W, (gold, answer)
+
+
+PIECES = split(r"""1  2  7  0.5  x  y  +  -  *  /  ^  _  !  ,  ;  :  =  <  \le  (  )  [  ]  {  }  \{  \}  |  \  \\  &  $  %  \%  \text{a}  \text{  \frac  \frac12
+    \sqrt  \sqrt{  \pi  \infty  \sin  \log  \cup  \in  \pm  \left(  \right)  \cdot  \begin{pmatrix}  \end{pmatrix}  \boxed{  \binom  \sum_{i=1}^{9}  \int  dx
+    \lim_{x\to0}  \mathbb{R}  \emptyset  \overline  ^\circ  \operatorname{  and  or  e  i  '  " """) + ["\0", "\ud800", "\u202e", "\u0665", "\n"]
+BOX_PIECES = split(r"\boxed{  \boxed{  \boxed  \boxed {  {  }  }  }  \{  \}  \  \\  boxed{  5  6  \text{  <think>  </think>") + [" "]
+
+
+@settings(FUZZ, max_examples=1500 if LONG else 150)
+@given(st.lists(st.sampled_from(PIECES), max_size=10).map("".join))
+def test_random_garbage_is_never_correct(hasty, answer):
+    assert hasty.grade([(answer, "\\frac{271828}{314159}")])[0] in (W, "timeout")
+
+
+@settings(FUZZ, max_examples=1500 if LONG else 150)
+@given(st.sampled_from(ORDINARY), EDITS, st.integers(0, 99), st.sampled_from(PIECES))
+def test_edited_answers(hasty, row, edits, place, piece):
+    gold, answer, _ = row
+    answer = edited(answer, edits)
+    assert hasty.grade([(answer[:place] + piece + answer[place:], gold)])[0] in (C, W, "timeout")
+
+
+@settings(FUZZ, max_examples=5000 if LONG else 500)
+@given(st.lists(st.sampled_from(BOX_PIECES), max_size=14).map("".join))
+def test_extract_against_a_second_reading(text):
+    def read(text):  # rules 1 and 2 once more: box by box from the last one, character by character
+        text = text.split("</think>")[-1]
+        for opening in [] if "<think>" in text else reversed(list(re.finditer(r"\\boxed\s*\{", text))):
+            depth, at = 1, opening.end()
+            while depth and at < len(text):
+                pair = text[at:at + 2]
+                escaped = pair in ("\\{", "\\}") or pair == "\\\\" and not text.startswith("boxed", at + 2)
+                depth += 0 if escaped else (text[at] == "{") - (text[at] == "}")
+                at += 2 if escaped else 1
+            if not depth:
+                return text[opening.end():at - 1].strip() or None
+        return None
+
+    assert extract(text) == read(text)
 
 
 def test_order_of_gold_and_answer(verifier):
