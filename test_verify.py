@@ -250,6 +250,43 @@ def test_agrees_with_the_public_functions_where_nothing_is_searched():
         assert compare(*gold_and_answer, timeout_seconds=None) == (searched or verdict == C), (gold, answer)
 
 
+RESPONSES = ["<think>\nFirst, 2 + 2 = 4.\n</think>\n\nThe final answer is $\\boxed{ANSWER}$.", "So we get \\boxed{ANSWER}", "**Answer:** \\(\\boxed{ANSWER}\\)",
+    "Therefore\n\\[\n\\boxed{ANSWER}\n\\]", "<think>maybe \\boxed{17}?</think>\nHence $$\\boxed{ANSWER}$$", "$\\boxed{ANSWER}$ is what we wanted, not 42."]
+# (gold, response, our reason, math-verify's verdict): all the ways in which whole responses were found to be judged differently.
+DIFFERENT = [
+    # only a box is an answer (rule 2); math_verify.parse takes any formula or number from the text
+    ("5", "The answer is 5.", "no_answer", True), ("5", "So $x = 5$.", "no_answer", True), ("\\frac{1}{2}", "1/2", "no_answer", True),
+    ("x^2+1", "$x^2+1$", "no_answer", True), ("5", "\\boxed 5", "no_answer", True), ("5", "5 \\boxed{}", "no_answer", True),
+    ("\\frac{1}{2}", "\\boxed{\\frac{1}{2}", "no_answer", True),
+    # the last box alone is the answer (rule 2); it joins boxes near each other to a set
+    ("5", "\\boxed{4} \\boxed{5}", C, False), ("4", "\\boxed{3}\n\nWait, \\boxed{4} is better", C, False), ("5", "\\boxed{}\\boxed{5}", C, False),
+    ("2", "First I thought \\boxed{1}. But no, the sum of the digits shows that it must be \\boxed{2}", C, False),
+    ("1,2", "$x=\\boxed{1}$ or $x=\\boxed{2}$", W, True),
+    # what stands in the think block does not count (rule 1); it knows no think block
+    ("5", "<think>\\boxed{5}</think> I am not sure.", "no_answer", True), ("5", "<think>\\boxed{5}", "no_answer", True),
+    ("5", "<think>so 5</think>", "no_answer", True), ("5", "<think>4? \\boxed{4}, or</think> \\boxed{5}", C, False),
+    ("5", "<think>The final answer is $5$. I hope it is correct.</think>\\boxed{6}", W, True),
+    # a sentence does not outrank the box; to math-verify this one does
+    ("5", "The final answer is $5$. I hope it is correct. \\boxed{6}", W, True), ("5", "\\boxed{5}. The final answer is $6$. I hope it is correct.", C, False),
+]
+
+
+def test_differences_from_the_public_functions_on_whole_responses(verifier):
+    from math_verify import parse
+    from math_verify import verify as compare
+    rows = [(gold, answer) for gold, answer, _ in ORDINARY]
+    for value in map(Fraction, "5 -7 0 99 1234 -250 1000000 1/2 -3/4 7/3 22/7 5/8 -11/6 49/36 1/125 999/1000".split()):
+        right, wrong = notations(value, 3), notations(value + 1, 3)
+        dressed = [f"x={right[1]}", f"{right[1]}\\text{{ cm}}", f"\\left({right[1]}\\right)", f"\\text{{{value}}}"]
+        rows += [(right[0], answer) for answer in right + wrong + dressed]
+    rows = [(gold, RESPONSES[i % len(RESPONSES)].replace("ANSWER", answer)) for i, (gold, answer) in enumerate(rows)]
+    rows += [(gold, text) for gold, text, _, _ in DIFFERENT]
+    ours = [reason for _, reason in grade_responses(verifier, [text for _, text in rows], [True] * len(rows), [gold for gold, _ in rows])]
+    theirs = [compare(parse(f"${gold}$", parsing_timeout=None), parse(text, parsing_timeout=None), timeout_seconds=None) for gold, text in rows]
+    different = [(*row, our, their) for row, our, their in zip(rows, ours, theirs) if (our == C) != their]
+    assert len(rows) > 300 and different == DIFFERENT
+
+
 def notations(value, factor):
     """Plain texts of a Fraction: as a fraction expanded by `factor`, as a decimal (rounded where it has to be), as an integer."""
     top, bottom = value.numerator * factor, value.denominator * factor
