@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -478,6 +479,47 @@ def test_memory_limit():
         assert verifier.grade([("1/2", "0.5")]) == [C]
         with open(f"/proc/{worker.process.pid}/limits") as limits:
             assert str(256 << 20) in limits.read()
+
+
+def children():
+    """Process ids of our children, and of theirs, that have not been waited for."""
+    parents = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                parents[int(pid)] = int(stat.read().rsplit(")", 1)[1].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    found = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {os.getpid()}
+
+
+def megabytes(pid):
+    with open(f"/proc/{pid}/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
+def test_nothing_leaks(verdicts):
+    processes, files = children(), len(os.listdir("/proc/self/fd"))
+    with Verifier(workers=2, seconds=1) as verifier, ThreadPoolExecutor(2) as threads:
+        assert verifier.grade([("9^{9^{9}}", "5"), ("8^{8^{9}}", "5")]) == ["timeout"] * 2
+        workers = children() - processes
+        assert len(workers) == 2  # those that were killed are gone, not zombies
+        pairs = list(reversed(verdicts))  # in other company and from two threads: the same verdicts
+        halves = [pairs[::4], pairs[1::4]]
+        assert list(threads.map(verifier.grade, halves)) == [[verdicts[pair] for pair in half] for half in halves]
+        open_files, memory = len(os.listdir("/proc/self/fd")), []
+        for block in range(10):
+            numbers = range(block * 2000, block * 2000 + (1000 if LONG else 30))
+            verdict = verifier.grade([(f"\\frac{{{2 * i}}}{{14}}", f"{i}/7") if i % 10 else (f"x_{{{i}}}+{i}", f"{i}+x_{{{i}}}") for i in numbers])
+            assert verdict == [C] * len(numbers)
+            memory.append(sum(map(megabytes, [os.getpid(), *workers])))
+        assert children() - processes == workers and len(os.listdir("/proc/self/fd")) == open_files
+        assert memory[-1] < memory[1] + 40, memory  # of 200 MB or so; caches that fill up take a few
+    assert children() == processes and len(os.listdir("/proc/self/fd")) == files
 
 
 def test_close_is_final_and_idempotent():
