@@ -248,10 +248,10 @@ class Run:
             torch.set_rng_state(state["generator"])
         for name in os.listdir(self.path):
             path = os.path.join(self.path, name)
-            if name.endswith(".jsonl"):
-                self.cut(path, state.get("step", 0))
-            elif name.startswith(".saving"):                # what a crash left half-written
+            if name.startswith(".saving"):                  # what a crash left half-written
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+            elif name.endswith(".jsonl"):
+                self.cut(path, state.get("step", 0))
         print(f"resumed after step {state.get('step', 0)}" + " (no whole state: from the start)" * (not state))
         return state
 

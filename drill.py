@@ -42,7 +42,9 @@ def finish(process):
 
 
 def result(out):
-    """What a run left behind: checksum of the weights and the logs without times."""
+    """What a run left behind: checksum of the weights and the logs without times; None if it did not end."""
+    if not os.path.exists(os.path.join(out, "model.safetensors")):
+        return None
     logs = {}
     for path in sorted(glob.glob(os.path.join(out, "*.jsonl"))):
         rows = [json.loads(line) for line in open(path)]

@@ -742,7 +742,9 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(script, argv, tmp_p
     with pytest.raises(crash):
         script.main(argv + ["--out", cut])
     assert [name[:13] for name in sorted(os.listdir(cut)) if name.startswith("state")] == ["state-0000002", "state-0000004"]
-    open(os.path.join(cut, "metrics.jsonl"), "a").write('{"step": 5, "lo')                # a line that the crash cut
+    open(os.path.join(cut, "metrics.jsonl"), "a").write('{"step": 5, "lo')                # a line that the crash cut, ...
+    for name in (".saving-metrics.jsonl", ".saving-state", ".saving-config.json"):      # ... and files that it left half-written
+        open(os.path.join(cut, name), "w").write("half")
     monkeypatch.undo()
     script.main(argv + ["--out", cut, "--resume"])
     assert "resumed after step 4" in capsys.readouterr().out
