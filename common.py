@@ -3,6 +3,7 @@
 Nothing of the method is in here. Imports of torch and transformers are late, so that `--help` and a wrong flag answer at once.
 """
 import argparse
+import glob
 import json
 import math
 import os
@@ -246,12 +247,10 @@ class Run:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["generator"])
-        for name in os.listdir(self.path):
-            path = os.path.join(self.path, name)
-            if name.startswith(".saving"):                  # what a crash left half-written
-                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-            elif name.endswith(".jsonl"):
-                self.cut(path, state.get("step", 0))
+        for leftover in glob.glob(os.path.join(self.path, ".saving*")):                     # what a crash left half-written
+            shutil.rmtree(leftover) if os.path.isdir(leftover) else os.remove(leftover)
+        for log in glob.glob(os.path.join(self.path, "*.jsonl")):
+            self.cut(log, state.get("step", 0))
         print(f"resumed after step {state.get('step', 0)}" + " (no whole state: from the start)" * (not state))
         return state
 
