@@ -30,7 +30,7 @@ import time
 
 from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
 from data import CONTEXTS, add_data_flags, add_held_out_flags, load_held_out, load_problems, plain, problem_batch, render_prompt, require_thinking_switch
-from rollout import add_context_flags, add_sampling_flags, drop_long, grade_rollouts, make_rollouts, make_sampler, make_writer
+from rollout import add_context_flags, add_sampling_flags, choose_backend, drop_long, grade_rollouts, logprob_gap, make_rollouts, make_sampler, make_writer
 from verify import Verifier
 
 
@@ -247,6 +247,7 @@ def main(argv=None):
     args = parse_args(argv)
     check_out(args)
     device = set_up(args)
+    choose_backend(args, device)
     import torch
     from eval import evaluate, log_evaluation
     args.model = args.model or os.path.relpath(os.path.join(HERE, "tiny", "rlvr"))
@@ -255,7 +256,8 @@ def main(argv=None):
     model, tokenizer = load_model(args.model, device, args.dtype)
     require_thinking_switch(tokenizer, args.thinking == "on")
     teacher = frozen_copy(model)
-    sampler, teacher_sampler = make_sampler(model, tokenizer, args), make_sampler(teacher, tokenizer, args)
+    sampler = make_sampler(model, tokenizer, args)
+    teacher_sampler = make_sampler(teacher, tokenizer, args, sampler)
     problems = drop_long(problems, tokenizer, args, sampler.limit, args.context)
     held_out = held_out and drop_long(held_out, tokenizer, args, sampler.limit)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -267,6 +269,8 @@ def main(argv=None):
         drawn, skipped, updates = (state.get(name, 0) for name in ("drawn", "skipped", "updates"))
         if state.get("teacher"):
             teacher.load_state_dict(state["teacher"])
+        if state:
+            sampler.push(model)
         for step in range(state.get("step", 0), args.steps):
             # 1. sample, 2. verify, 3. filter: until the batch is full or the draws are used up
             start, seen, kept = time.time(), [], []

@@ -18,7 +18,7 @@ import time
 
 from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
 from data import add_data_flags, add_held_out_flags, load_held_out, load_problems, problem_batch, render_prompt, require_thinking_switch
-from rollout import add_sampling_flags, drop_long, grade_rollouts, make_rollouts, make_sampler
+from rollout import add_sampling_flags, choose_backend, drop_long, grade_rollouts, logprob_gap, make_rollouts, make_sampler
 from verify import Verifier
 
 
@@ -130,6 +130,7 @@ def main(argv=None):
     args = parse_args(argv)
     check_out(args)
     device = set_up(args)
+    choose_backend(args, device)
     import copy
     import torch
     from eval import evaluate, log_evaluation
@@ -152,6 +153,8 @@ def main(argv=None):
         before = evaluate(sampler, tokenizer, held_out, verifier, args) if held_out else None
         state = run.resume(problems, model, optimizer)
         drawn, skipped, updates = (state.get(name, 0) for name in ("drawn", "skipped", "updates"))
+        if state:
+            sampler.push(model)
         for step in range(state.get("step", 0), args.steps):
             # 1. sample, 2. verify: reward and advantage, 3. filter: groups with equal rewards say nothing
             start = time.time()
