@@ -62,7 +62,7 @@ def loss_and_gradient(model, teacher, rollouts, prompts, divergence="reverse_kl"
     model.zero_grad()
     rows = [opsd.teacher_row(p, r.response_ids) for p, r in zip(prompts, rollouts)]
     loss, measures = opsd.accumulate_gradients(model, teacher, rollouts, rows, args)
-    assert [row.shape for row in measures] == [(4, len(r.response_ids)) for r in rollouts]
+    assert [row.shape for row in measures] == [(5, len(r.response_ids)) for r in rollouts]
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -317,7 +317,7 @@ def test_on_policy_grpo_gradient_is_the_policy_gradient(model, tokenizer):
     rollouts = some_rollouts(tokenizer, 3)
     args = rlvr.parse_args(["--chunk", "11"])
     advantages = torch.linspace(-1, 1, sum(len(r.response_ids) for r in rollouts))
-    loss, entropies = rlvr.rlvr_loss(model, rollouts, advantages, None, None, 100, args)
+    loss, measures = rlvr.rlvr_loss(model, rollouts, advantages, None, None, 100, args)
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
     parts = []
@@ -326,8 +326,9 @@ def test_on_policy_grpo_gradient_is_the_policy_gradient(model, tokenizer):
         parts.append(logprobs.gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0])
     (-(torch.cat(parts) * advantages).sum() / 100).backward()
     torch.testing.assert_close(gradient, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-3, atol=1e-6)
-    assert loss == pytest.approx(-advantages.sum().item() / 100, abs=1e-6) and entropies.shape == advantages.shape          # ratio 1
-    torch.testing.assert_close(rlvr.sampled_logprobs(model, rollouts, 7), torch.cat(parts).detach(), rtol=1e-4, atol=1e-5)
+    assert loss == pytest.approx(-advantages.sum().item() / 100, abs=1e-6) and measures.shape == (2, len(advantages))       # ratio 1
+    for logprobs in (rlvr.sampled_logprobs(model, rollouts, 7), measures[1]):
+        torch.testing.assert_close(logprobs, torch.cat(parts).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_reward_and_length_penalty():
