@@ -161,7 +161,7 @@ def check_out(args):
 
 # A state holds everything that --resume needs, in one file: state-STEP-CHECKSUM.pt. The checksum in the name tells a damaged file.
 
-HARMLESS = {"overwrite", "resume", "state_every", "save_every", "eval_every", "give_up", "threads", "device", "micro_tokens", "chunk", "sample_batch"}
+HARMLESS = {"overwrite", "resume", "state_every", "save_every", "eval_every", "give_up", "threads", "device", "micro_tokens", "chunk", "sample_batch", "vllm_memory", "vllm_eager"}
 
 
 def find_states(path):

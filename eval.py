@@ -19,7 +19,7 @@ import numpy as np
 
 from common import add_run_flags, check_out, fail, load_model, make_parser, positive, provenance, set_up, write_json
 from data import CONTEXTS, add_data_flags, embedded_problems, load_file, read_trace, require_thinking_switch
-from rollout import add_context_flags, add_sampling_flags, grade_rollouts, make_rollouts, make_sampler, make_writer
+from rollout import add_context_flags, add_sampling_flags, choose_backend, grade_rollouts, make_rollouts, make_sampler, make_writer
 from verify import Verifier
 
 # Table 3 of the paper: words that mark hesitation.
@@ -177,13 +177,14 @@ def main(argv=None):
     args = parse_args(argv)
     check_out(args)
     device = set_up(args)
+    choose_backend(args, device)
     benchmarks = load_benchmarks(args)
-    named, traces = {benchmark: [] for benchmark in benchmarks}, {}
+    named, traces, sampler = {benchmark: [] for benchmark in benchmarks}, {}, None
     with Verifier() as verifier:
         for path in args.model:
             model, tokenizer = load_model(path, device, args.dtype)
             require_thinking_switch(tokenizer, args.thinking == "on")
-            sampler = make_sampler(model, tokenizer, args)
+            sampler = make_sampler(model, tokenizer, args, sampler)
             for benchmark, problems in benchmarks.items():
                 for context in ["none", *(args.context if path == args.model[0] else [])]:
                     name, contexts = path, None

@@ -9,7 +9,7 @@ import re
 from common import HERE, add_run_flags, check_out, load_model, make_parser, positive, set_up, write_json
 from data import CONTEXTS, EMBEDDED_CONTEXTS, embedded_problems
 from opsd import opsd_loss, teacher_rows
-from rollout import add_sampling_flags, grade_rollouts, make_rollouts, make_sampler
+from rollout import add_sampling_flags, choose_backend, grade_rollouts, make_rollouts, make_sampler
 from verify import Verifier
 
 # Kind of the token that follows a text, by the line that it stands in: the first pattern that matches.
@@ -48,7 +48,7 @@ def kind_of(text):
 
 
 def by_kind(tokenizer, rollouts, measures):
-    """{outcome: {kind: (sum of reverse KL in nats, tokens)}}; `measures` as opsd_loss returns them, one (4, tokens) a rollout."""
+    """{outcome: {kind: (sum of reverse KL in nats, tokens)}}; `measures` as opsd_loss returns them, one (5, tokens) a rollout."""
     table = {r.outcome: {} for r in rollouts}
     for rollout, (kl, *_) in zip(rollouts, measures):
         text = ""
@@ -64,6 +64,7 @@ def main(argv=None):
     args = parse_args(argv)
     check_out(args)
     device = set_up(args)
+    choose_backend(args, device)
     problems = embedded_problems(args.problems, args.seed, True, args.hard)
     student, tokenizer = load_model(args.model, device, args.dtype)
     teacher, _ = load_model(args.teacher, device, args.dtype)

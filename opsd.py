@@ -30,7 +30,7 @@ import time
 
 from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
 from data import CONTEXTS, add_data_flags, add_held_out_flags, load_held_out, load_problems, plain, problem_batch, render_prompt, require_thinking_switch
-from rollout import add_context_flags, add_sampling_flags, drop_long, grade_rollouts, make_rollouts, make_sampler, make_writer
+from rollout import add_context_flags, add_sampling_flags, choose_backend, drop_long, grade_rollouts, logprob_gap, make_rollouts, make_sampler, make_writer
 from verify import Verifier
 
 
@@ -133,16 +133,16 @@ def token_weights(rollouts, mean):
     return [[1 / (len(rollouts) * len(r.response_ids)) if mean == "response" else 1 / total] * len(r.response_ids) for r in rollouts]
 
 
-def measure(s, t):
-    """Reverse KL, forward KL, student entropy, teacher entropy of log-probabilities (C, V): (4, C), in nats, for the log."""
+def measure(s, t, ids):
+    """Reverse KL, forward KL, student entropy, teacher entropy, log-probability of the sampled id, of log-probabilities (C, V): (5, C), in nats, for the log."""
     import torch
     p, q, dot = s.exp(), t.exp(), lambda a, b: torch.einsum("cv,cv->c", a, b)
     ps, pt, qs, qt = dot(p, s), dot(p, t), dot(q, s), dot(q, t)
-    return torch.stack([ps - pt, qt - qs, -ps, -qt])
+    return torch.stack([ps - pt, qt - qs, -ps, -qt, s.gather(-1, ids[:, None])[:, 0]])
 
 
 def opsd_loss(student, teacher, rollouts, teacher_rows, weights, divergence="reverse_kl", beta=0.5, chunk=1024):
-    """The loss of one micro-batch, its gradient added to the student's: (loss, measures (4, R): reverse KL, forward KL, student entropy, teacher entropy, in nats).
+    """The loss of one micro-batch, its gradient added to the student's: (loss, measures (5, R), see `measure`).
 
     student, teacher: models. rollouts: the student's rows. teacher_rows: the same response ids behind the teacher's prompts, see
     teacher_row. weights: see token_weights. Logits exist for `chunk` response tokens at a time: each chunk runs backward at once, into the
@@ -162,7 +162,7 @@ def opsd_loss(student, teacher, rollouts, teacher_rows, weights, divergence="rev
         s = torch.log_softmax(student.get_output_embeddings()(leaf).float(), -1)                            # (C, V)
         with torch.no_grad():
             t = torch.log_softmax(teacher.get_output_embeddings()(teacher_hidden[part]).float(), -1)        # (C, V)
-            measures.append(measure(s, t))                                                                  # (4, C)
+            measures.append(measure(s, t, ids[part]))                                                       # (5, C)
         loss = (DIVERGENCES[divergence](s, t, ids[part], correct[part], beta) * flat[part]).sum()
         loss.backward()
         total += loss.item()
@@ -207,7 +207,7 @@ def show_prompts(run, tokenizer, rollout, row, step):
 
 
 def accumulate_gradients(student, teacher, rollouts, teacher_rows, args):
-    """The whole step's loss, with gradients added up over micro-batches: (loss, measures: one (4, tokens) a rollout, see opsd_loss)."""
+    """The whole step's loss, with gradients added up over micro-batches: (loss, measures: one (5, tokens) a rollout, see `measure`)."""
     weights = token_weights(rollouts, args.mean)                                    # one denominator, before the loop
     loss, measures = 0.0, [None] * len(rollouts)
     for group in micro_batches([sum(map(len, row)) for row in teacher_rows], args.micro_tokens):
@@ -247,6 +247,7 @@ def main(argv=None):
     args = parse_args(argv)
     check_out(args)
     device = set_up(args)
+    choose_backend(args, device)
     import torch
     from eval import evaluate, log_evaluation
     args.model = args.model or os.path.relpath(os.path.join(HERE, "tiny", "rlvr"))
@@ -255,7 +256,8 @@ def main(argv=None):
     model, tokenizer = load_model(args.model, device, args.dtype)
     require_thinking_switch(tokenizer, args.thinking == "on")
     teacher = frozen_copy(model)
-    sampler, teacher_sampler = make_sampler(model, tokenizer, args), make_sampler(teacher, tokenizer, args)
+    sampler = make_sampler(model, tokenizer, args)
+    teacher_sampler = make_sampler(teacher, tokenizer, args, sampler)
     problems = drop_long(problems, tokenizer, args, sampler.limit, args.context)
     held_out = held_out and drop_long(held_out, tokenizer, args, sampler.limit)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -267,6 +269,8 @@ def main(argv=None):
         drawn, skipped, updates = (state.get(name, 0) for name in ("drawn", "skipped", "updates"))
         if state.get("teacher"):
             teacher.load_state_dict(state["teacher"])
+        if state:
+            sampler.push(model)
         for step in range(state.get("step", 0), args.steps):
             # 1. sample, 2. verify, 3. filter: until the batch is full or the draws are used up
             start, seen, kept = time.time(), [], []
@@ -346,9 +350,11 @@ def log_step(run, step, args, loss, measures, norm, seen, kept, failed, sampling
     import torch
     count = {name: sum(r.outcome == name for r in seen) for name in ("correct", "incorrect", "truncated")}
     length = lambda rows: sum(len(r.response_ids) for r in rows) / len(rows) if rows else None
-    means = torch.cat(measures, 1).mean(1).tolist() if kept else [None] * 4
+    measures = torch.cat(measures, 1) if kept else None                             # (5, R)
+    means = measures.mean(1).tolist() if kept else [None] * 4
     record = dict(
         step=step + 1, loss=loss, reverse_kl=means[0], forward_kl=means[1], student_entropy=means[2], teacher_entropy=means[3], grad_norm=norm,
+        logprob_gap=logprob_gap([r.logprobs for r in kept], measures[4]) if kept else None,
         sampled=len(seen), **count, no_answer=sum(r.reason == "no_answer" for r in seen),
         context_failed=failed, kept=len(kept), loss_tokens=sum(len(r.response_ids) for r in kept),
         length=length(seen), length_correct=length([r for r in seen if r.outcome == "correct"]), length_kept=length(kept),

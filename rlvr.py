@@ -18,7 +18,7 @@ import time
 
 from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
 from data import add_data_flags, add_held_out_flags, load_held_out, load_problems, problem_batch, render_prompt, require_thinking_switch
-from rollout import add_sampling_flags, drop_long, grade_rollouts, make_rollouts, make_sampler
+from rollout import add_sampling_flags, choose_backend, drop_long, grade_rollouts, logprob_gap, make_rollouts, make_sampler
 from verify import Verifier
 
 
@@ -93,7 +93,7 @@ def sampled_logprobs(model, rollouts, chunk):
 
 
 def rlvr_loss(model, rollouts, advantages, old, start, tokens, args):
-    """The loss of one micro-batch over the step's `tokens`, its gradient added to the model's: (loss, entropies (R,)).
+    """The loss of one micro-batch over the step's `tokens`, its gradient added to the model's: (loss, measures (2, R): entropy, log-probability of the sampled id).
 
     advantages: (R,). old, start: see grpo_loss; old = None where the model is still the sampled one. Logits exist for `args.chunk` tokens at a
     time: each chunk runs backward at once, into the head and into its hidden states, whose gradients then go through the body together.
@@ -101,7 +101,7 @@ def rlvr_loss(model, rollouts, advantages, old, start, tokens, args):
     import torch
     rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
     hidden, ids = response_hidden(model, rows), response_targets(model, rows)                               # (R, D), (R,)
-    total, gradients, entropies = 0.0, [], []
+    total, gradients, measures = 0.0, [], []
     for part in [slice(i, i + args.chunk) for i in range(0, len(ids), args.chunk)]:
         leaf = hidden[part].detach().requires_grad_()                                                       # (C, D): C tokens of the chunk
         logprobs, entropy = chunk_logprobs(model, leaf, ids[part])                                          # (C,), (C,)
@@ -110,9 +110,9 @@ def rlvr_loss(model, rollouts, advantages, old, start, tokens, args):
         loss.backward()
         total += loss.item()
         gradients.append(leaf.grad)
-        entropies.append(entropy)
+        measures.append(torch.stack([entropy, logprobs.detach()]))                                          # (2, C)
     hidden.backward(torch.cat(gradients))
-    return total, torch.cat(entropies)
+    return total, torch.cat(measures, 1)
 
 
 def grpo_loss(logprobs, old, start, advantages, clip_low, clip_high, kl):
@@ -130,6 +130,7 @@ def main(argv=None):
     args = parse_args(argv)
     check_out(args)
     device = set_up(args)
+    choose_backend(args, device)
     import copy
     import torch
     from eval import evaluate, log_evaluation
@@ -152,6 +153,8 @@ def main(argv=None):
         before = evaluate(sampler, tokenizer, held_out, verifier, args) if held_out else None
         state = run.resume(problems, model, optimizer)
         drawn, skipped, updates = (state.get(name, 0) for name in ("drawn", "skipped", "updates"))
+        if state:
+            sampler.push(model)
         for step in range(state.get("step", 0), args.steps):
             # 1. sample, 2. verify: reward and advantage, 3. filter: groups with equal rewards say nothing
             start = time.time()
@@ -168,14 +171,16 @@ def main(argv=None):
             groups = [[kept[i] for i in group] for group in micro_batches([len(r.prompt_ids) + len(r.response_ids) for r, _ in kept], args.micro_tokens)]
             old = [sampled_logprobs(model, [r for r, _ in g], args.chunk) if args.updates > 1 else None for g in groups]    # one update is on-policy: ratio 1
             for update in range(args.updates if kept else 0):
-                loss, entropies = 0.0, []
+                loss, measures = 0.0, []
                 for i, group in enumerate(groups):
                     rollouts = [r for r, _ in group]
                     advantages = torch.tensor([a for r, a in group for _ in r.response_ids], device=device)                 # (R,)
                     first = sampled_logprobs(initial, rollouts, args.chunk) if args.kl else None                            # (R,)
-                    part, entropy = rlvr_loss(model, rollouts, advantages, old[i], first, tokens, args)
+                    part, part_measures = rlvr_loss(model, rollouts, advantages, old[i], first, tokens, args)
                     loss += part
-                    entropies.append(entropy)
+                    measures.append(part_measures)
+                if update == 0:                                                                                             # the model is still the sampled one
+                    gap = logprob_gap([r.logprobs for g in groups for r, _ in g], torch.cat(measures, 1)[1])
 
                 # 5. step
                 norm, updated = optimizer_step(model, optimizer, args.clip)
@@ -186,9 +191,9 @@ def main(argv=None):
             if kept:
                 sampler.push(model)
             else:
-                loss, norm, entropies, updated = 0.0, 0.0, [], False
+                loss, norm, measures, gap, updated = 0.0, 0.0, [], None, False
             skipped = 0 if updated else skipped + 1
-            log_step(run, step, args, loss, entropies, norm, seen, rewards, kept, sampled - start, time.time() - sampled, device)
+            log_step(run, step, args, loss, measures, gap, norm, seen, rewards, kept, sampled - start, time.time() - sampled, device)
             if held_out and args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
                 log_evaluation(run, step + 1, before, evaluate(sampler, tokenizer, held_out, verifier, args))
             if args.save_every and (step + 1) % args.save_every == 0:
@@ -206,13 +211,14 @@ def main(argv=None):
     print(f"\nrun directory {run.path}: the trained model, metrics.jsonl (a line a step), samples.jsonl (some rollouts)")
 
 
-def log_step(run, step, args, loss, entropies, norm, seen, rewards, kept, sampling_seconds, training_seconds, device):
-    """One line of metrics.jsonl. Lengths in tokens; entropy in nats, mean over the tokens that reached the loss."""
+def log_step(run, step, args, loss, measures, gap, norm, seen, rewards, kept, sampling_seconds, training_seconds, device):
+    """One line of metrics.jsonl. Lengths in tokens; entropy and gap in nats, means over the tokens that reached the loss."""
     import torch
     count = {name: sum(r.outcome == name for r in seen) for name in ("correct", "incorrect", "truncated")}
     length = lambda rows: sum(len(r.response_ids) for r in rows) / len(rows) if rows else None
     record = dict(
-        step=step + 1, loss=loss, reward=sum(rewards) / len(rewards), student_entropy=torch.cat(entropies).mean().item() if kept else None, grad_norm=norm,
+        step=step + 1, loss=loss, reward=sum(rewards) / len(rewards), student_entropy=torch.cat(measures, 1)[0].mean().item() if kept else None,
+        grad_norm=norm, logprob_gap=gap,
         sampled=len(seen), **count, no_answer=sum(r.reason == "no_answer" for r in seen),
         kept=len(kept), equal_groups=(len(seen) - len(kept)) // args.group, loss_tokens=sum(len(r.response_ids) for r, _ in kept),
         length=length(seen), length_correct=length([r for r in seen if r.outcome == "correct"]),

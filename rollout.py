@@ -1,13 +1,17 @@
 """Sampling: prompt ids in, response ids and finish reasons out. Text is decoded once, for the verifier and for people.
 
-`make_sampler` chooses the backend; a sampler has two methods, whatever the backend:
+`make_sampler` chooses the backend; a sampler has two methods and two attributes, whatever the backend:
     sample(prompts, ...) -> [(response ids, finished), ...]     finished: the model ended the response itself; else the cap did
     push(model)                                                 the student's weights after an optimizer step
+    limit                                                       tokens of prompt and response together, or None
+    logprobs                                                    the engine's own, of what `sample` returned last: a list a response; None with transformers
 The sampled end-of-sequence token is part of the response. A truncated response has none, and none is added.
 """
+import os
+import random
 from dataclasses import dataclass, field
 
-from common import fail, stop_ids
+from common import fail, response_hidden, stop_ids
 from data import CONTEXTS, Problem, chat_ids, plain, render_prompt
 from verify import grade_responses
 
@@ -22,6 +26,7 @@ class Rollout:
     text: str = ""
     outcome: str = ""           # correct / incorrect / truncated
     reason: str = ""            # correct / wrong / no_answer / timeout / truncated
+    logprobs: list = None       # the vLLM engine's log-probabilities of the response ids
 
 
 def add_sampling_flags(parser, max_new_tokens=160):
@@ -31,6 +36,9 @@ def add_sampling_flags(parser, max_new_tokens=160):
     group.add_argument("--top-p", type=float, default=1.0, help="1 = off")
     group.add_argument("--top-k", type=int, default=0, help="0 = off")
     group.add_argument("--sample-batch", type=int, default=256, help="rows that are sampled at once (transformers backend)")
+    group.add_argument("--backend", default="auto", choices=["auto", "transformers", "vllm"], help="auto: vllm if it is installed and the device is CUDA")
+    group.add_argument("--vllm-memory", type=float, default=0.3, help="share of the card's memory for vLLM's weights and cache, beside the trainer's")
+    group.add_argument("--vllm-eager", action="store_true", help="neither compile nor capture CUDA graphs: a quicker start, slower sampling")
     group.add_argument("--thinking", default="on", choices=["on", "off"], help="the chat template's enable_thinking, for student and teacher alike")
 
 
@@ -39,8 +47,8 @@ def make_rollouts(sampler, tokenizer, problems, args, seed, contexts=None):
     contexts = contexts or [""] * len(problems)
     rollouts = [Rollout(p, render_prompt(tokenizer, p, c or "", args.thinking == "on")) for p, c in zip(problems, contexts)]
     samples = sampler.sample([r.prompt_ids for r in rollouts], args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed)
-    for rollout, (ids, finished) in zip(rollouts, samples):
-        rollout.response_ids, rollout.finished = ids, finished
+    for rollout, (ids, finished), logprobs in zip(rollouts, samples, sampler.logprobs or [None] * len(samples)):
+        rollout.response_ids, rollout.finished, rollout.logprobs = ids, finished, logprobs
         rollout.text = opened_think(tokenizer, rollout.prompt_ids) + tokenizer.decode(ids[:-1] if finished else ids)
     return rollouts
 
@@ -55,6 +63,7 @@ SEGMENT = 32        # tokens
 
 class TransformersSampler:
     """`generate` of transformers on the training model itself: no copy of the weights, nothing to push."""
+    logprobs = None
 
     def __init__(self, model, tokenizer, batch):
         self.model, self.batch, self.stop = model, batch, stop_ids(model, tokenizer)
@@ -122,6 +131,118 @@ def cut(ids, stop):
     return ids, False
 
 
+class VllmSampler:
+    """vLLM's engine in this process, with weights of its own: random ones until the first `sample`, then those that were pushed last.
+
+    `other`: a sampler whose engine is shared (the teacher's with the student's, checkpoint after checkpoint in eval.py). It holds one
+    model's weights at a time, and gets the other's when that one samples.
+
+    Weights are pushed as vLLM documents it for an engine in one's own process ("layerwise reloading"): reload_weights from an iterator over
+    the checkpoint's names, on CUDA as on a CPU. A tied matrix goes under both of its names: under one, nothing is raised and the head of
+    the CPU build stays what it was. Run: the CPU build of 0.32.0, untied and tied Llamas, float32 and bfloat16. Not run: CUDA.
+    """
+
+    def __init__(self, model, tokenizer, args, other=None):
+        self.model, self.stop, self.checked = model, stop_ids(model, tokenizer), False
+        if other and [(n, p.shape) for n, p in other.model.named_parameters()] != [(n, p.shape) for n, p in model.named_parameters()]:
+            fail(f"--backend vllm: {model.name_or_path} has other shapes than {other.model.name_or_path}, whose engine it would use: one shape a run")
+        self.engine = other.engine if other else dict(llm=build_engine(model, args), holds=None)
+        self.limit = self.engine["llm"].model_config.max_model_len
+
+    def push(self, model):
+        self.engine["llm"].collective_rpc("reload_weights", kwargs=dict(weights_iterator=model.named_parameters(remove_duplicate=False)))
+        self.engine["llm"].reset_prefix_cache()                                         # or the next prompts read keys and values of the old weights
+        self.engine["holds"] = model
+
+    def sample(self, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=0):
+        """As TransformersSampler's. Each prompt has a seed of its own, so a response does not depend on which others are sampled beside it."""
+        from vllm import SamplingParams
+        check_room(prompts, max_new_tokens, self.limit)
+        if self.engine["holds"] is not self.model:
+            self.push(self.model)
+        if not self.checked:
+            self.checked = True
+            check_engine(self, self.model, prompts[::-(-len(prompts) // 8)], min(100, max_new_tokens))
+        seeds = random.Random(seed)
+        every = dict(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_new_tokens, detokenize=False, logprobs=0,
+                     stop_token_ids=self.stop, ignore_eos=True)                         # ignore_eos: or the generation config's ids end a response as well
+        settings = [SamplingParams(seed=seeds.getrandbits(63), **every) for _ in prompts]
+        outputs = [o.outputs[0] for o in self.engine["llm"].generate([dict(prompt_token_ids=p) for p in prompts], settings, use_tqdm=False)]
+        self.logprobs = [[row[token].logprob for token, row in zip(o.token_ids, o.logprobs)] for o in outputs]
+        return [cut(list(o.token_ids), self.stop) for o in outputs]                     # the engine keeps the stop id, and samples nothing behind it
+
+
+def build_engine(model, args):
+    import torch
+    LLM = import_vllm().LLM
+    with torch.random.fork_rng(devices=[]):                                             # the engine seeds torch's global generator
+        try:
+            return LLM(
+                model=model.name_or_path, dtype=str(model.dtype).removeprefix("torch."), load_format="dummy", skip_tokenizer_init=True,
+                max_model_len=-1,                                                       # as long as the memory allows: `limit`
+                logprobs_mode="raw_logprobs",                                           # before temperature, top-p and top-k, as the trainer's
+                gpu_memory_utilization=args.vllm_memory, enforce_eager=args.vllm_eager, enable_prefix_caching=True, generation_config="vllm")
+        except Exception as error:                                                      # most often memory
+            fail(f"--backend vllm: no engine with --vllm-memory {args.vllm_memory} ({' '.join(str(error).split())[:250]})")
+
+
+def import_vllm():
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"                                  # the engine in this process: weights go from tensor to tensor
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    import vllm.platforms
+    return vllm
+
+
+def choose_backend(args, device):
+    """Settles --backend auto in `args`. Ends the program if vLLM is wanted and cannot run, before any model is loaded."""
+    from importlib.util import find_spec
+    if args.backend == "auto":
+        args.backend = "vllm" if device.type == "cuda" and find_spec("vllm") else "transformers"
+        print(f"sampling with {args.backend}")
+    if args.backend == "vllm":
+        if not 0 < args.vllm_memory < 1:
+            fail(f"--vllm-memory {args.vllm_memory}: above 0 and below 1")
+        if not find_spec("vllm"):
+            fail("--backend vllm: vllm is not installed (pip install -r requirements-vllm.txt)")
+        try:
+            has = import_vllm().platforms.current_platform.device_type
+        except Exception as error:
+            fail(f"--backend vllm: vllm cannot be imported ({' '.join(str(error).split())[:200]})")
+        if has != device.type or device.index:
+            hint = " (choose the card by CUDA_VISIBLE_DEVICES)" if device.index else ""
+            fail(f"--backend vllm: this vllm runs on {has or 'no device that is here'}, the model on {device}{hint}")
+
+
+def check_engine(sampler, model, prompts, tokens):
+    """Ends the program if a short greedy sample shows that the sampler's weights are not the model's.
+
+    Tokens and texts may differ by rounding, so log-probabilities are compared: what the trainer's own best token has more than the engine's choice,
+    and how far the two are apart on that choice; both in nats, means over all tokens. On SmolLM2-135M in bfloat16 (CPU) rounding makes them 0.00 and
+    0.02, a single stale matrix in the middle layer at least 0.12 and 0.26.
+    """
+    import torch
+    tolerance = 0.03 if model.dtype == torch.float32 else 0.1
+    best, chosen = [], []
+    for prompt, (ids, _) in zip(prompts, sampler.sample(prompts, tokens, temperature=0)):
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model.get_output_embeddings()(response_hidden(model, [(prompt, ids)])).float(), -1)    # (R, V)
+        best.append(logprobs.max(-1).values)                                                                                    # (R,)
+        chosen.append(logprobs.gather(-1, torch.tensor(ids, device=logprobs.device)[:, None])[:, 0])                            # (R,)
+    worse = (torch.cat(best) - torch.cat(chosen)).mean().item()
+    apart = logprob_gap(sampler.logprobs, torch.cat(chosen)) or 0.0
+    if not (worse <= tolerance and apart <= tolerance):
+        fail(f"--backend vllm: the engine's weights are not the trainer's ({worse:.2f} nats below its best token, {apart:.2f} nats apart): "
+             "most likely the push left old weights in a tied lm_head or another tensor; use --backend transformers")
+
+
+def logprob_gap(rows, logprobs):
+    """Mean absolute difference (nats) of the engine's log-probabilities, a list a response, and the trainer's of the same tokens, (R,). None without an engine."""
+    import torch
+    flat = [value for row in rows or [] for value in row or []]
+    return (torch.tensor(flat, device=logprobs.device) - logprobs).abs().mean().item() if flat else None
+
+
 def check_room(prompts, max_new_tokens, limit):
     """Nothing is truncated silently. `drop_long` has made sure of this beforehand; a caller who did not is stopped here."""
     longest = max(map(len, prompts))
@@ -165,10 +286,11 @@ def make_writer(sampler, tokenizer, args, seed):
     return write
 
 
-def make_sampler(model, tokenizer, args):
+def make_sampler(model, tokenizer, args, other=None):
+    """`other`: a sampler of a model of the same shape; vLLM then uses its engine again."""
     if not 0 < args.top_p <= 1:
         fail(f"--top-p {args.top_p}: above 0 and at most 1")
-    return TransformersSampler(model, tokenizer, args.sample_batch)
+    return VllmSampler(model, tokenizer, args, other) if args.backend == "vllm" else TransformersSampler(model, tokenizer, args.sample_batch)
 
 
 def grade_rollouts(verifier, rollouts, truncated="apart"):

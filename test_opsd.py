@@ -1,15 +1,20 @@
 """Tests of the method and of the scripts, on the embedded model. The verifier's are in test_verify.py. `pytest` runs both."""
+import gc
+import importlib.util
 import json
 import math
 import os
 import re
 import shlex
 import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 import common
 import data
@@ -17,6 +22,7 @@ import eval as evaluation
 import kinds
 import opsd
 import rlvr
+import rollout
 import sft
 from common import HERE, load_model, micro_batches, response_hidden, response_targets
 from data import CONTEXTS, Problem, embedded_problems, render_prompt
@@ -62,7 +68,7 @@ def loss_and_gradient(model, teacher, rollouts, prompts, divergence="reverse_kl"
     model.zero_grad()
     rows = [opsd.teacher_row(p, r.response_ids) for p, r in zip(prompts, rollouts)]
     loss, measures = opsd.accumulate_gradients(model, teacher, rollouts, rows, args)
-    assert [row.shape for row in measures] == [(4, len(r.response_ids)) for r in rollouts]
+    assert [row.shape for row in measures] == [(5, len(r.response_ids)) for r in rollouts]
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -317,7 +323,7 @@ def test_on_policy_grpo_gradient_is_the_policy_gradient(model, tokenizer):
     rollouts = some_rollouts(tokenizer, 3)
     args = rlvr.parse_args(["--chunk", "11"])
     advantages = torch.linspace(-1, 1, sum(len(r.response_ids) for r in rollouts))
-    loss, entropies = rlvr.rlvr_loss(model, rollouts, advantages, None, None, 100, args)
+    loss, measures = rlvr.rlvr_loss(model, rollouts, advantages, None, None, 100, args)
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
     parts = []
@@ -326,8 +332,9 @@ def test_on_policy_grpo_gradient_is_the_policy_gradient(model, tokenizer):
         parts.append(logprobs.gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0])
     (-(torch.cat(parts) * advantages).sum() / 100).backward()
     torch.testing.assert_close(gradient, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-3, atol=1e-6)
-    assert loss == pytest.approx(-advantages.sum().item() / 100, abs=1e-6) and entropies.shape == advantages.shape          # ratio 1
-    torch.testing.assert_close(rlvr.sampled_logprobs(model, rollouts, 7), torch.cat(parts).detach(), rtol=1e-4, atol=1e-5)
+    assert loss == pytest.approx(-advantages.sum().item() / 100, abs=1e-6) and measures.shape == (2, len(advantages))       # ratio 1
+    for logprobs in (rlvr.sampled_logprobs(model, rollouts, 7), measures[1]):
+        torch.testing.assert_close(logprobs, torch.cat(parts).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_reward_and_length_penalty():
@@ -368,7 +375,6 @@ def test_sampling_is_greedy_at_zero_repeats_with_the_seed_and_ignores_the_genera
 
 @pytest.mark.parametrize("segment", [1, 7, 1000])
 def test_rows_that_finish_leave_the_batch_and_the_others_do_not_notice(tiny, tokenizer, segment, monkeypatch):
-    import rollout
     sampler = make_sampler(tiny[0], tokenizer, opsd.parse_args([]))
     prompts = [r.prompt_ids for r in some_rollouts(tokenizer, 12, seed=2)]
     lengths = sorted(len(sampler.sample([prompt], 150, temperature=0)[0][0]) for prompt in prompts)
@@ -395,6 +401,168 @@ def test_every_stop_id_ends_a_response(tiny, tokenizer):
     model.generation_config.eos_token_id = [newline, tokenizer.eos_token_id]
     ids, finished = make_sampler(model, tokenizer, opsd.parse_args([])).sample([render_prompt(tokenizer, embedded_problems(1, 1)[0])], 60, temperature=0)[0]
     assert finished and ids[-1] == newline and newline not in ids[:-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vLLM backend. Most of it needs vLLM and a device that it can use; float32, since only then greedy tokens are equal.
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """The flags for it; skips where there is none."""
+    if not importlib.util.find_spec("vllm"):
+        pytest.skip("vllm is not installed")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")                                   # GB; the CPU build would take a share of the machine's memory
+    if not rollout.import_vllm().platforms.current_platform.device_type:
+        pytest.skip("vllm has no device here")
+    yield ["--backend", "vllm", "--vllm-eager"]
+    gc.collect()                                                                        # the engine's memory
+
+
+def on_its_device(path):
+    return load_model(str(path), torch.device(rollout.import_vllm().platforms.current_platform.device_type))[0]
+
+
+def tied_llama(tokenizer, path):
+    """A random model with tied embeddings, saved with a generation config that would change everything."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, max_position_embeddings=1024,
+        initializer_range=0.2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
+    common.save_model(str(path), model, tokenizer)
+    write(path / "generation_config.json", json.dumps(dict(eos_token_id=list(range(10, 200)), repetition_penalty=5.0, do_sample=True, temperature=0.1, top_k=3)))
+    model = on_its_device(path)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+@pytest.mark.parametrize("name", ["embedded", "tied"])
+def test_vllm_equals_transformers_before_and_after_pushes(name, tokenizer, tmp_path, vllm):
+    model = on_its_device(TINY) if name == "embedded" else tied_llama(tokenizer, tmp_path)
+    prompts = [10 * r.prompt_ids for r in some_rollouts(tokenizer, 6)]                  # the prefix cache keeps blocks of 128 tokens
+    reference, state = make_sampler(model, tokenizer, opsd.parse_args([])), torch.get_rng_state()
+    sampler = make_sampler(model, tokenizer, opsd.parse_args(vllm))
+    assert torch.equal(torch.get_rng_state(), state) and sampler.limit == reference.limit and min(map(len, prompts)) > 128
+    first = opsd.frozen_copy(model)
+    before = None
+    for push in range(4):
+        greedy = sampler.sample(prompts, 60, temperature=0)
+        assert greedy == reference.sample(prompts, 60, temperature=0) != before
+        before = greedy
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(push)).to(p.device))
+        sampler.push(model)
+    second = make_sampler(first, tokenizer, opsd.parse_args(vllm), sampler)             # a teacher on the student's engine
+    for one, other in ((second, first), (sampler, model), (second, first), (sampler, model)):
+        assert one.sample(prompts, 60, temperature=0) == make_sampler(other, tokenizer, opsd.parse_args([])).sample(prompts, 60, temperature=0)
+    rows = sampler.sample(prompts, 60, seed=1)
+    assert rows == sampler.sample(prompts, 60, seed=1) != sampler.sample(prompts, 60, seed=2)
+    assert sampler.sample(prompts[3:], 60, temperature=0.7, top_p=0.9, top_k=5, seed=1) != rows[3:]
+    rows = sampler.sample(prompts[:1] * 6, 60, seed=1)
+    assert len({tuple(ids) for ids, _ in rows}) > 1                                     # responses to one prompt are draws of their own
+    rollouts = [Rollout(None, prompt, ids) for prompt, (ids, _) in zip(prompts[:1] * 6, rows)]
+    assert rollout.logprob_gap(sampler.logprobs, rlvr.sampled_logprobs(model, rollouts, 100)) < 1e-3
+
+
+def test_vllm_keeps_the_stop_id_once_and_stops_at_every_stop_id(tokenizer, vllm):
+    model = on_its_device(TINY)
+    newline = tokenizer("\n", add_special_tokens=False).input_ids[0]
+    prompts = [r.prompt_ids for r in some_rollouts(tokenizer, 12)]
+    sampler, reference = make_sampler(model, tokenizer, opsd.parse_args(vllm)), make_sampler(model, tokenizer, opsd.parse_args([]))
+    lengths = [len(ids) for ids, _ in reference.sample(prompts, 160, temperature=0)]
+    for cap in (160, min(lengths), 5):                                                  # at the second cap a stop id comes last
+        rows = sampler.sample(prompts, cap, temperature=0)
+        assert rows == reference.sample(prompts, cap, temperature=0)
+        assert all(finished == (ids[-1] == tokenizer.eos_token_id) and ids.count(tokenizer.eos_token_id) == finished for ids, finished in rows)
+        assert [len(row) for row in sampler.logprobs] == [len(ids) for ids, _ in rows]
+    model.generation_config.eos_token_id = [newline, tokenizer.eos_token_id]
+    rows = make_sampler(model, tokenizer, opsd.parse_args(vllm), sampler).sample(prompts, 60, temperature=0)
+    assert all(finished and ids[-1] == newline and newline not in ids[:-1] for ids, finished in rows)
+
+
+@pytest.mark.parametrize("script, argv", [
+    (opsd, ["--filter", "all"]),
+    (opsd, ["--filter", "all", "--context", "resolve", "--context-tokens", "60"]),      # the teacher writes with the student's engine
+    (rlvr, ["--hard", "1", "--group", "8", "--updates", "2"]),
+])
+def test_script_trains_and_resumes_with_vllm(script, argv, tmp_path, vllm, crash, monkeypatch):
+    out = str(tmp_path / "run")
+    argv = argv + vllm + SMALL + ["--steps", "6", "--state-every", "2", "--lr", "1e-3", "--out", out]
+    with pytest.raises(crash):
+        script.main(argv)
+    gc.collect()
+    monkeypatch.undo()
+    script.main(argv + ["--resume"])                                                    # its engine starts on the weights of --model
+    head, *steps, last = metrics(out)
+    assert head["args"]["backend"] == "vllm" and len(steps) == 6 and "evaluation" in last
+    assert all(step["loss_tokens"] > 0 and step["grad_norm"] > 0 and 0 < step["logprob_gap"] < 1e-3 for step in steps)
+
+
+def test_eval_with_vllm_counts_what_it_does_with_transformers(model, tokenizer, tmp_path, vllm):
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5:50] *= 0.5                               # a second checkpoint, on the first one's engine
+    common.save_model(str(tmp_path / "second"), model, tokenizer)
+    saved = []
+    for name, flags in (("a", vllm), ("b", [])):
+        evaluation.main(["--model", TINY, str(tmp_path / "second"), "--problems", "20", "--samples", "1", "--temperature", "0",
+                         "--out", str(tmp_path / name)] + flags)
+        saved.append(json.load(open(tmp_path / name))["responses"]["embedded"]["models"])
+    first, second = saved[0]
+    assert saved[0] == saved[1] and first["lengths"] != second["lengths"]
+
+
+@pytest.mark.parametrize("name", ["embedded", "tied"])
+def test_a_wrong_push_to_vllm_ends_the_run(name, tokenizer, tmp_path, vllm, capsys):
+    """One tensor stays what it was: a matrix of the embedded model; the head of a tied one, whose weights went under one name only."""
+    model = on_its_device(TINY) if name == "embedded" else tied_llama(tokenizer, tmp_path)
+    sampler = make_sampler(model, tokenizer, opsd.parse_args(vllm))
+    wrong = [(n, p) for n, p in model.named_parameters() if n != "model.layers.1.mlp.up_proj.weight"]
+    sampler.engine["llm"].collective_rpc("reload_weights", kwargs=dict(weights_iterator=wrong))
+    sampler.engine["holds"] = model
+    with pytest.raises(SystemExit):
+        sampler.sample([r.prompt_ids for r in some_rollouts(tokenizer, 6)], 60)
+    assert "the engine's weights are not the trainer's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "model.layers.2.self_attn.q_proj.weight",
+                                  "model.layers.2.mlp.down_proj.weight"])
+def test_one_tensor_left_old_is_caught_and_rounding_is_not(name, tiny, tokenizer, capsys):
+    """The check itself; transformers on other weights stands in for the engine."""
+    model, prompts = tiny[0], [r.prompt_ids for r in some_rollouts(tokenizer, 6)]
+    for stale, other in ((False, opsd.frozen_copy(model)), (False, opsd.frozen_copy(model).bfloat16()), (True, opsd.frozen_copy(model))):
+        if stale:
+            torch.nn.init.uniform_(other.get_parameter(name), -1e-3, 1e-3)                # what an engine starts with
+            with pytest.raises(SystemExit):
+                rollout.check_engine(make_sampler(other, tokenizer, opsd.parse_args([])), model, prompts, 100)
+            error = capsys.readouterr().err
+            assert error.startswith("error: --backend vllm") and error.count("\n") == 1 and "lm_head" in error
+        else:
+            rollout.check_engine(make_sampler(other, tokenizer, opsd.parse_args([])), model, prompts, 100)
+
+
+def test_without_vllm_or_a_device_for_it_one_line_names_the_backend(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)                                      # as where it is not installed
+    for script in (opsd, rlvr, evaluation):
+        with pytest.raises(SystemExit) as stop:
+            script.main(["--backend", "vllm", "--device", "cpu", "--out", str(tmp_path / "x")] + ["--model", TINY] * (script is evaluation))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("error: --backend vllm: vllm is not installed") and error.count("\n") == 1
+    args = opsd.parse_args([])
+    rollout.choose_backend(args, CPU)
+    assert args.backend == "transformers" and "sampling with transformers" in capsys.readouterr().out and not os.listdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    for has, device, says in (("", "cpu", "no device that is here"), ("cpu", "cuda", "runs on cpu, the model on cuda"), ("cuda", "cuda:1", "CUDA_VISIBLE_DEVICES")):
+        platforms = types.SimpleNamespace(current_platform=types.SimpleNamespace(device_type=has))
+        monkeypatch.setattr(rollout, "import_vllm", lambda: types.SimpleNamespace(platforms=platforms))
+        with pytest.raises(SystemExit):
+            rollout.choose_backend(opsd.parse_args(["--backend", "vllm"]), torch.device(device))
+        assert says in capsys.readouterr().err
+    args = opsd.parse_args([])
+    rollout.choose_backend(args, torch.device("cuda"))
+    assert args.backend == "vllm" and "sampling with vllm" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        rollout.choose_backend(opsd.parse_args(["--backend", "vllm", "--vllm-memory", "1.5"]), CPU)
+    assert "--vllm-memory 1.5" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
