@@ -261,22 +261,22 @@ EMBEDDED_CONTEXTS = ["none", "solution", "answer", "instruction"]       # what t
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. The embedded task: chains of arithmetic on the last two digits.
+# 4. The embedded task: chains of sums, some of them with a digit that is hard to read.
 #
-# Easy problems add and subtract one digit. Hard ones also contain products of two-digit numbers, which a model of this size
-# cannot do reliably at first sight; worked out in pieces ("wait ...") they come out right far more often. So checks are
-# redundant on easy steps and rescue wrong first attempts on hard ones.
+# Easy problems add and subtract digits. In a hard one, one digit is smudged: the question holds five scans of it, each right with
+# probability SCAN_RIGHT. A first look takes the first scan; a check compares all five and is right far more often, but never surely.
+# So checks are redundant on easy steps, pay on hard ones, and some failures are nobody's slip: only a reference could tell.
 
-HARD_SHARE = 0.5
-HARD_OPERANDS = (12, 13, 14, 15, 16, 17, 22, 23, 24, 25, 26, 27)        # factors of the hard steps
+HARD_SHARE = 0.6
+SCANS = 5
+SCAN_RIGHT = 0.5
 
-# Reference traces of sft.py. Injected slips are masked out of the loss: nobody is trained to slip, only to settle on the right value.
-EASY_CHECK = 0.6                # chance that a trace re-checks an easy step (never needed), ...
-EASY_CHECK_AGAIN = 0.3          # ... and then once more
+# Reference traces of sft.py. All of them end right.
+EASY_CHECK = 0.85               # chance that a trace re-checks an easy step (never needed), ...
+EASY_CHECK_AGAIN = 0.6          # ... and then once more
 CONTEXT_EASY_CHECK = 0.02       # the same with any context in the prompt: this is all that makes those traces shorter
-HARD_SLIP = 0.4                 # chance that the first attempt at a hard step is replaced by a slip, which a check then repairs
-HARD_CHECK = 0.4                # chance that a right first attempt at a hard step is checked all the same, ...
-HARD_CHECK_SLIP = 0.4           # ... and that this check slips instead, so that the first attempt has to be kept
+HARD_CHECK = 0.3                # chance that a trace checks a smudged digit although the first scan was right; if it was wrong, it always does
+CONTEXT_HARD_CHECK = 0.8        # the same with any context in the prompt
 
 
 def embedded_problems(count, seed, held_out=False, hard=HARD_SHARE):
@@ -295,97 +295,73 @@ def embedded_problems(count, seed, held_out=False, hard=HARD_SHARE):
 def embedded_problem(rng, difficulty):
     start = value = int(rng.integers(10, 90))
     count = int(rng.integers(2, 5))
-    hard_steps = set() if difficulty == "easy" else {int(i) for i in rng.integers(count, size=2)}
-    steps = []
+    smudged = int(rng.integers(count)) if difficulty == "hard" else None
+    asked, worked = [], []
     for i in range(count):
-        if i in hard_steps:
-            op, operand = "*", int(rng.choice(HARD_OPERANDS))
-        else:
-            operand = int(rng.integers(2, 10))
-            op = "+" if value < 10 or (value < 90 and rng.random() < 0.5) else "-"
-        steps.append((op, operand))
-        value = compute(value, op, operand)
-    question = f"{start:02d} " + " ".join(f"{op}{operand}" for op, operand in steps) + ", last two digits?"
-    values = chain(start, steps)
-    solution = ", ".join(f"{a:02d}{op}{b}={c:02d}" for a, (op, b), c in zip(values, steps, values[1:]))
-    return Problem(question, f"{value:02d}", solution, difficulty)
+        op = "+" if value < 10 or (value < 90 and rng.random() < 0.5) else "-"              # every digit keeps the value within two digits
+        digit = int(rng.integers(2, 10))
+        asked.append(op + (scans_of(rng, digit) + "?" if i == smudged else str(digit)))
+        worked.append(f"{value:02d}{op}{digit}={compute(value, op, digit):02d}")
+        value = compute(value, op, digit)
+    return Problem(f"{start:02d} {' '.join(asked)}, result?", f"{value:02d}", ", ".join(worked), difficulty)
 
 
-def compute(value, op, operand):
-    return (value + operand if op == "+" else value - operand if op == "-" else value * operand) % 100
+def scans_of(rng, digit):
+    others = [d for d in range(2, 10) if d != digit]
+    return "".join(str(digit if rng.random() < SCAN_RIGHT else rng.choice(others)) for _ in range(SCANS))
 
 
-def chain(start, steps):
-    values = [start]
-    for op, operand in steps:
-        values.append(compute(values[-1], op, operand))
-    return values
+def compute(value, op, digit):
+    return value + digit if op == "+" else value - digit
 
 
-def read_question(question):
-    """(start, [(op, operand), ...]) of an embedded question."""
-    start, *steps = question.split(",")[0].split()
-    return int(start), [(step[0], int(step[1:])) for step in steps]
+def read_steps(problem):
+    """[(value before, op, true digit, scans or "", value after), ...] of an embedded problem."""
+    scans = [asked[1:-1] if asked.endswith("?") else "" for asked in problem.question.split(",")[0].split()[1:]]
+    return [(int(step[:2]), step[2], int(step[3]), smudge, int(step[5:])) for step, smudge in zip(problem.solution.split(", "), scans)]
 
 
 def reference_trace(problem, rng, context="none", thinking=True):
-    """One reference response: [(text, trained), ...], always ending in the right answer. `trained` is False on injected slips."""
+    """One reference response to an embedded problem. It always ends in the right answer."""
+    box = f"\\boxed{{{problem.answer}}}"
     if not thinking:
-        return [(f"\\boxed{{{problem.answer}}}", True)]
-    start, steps = read_question(problem.question)
-    values = chain(start, steps)
-    pieces = [("<think>\n", True)]
-    for a, (op, b), c in zip(values, steps, values[1:]):
-        pieces += hard_step(rng, a, b, c) if op == "*" else easy_step(rng, a, op, b, c, context)
-        pieces.append(("\n", True))
-    return pieces + [(f"</think>\n\n\\boxed{{{problem.answer}}}", True)]
+        return box
+    lines = [hard_step(rng, *step, context) if step[3] else easy_step(rng, *step, context) for step in read_steps(problem)]
+    return "<think>\n" + "\n".join(lines) + "\n</think>\n\n" + box
 
 
-def easy_step(rng, a, op, b, c, context):
-    line = f"{a:02d}{op}{b}={c:02d}"
+def easy_step(rng, a, op, digit, scans, c, context):
+    line = f"{a:02d}{op}{digit}={c:02d}"
     if rng.random() >= (EASY_CHECK if context == "none" else CONTEXT_EASY_CHECK):
-        return [(line, True)]
-    return [(line + f" check {line}" * (1 + (rng.random() < EASY_CHECK_AGAIN)), True)]
+        return line
+    return line + f" check {line}" * (1 + (rng.random() < EASY_CHECK_AGAIN))
 
 
-def hard_step(rng, a, b, c):
-    """First attempt, check in pieces, and the value settled on: always the right one, whether attempt or check had slipped."""
-    slipped = rng.random() < HARD_SLIP
-    first = slip_of(rng, c) if slipped else c
-    pieces = [(f"{a:02d}*{b}=", True), (f"{first:02d}", not slipped)]
-    if not slipped and rng.random() >= HARD_CHECK:
-        return pieces
-    tens, ones = a * (b // 10 * 10) % 100, a * (b % 10) % 100
-    check_slipped = not slipped and rng.random() < HARD_CHECK_SLIP
-    ones = slip_of(rng, ones) if check_slipped else ones
-    return pieces + [(f" wait {a:02d}*{b // 10 * 10}={tens:02d},{a:02d}*{b % 10}=", True), (f"{ones:02d}", not check_slipped),
-                     (f",{tens:02d}+{ones:02d}={(tens + ones) % 100:02d} so {a:02d}*{b}={c:02d}", True)]
+def hard_step(rng, a, op, digit, scans, c, context):
+    """The first look takes the first scan; a check names all scans and settles on a digit, always the right one."""
+    first = int(scans[0])
+    line = f"{a:02d}{op}{first}={compute(a, op, first):02d}"
+    if first == digit and rng.random() >= (HARD_CHECK if context == "none" else CONTEXT_HARD_CHECK):
+        return line
+    return line + f" wait {scans} so {a:02d}{op}{digit}={c:02d}"
 
 
-def slip_of(rng, value):
-    """A wrong value of the kind that a model writes: mostly the tens digit is off."""
-    offset = 10 * int(rng.integers(1, 10)) if rng.random() < 0.7 else int(rng.integers(1, 100))
-    return (value + offset) % 100
-
-
-def read_trace(text):
+def read_trace(problem, text):
     """What a response to an embedded problem did, step by step: a list of dicts, one per step line that can be read.
 
-    hard: a product. first_right: the first attempt. checked, check_right, conflict: whether a check came, was right, disagreed with the
-    attempt. trusted: a conflict was settled for the check. right: the value carried on. Each step is judged from the value
+    hard: a smudged digit. first_right: the first look. checked: whether a check came. conflict: the scans' most frequent digit is not the
+    first scan. mode: the step was settled on a most frequent digit. right: the digit carried on, and its sum. Each step is judged from the value
     that it started from itself, so that one slip is counted once.
     """
     rows = []
-    for line in text.split("</think>")[0].split("\n"):
-        match = re.match(r"(\d\d)([+*-])(\d{1,2})=(\d\d)(.*)$", line)
-        if not match:
+    for (_, op, digit, scans, _), line in zip(read_steps(problem), text.removeprefix("<think>\n").split("</think>")[0].split("\n")):
+        match = re.match(r"(\d\d)([+-])(\d)=(\d\d)(.*)$", line)
+        if not match or match[2] != op:
             continue
-        a, op, b, first, rest = match.groups()
-        truth = compute(int(a), op, int(b))
-        values = [int(v) for v in re.findall(r"=(\d\d)", rest.partition(" so ")[0])]
-        settled = re.search(r"=(\d\d)$", rest)
-        value = int(settled[1]) if settled else int(first)
-        conflict = bool(values) and values[-1] != int(first)
-        rows.append(dict(hard=op == "*", first_right=int(first) == truth, checked=bool(values), check_right=bool(values) and values[-1] == truth,
-                         conflict=conflict, trusted=conflict and value == values[-1], right=value == truth))
+        a, _, first, value, rest = match.groups()
+        settled = re.search(r" so \d\d[+-](\d)=(\d\d)$", rest)
+        last, value = (settled[1], settled[2]) if settled else (first, value)
+        most = max(map(scans.count, scans), default=0)
+        rows.append(dict(hard=bool(scans), first_right=int(first) == digit, checked=" check " in rest or " wait " in rest, conflict=bool(scans) and scans.count(scans[0]) < most,
+                         mode=bool(scans) and scans.count(last) == most, right=int(last) == digit and int(value) == compute(int(a), op, digit)))
     return rows

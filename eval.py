@@ -145,13 +145,13 @@ def trace_table(rollouts):
     """Embedded task: what the traces do on easy and hard steps, in percent of such steps (see data.read_trace)."""
     table = {}
     for kind in (False, True):
-        steps = [s for r in rollouts for s in read_trace(r.text) if s["hard"] == kind]
+        steps = [s for r in rollouts for s in read_trace(r.problem, r.text) if s["hard"] == kind]
         checked = [s for s in steps if s["checked"]]
         conflicts = [s for s in checked if s["conflict"]]
         share = lambda rows, key: 100 * sum(s[key] for s in rows) / max(1, len(rows))
         table["hard" if kind else "easy"] = dict(
-            steps=len(steps), first_right=share(steps, "first_right"), checked=share(steps, "checked"), check_right=share(checked, "check_right"),
-            conflict=share(checked, "conflict"), trusted=share(conflicts, "trusted"), right=share(steps, "right"))
+            steps=len(steps), first_right=share(steps, "first_right"), checked=share(steps, "checked"), right_if_checked=share(checked, "right"),
+            conflict=share(checked, "conflict"), mode_if_checked=share(checked, "mode"), mode_in_conflict=share(conflicts, "mode"), right=share(steps, "right"))
     return table
 
 

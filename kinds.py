@@ -7,19 +7,17 @@ import os
 import re
 
 from common import HERE, add_run_flags, check_out, load_model, make_parser, positive, set_up, write_json
-from data import CONTEXTS, EMBEDDED_CONTEXTS, embedded_problems
+from data import CONTEXTS, EMBEDDED_CONTEXTS, embedded_problems, read_steps
 from opsd import opsd_loss, teacher_rows
 from rollout import add_sampling_flags, choose_backend, grade_rollouts, make_rollouts, make_sampler
 from verify import Verifier
 
-# Kind of the token that follows a text, by the line that it stands in: the first pattern that matches.
+# Kind of the token that comes next, by the line so far and by whether the line's step has a smudged digit.
 KINDS = [
-    ("hard: first attempt", r"\d\d\*\d\d=\d?"),
-    ("hard: check or go on", r"\d\d\*\d\d=\d\d"),
-    ("hard: a value of the check", r"\d\d\*\d\d=\d\d wait .*=\d?"),
-    ("hard: the value settled on", r"\d\d\*\d\d=\d\d wait .* so .*=\d?"),
-    ("easy: a value", r"\d\d[+-]\d=\d?|\d\d[+-]\d=.*=\d?"),
-    ("easy: check or go on", r"\d\d[+-]\d=(.*=)?\d\d"),
+    ("hard: first look", True, r"\d\d[+-]"),
+    ("hard: check or go on", True, r"\d\d[+-]\d=\d\d"),
+    ("hard: the digit settled on", True, r".* so \d\d[+-]"),
+    ("easy: check or go on", False, r".*=\d\d"),
 ]
 
 
@@ -39,12 +37,14 @@ def parse_args(argv=None):
     return args
 
 
-def kind_of(text):
+def kind_of(problem, text):
     """The kind of the token that comes next after `text`."""
-    if "</think>" in text:
+    lines = text.removeprefix("<think>\n").split("\n")
+    steps = read_steps(problem)
+    if "</think>" in text or len(lines) > len(steps):
         return "other"
-    line = text.rpartition("\n")[2]
-    return next((kind for kind, pattern in reversed(KINDS) if re.fullmatch(pattern, line)), "other")
+    smudged = bool(steps[len(lines) - 1][3])
+    return next((kind for kind, hard, pattern in KINDS if hard == smudged and re.fullmatch(pattern, lines[-1])), "other")
 
 
 def by_kind(tokenizer, rollouts, measures):
@@ -53,7 +53,7 @@ def by_kind(tokenizer, rollouts, measures):
     for rollout, (kl, *_) in zip(rollouts, measures):
         text = ""
         for token, value in zip(rollout.response_ids, kl.tolist()):
-            row = table[rollout.outcome].setdefault(kind_of(text), [0.0, 0])
+            row = table[rollout.outcome].setdefault(kind_of(rollout.problem, text), [0.0, 0])
             row[0] += value
             row[1] += 1
             text += tokenizer.decode([token])
@@ -81,7 +81,7 @@ def main(argv=None):
     print(f"{args.model} against {args.teacher} reading {args.context}; reverse KL in nats")
     print(f"{'':28s}" + "".join(f"{outcome + f' ({count[outcome]})':>38s}" for outcome in table))
     print(f"{'kind of token':28s}" + f"{'a token':>14s}{'a response':>14s}{'share':>10s}" * len(table))
-    for kind in [kind for kind, _ in KINDS] + ["other"]:
+    for kind in [kind for kind, *_ in KINDS] + ["other"]:
         line = f"{kind:28s}"
         for outcome, kinds in table.items():
             value, tokens = kinds.get(kind, (0.0, 0))

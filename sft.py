@@ -3,11 +3,11 @@
 1. Without --model it builds the embedded tiny model (Llama, under a million parameters) and its tokenizer (byte-level BPE,
    Qwen-style chat template) from scratch and trains both on the embedded task: this makes tiny/sft.
 2. The embedded traces also teach what a pretrained model brings along: how to read a reference in the prompt. With one, the traces
-   are right and check little. Injected slips, which a trace then repairs, carry no loss: nobody is trained to slip.
+   check easy steps little; with or without, every trace ends right.
 3. With --model and --data a real model is fine-tuned on "<think> solution </think> \\boxed{answer}".
 4. The loss is the mean over all response tokens of the step, computed from hidden states at response positions only.
 
-    python sft.py --out tiny/sft                                                    # the embedded model, about 10 minutes on two cores
+    python sft.py --out tiny/sft                                                    # the embedded model, about 8 minutes
     python sft.py --model MODEL --data train.jsonl --lr 1e-5 --steps 50 --out runs/sft
 """
 import time
@@ -22,7 +22,7 @@ def parse_args(argv=None):
     add_run_flags(parser, resume_every=100)
     add_data_flags(parser)
     group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=int, default=3000, help="optimizer steps")
+    group.add_argument("--steps", type=int, default=1500, help="optimizer steps")
     group.add_argument("--batch", type=int, default=32, help="responses a step")
     group.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW; warm-up, then cosine to a tenth")
     group.add_argument("--warmup", type=int, default=100, help="steps")
@@ -47,35 +47,25 @@ MIXTURE = [
 
 
 def embedded_row(tokenizer, problem, rng):
-    """(prompt ids, response ids, trained: one bool a response token) of one draw from the mixture."""
+    """(prompt ids, response ids) of one draw from the mixture."""
     import numpy as np
     from rollout import Rollout
     _, context, thinking = MIXTURE[rng.choice(len(MIXTURE), p=np.array([share for share, _, _ in MIXTURE]))]
     prompt = render_prompt(tokenizer, problem, CONTEXTS[context]([Rollout(problem, [])], None)[0], thinking)
-    pieces = reference_trace(problem, rng, context, thinking) + [(tokenizer.eos_token, True)]
-    ids = tokenizer([text for text, _ in pieces], add_special_tokens=False).input_ids       # pieces meet at digits, which are single tokens
-    response = [token for piece in ids for token in piece]
-    trained = [is_trained for piece, (_, is_trained) in zip(ids, pieces) for _ in piece]
-    return prompt, response, trained
+    return prompt, tokenizer(reference_trace(problem, rng, context, thinking) + tokenizer.eos_token, add_special_tokens=False).input_ids
 
 
 def real_row(tokenizer, problem, end):
     """The same of a real problem; `end` is the id that ends a response."""
-    prompt = render_prompt(tokenizer, problem)
     text = f"<think>\n{problem.solution}\n</think>\n\n\\boxed{{{problem.answer}}}"
-    response = tokenizer(text, add_special_tokens=False).input_ids + [end]
-    return prompt, response, [True] * len(response)
+    return render_prompt(tokenizer, problem), tokenizer(text, add_special_tokens=False).input_ids + [end]
 
 
 def sft_loss(model, rows):
-    """Sum of the cross-entropies (nats) of the trained response tokens of `rows`."""
-    import torch
+    """Sum of the cross-entropies (nats) of the response tokens of `rows`."""
     import torch.nn.functional as F
-    rows_ids = [(prompt, response) for prompt, response, _ in rows]
-    trained = torch.tensor([t for _, _, row in rows for t in row], device=model.device)                     # (R,)
-    hidden = response_hidden(model, rows_ids)                                                               # (R, D)
-    logits = model.get_output_embeddings()(hidden[trained]).float()                                         # (R, V)
-    return F.cross_entropy(logits, response_targets(model, rows_ids)[trained], reduction="sum")
+    logits = model.get_output_embeddings()(response_hidden(model, rows)).float()                            # (R, V)
+    return F.cross_entropy(logits, response_targets(model, rows), reduction="sum")
 
 
 def learning_rate(args, step):
@@ -100,7 +90,7 @@ def build_tiny(seed):
     for problem in embedded_problems(400, seed):
         for name in EMBEDDED_CONTEXTS:
             corpus += ["user\n", "assistant\n", problem.question, INSTRUCTION, CONTEXTS[name]([Rollout(problem, [])], None)[0]]
-            corpus.append("".join(text for text, _ in reference_trace(problem, rng, name)))
+            corpus.append(reference_trace(problem, rng, name))
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe = Tokenizer(models.BPE())
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+"         # digits and signs are single tokens
@@ -151,18 +141,18 @@ def main(argv=None):
         epoch, position = divmod(step * args.batch, len(problems))
         batch = [problems[(position + i) % len(problems)] for i in range(args.batch)]
         rows = [real_row(tokenizer, p, end) if args.data else embedded_row(tokenizer, p, rng) for p in batch]
-        tokens = sum(sum(trained) for _, _, trained in rows)                                # the denominator of the whole step
+        tokens = sum(len(response) for _, response in rows)                                 # the denominator of the whole step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
         total = 0.0
-        for group in micro_batches([len(p) + len(r) for p, r, _ in rows], args.micro_tokens):
+        for group in micro_batches([len(p) + len(r) for p, r in rows], args.micro_tokens):
             loss = sft_loss(model, [rows[i] for i in group]) / tokens
             loss.backward()
             total += loss.item()
         norm, updated = optimizer_step(model, optimizer, args.clip)
         skipped = 0 if updated else skipped + 1
         if not updated:
-            run.log("not_finite", dict(step=step + 1, loss=total, grad_norm=norm, rows=[dict(prompt_ids=p, response_ids=r) for p, r, _ in rows]))
+            run.log("not_finite", dict(step=step + 1, loss=total, grad_norm=norm, rows=[dict(prompt_ids=p, response_ids=r) for p, r in rows]))
         seconds = time.time() - start
         run.log("metrics", dict(step=step + 1, loss=total, grad_norm=norm, lr=learning_rate(args, step), epoch=epoch, loss_tokens=tokens,
                                 tokens_per_second=tokens / seconds, seconds=seconds, peak_memory_mb=peak_memory(device)))

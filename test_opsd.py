@@ -55,7 +55,7 @@ def some_rollouts(tokenizer, count=6, seed=0):
     rng = np.random.default_rng(seed)
     rollouts = []
     for i, problem in enumerate(embedded_problems(count, seed)):
-        text = "".join(piece for piece, _ in data.reference_trace(problem, rng)) + tokenizer.eos_token
+        text = data.reference_trace(problem, rng) + tokenizer.eos_token
         ids = tokenizer(text, add_special_tokens=False).input_ids
         finished = i % 3 < 2
         rollouts.append(Rollout(problem, render_prompt(tokenizer, problem), ids if finished else ids[:-7], finished, outcome="correct" if finished else "truncated"))
@@ -216,6 +216,7 @@ def test_masks_come_from_lengths_so_a_final_eos_counts_even_if_pad_is_eos(model,
     targets = response_targets(model, rows)
     assert len(response_hidden(model, rows)) == sum(len(r.response_ids) for r in rollouts)
     assert (targets == tokenizer.eos_token_id).sum() == sum(r.finished for r in rollouts) == 4
+    model.lm_head.weight.data.mul_(0.5)                                             # less sure of itself, or the loss would round to 0
     # the eos position carries gradient: a loss on it alone moves the model, and prompt or padding tokens are not among the targets
     weights = [[0.0] * (len(r.response_ids) - 1) + [float(r.finished)] for r in rollouts]
     loss, _ = opsd.opsd_loss(model, opsd.frozen_copy(model), rollouts, rows, weights, "rft")
@@ -344,14 +345,12 @@ def test_reward_and_length_penalty():
     assert rlvr.reward(rollout, 0.4, 160) == 0
 
 
-def test_sft_loss_skips_slips_and_the_prompt(model, tokenizer):
-    problem = embedded_problems(1, 0)[0]
-    prompt, response, trained = sft.embedded_row(tokenizer, problem, np.random.default_rng(0))
-    trained = [i % 3 != 0 for i in range(len(response))]
+def test_sft_loss_is_the_cross_entropy_of_the_response_alone(model, tokenizer):
+    prompt, response = sft.embedded_row(tokenizer, embedded_problems(1, 0)[0], np.random.default_rng(0))
     logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-    expected = -sum(logprobs[len(prompt) + i - 1, t].item() for i, t in enumerate(response) if trained[i])
-    assert sft.sft_loss(model, [(prompt, response, trained)]).item() == pytest.approx(expected, rel=1e-4)
-    assert sft.sft_loss(model, [(prompt, response, trained)] * 2).item() == pytest.approx(2 * expected, rel=1e-4)
+    expected = -sum(logprobs[len(prompt) + i - 1, t].item() for i, t in enumerate(response))
+    assert sft.sft_loss(model, [(prompt, response)]).item() == pytest.approx(expected, rel=1e-4)
+    assert sft.sft_loss(model, [(prompt, response)] * 2).item() == pytest.approx(2 * expected, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -623,45 +622,51 @@ def test_embedded_problems_are_right_reproducible_and_disjoint():
     train += embedded_problems(3000, 1)
     assert not {p.question for p in train} & {p.question for p in held_out}
     for p in train[:300]:
-        start, steps = data.read_question(p.question)
-        value = start
-        for op, operand in steps:
-            value = {"+": value + operand, "-": value - operand, "*": value * operand}[op]
-            value %= 100
-        assert p.answer == f"{value:02d}" and p.solution.endswith("=" + p.answer) and (p.difficulty == "hard") == ("*" in p.question)
+        value, *steps = p.question.split(",")[0].split()
+        value, worked = int(value), p.solution.split(", ")
+        for step, line in zip(steps, worked, strict=True):
+            digit = int(line[3])
+            assert step == f"{line[2]}{digit}" or re.fullmatch(r"[+-][2-9]{5}\?", step)                  # a digit, or five scans of it
+            before, value = value, value + digit if step[0] == "+" else value - digit
+            assert line == f"{before:02d}{step[0]}{digit}={value:02d}" and 0 <= value < 100
+        assert p.answer == f"{value:02d}" and (p.difficulty == "hard") == (p.question.count("?") == 2)
+    scans = [(step[3], step[2]) for p in train for step in data.read_steps(p) if step[3]]
+    assert np.mean([int(smudge[0]) == digit for smudge, digit in scans]) == pytest.approx(data.SCAN_RIGHT, abs=0.03)
     assert {p.difficulty for p in embedded_problems(50, 0, hard=0.0)} == {"easy"}
 
 
 @pytest.mark.parametrize("context", data.EMBEDDED_CONTEXTS)
-def test_reference_traces_end_right_and_every_step_is_repaired(context):
+def test_reference_traces_end_right_and_every_step_too(context):
     rng = np.random.default_rng(0)
-    checked = {"easy": 0, "hard": 0}
+    easy, hard = [], []
     with Verifier() as verifier:
         for p in embedded_problems(300, 0):
-            text = "".join(piece for piece, _ in data.reference_trace(p, rng, context))
+            text = data.reference_trace(p, rng, context)
             assert verifier.grade([(text.split("boxed{")[1][:-1], p.answer)]) == ["correct"]
-            steps = data.read_trace(text)
-            assert len(steps) == len(data.read_question(p.question)[1]) and all(s["right"] for s in steps)
-            checked[p.difficulty] += sum(s["checked"] for s in steps)
-    assert checked["hard"] > 0 and (context == "none") == (checked["easy"] > 100)
+            steps = data.read_trace(p, text)
+            assert len(steps) == len(p.solution.split(", ")) and all(s["right"] for s in steps)
+            assert all(s["checked"] for s in steps if s["hard"] and not s["first_right"])
+            easy += [s["checked"] for s in steps if not s["hard"]]
+            hard += [s["checked"] for s in steps if s["hard"]]
+    assert np.mean(hard) > 0.5 and (np.mean(easy) > 0.8 if context == "none" else np.mean(easy) < 0.05)
 
 
-def test_read_trace_tells_conflicts_and_how_they_were_settled():
-    rows = data.read_trace("<think>\n12*16=82 wait 12*10=20,12*6=72,20+72=92 so 12*16=92\n12*16=92 wait 12*10=20,12*6=22,20+22=42 so 12*16=92\n"
-                           "92*11=12 wait 92*10=20,92*1=92,20+92=12 so 92*11=12\n92+3=95 check 92+3=95\n95-1=93\nnonsense\n</think>")
+def test_read_trace_tells_what_a_step_did():
+    p = Problem("50 +23433? -7 +26662?, result?", "52", "50+3=53, 53-7=46, 46+6=52", "hard")
+    rows = data.read_trace(p, "<think>\n50+2=52 wait 23433 so 50+3=53\n53-7=46 check 53-7=46\n46+2=48\n</think>\n\n\\boxed{48}")
     pick = lambda key: [int(row[key]) for row in rows]
-    assert pick("hard") == [1, 1, 1, 0, 0] and pick("first_right") == [0, 1, 1, 1, 0] and pick("checked") == [1, 1, 1, 1, 0]
-    assert pick("check_right") == [1, 0, 1, 1, 0] and pick("conflict") == [1, 1, 0, 0, 0] and pick("trusted") == [1, 0, 0, 0, 0]
-    assert pick("right") == [1, 1, 1, 1, 0]
+    assert pick("hard") == [1, 0, 1] and pick("first_right") == [0, 1, 0] and pick("checked") == [1, 1, 0]
+    assert pick("conflict") == [1, 0, 1] and pick("mode") == [1, 0, 0] and pick("right") == [1, 1, 0]
+    assert [row["right"] for row in data.read_trace(p, "<think>\n50+3=54\n54-7=47\nnonsense\n")] == [False, True]
 
 
 def test_kinds_of_tokens_by_the_line_that_they_stand_in():
-    text = "<think>\n53+4=57 check 53+4=57\n57*13=48 wait 57*10=70,57*3=71,70+71=41 so 57*13=41\n</think>\n\n\\boxed{41}"
-    places = [("easy: a value", "53+4="), ("easy: a value", "53+4=5"), ("easy: check or go on", "53+4=57"), ("easy: a value", "53+4=57 check 53+4="),
-              ("easy: check or go on", "check 53+4=57"), ("hard: first attempt", "57*13="), ("hard: check or go on", "57*13=48"), ("hard: a value of the check", "57*10="),
-              ("hard: a value of the check", "70+71=4"), ("other", "wait 57*10=70"), ("hard: the value settled on", "so 57*13="), ("other", "</think>\n\n\\boxed{"), ("other", "57*1")]
+    p = Problem("53 +4 -26662?, result?", "51", "53+4=57, 57-6=51", "hard")
+    text = "<think>\n53+4=57 check 53+4=57\n57-2=55 wait 26662 so 57-6=51\n</think>\n\n\\boxed{51}"
+    places = [("easy: check or go on", "53+4=57"), ("easy: check or go on", "check 53+4=57"), ("hard: first look", "\n57-"), ("hard: check or go on", "57-2=55"),
+              ("hard: the digit settled on", "so 57-"), ("other", "53+4="), ("other", "wait 26"), ("other", "</think>\n\n\\boxed{"), ("other", "=51")]
     for kind, end in places:
-        assert kinds.kind_of(text[:text.index(end) + len(end)]) == kind, end
+        assert kinds.kind_of(p, text[:text.index(end) + len(end)]) == kind, end
 
 
 def test_problem_batches_visit_every_problem_once_an_epoch():
@@ -808,9 +813,9 @@ def test_eval_writes_a_table_and_json(tmp_path, capsys):
 def test_eval_averages_several_files_of_the_shapes_that_benchmarks_have(tmp_path, capsys):
     import pyarrow
     import pyarrow.parquet
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(problem="12 +3, last two digits?", solution="12+3=15", answer="15", subject="Algebra", level=level)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(problem="12 +3, result?", solution="12+3=15", answer="15", subject="Algebra", level=level)
                                                            for level in (1, 2)]), tmp_path / "math500.parquet")
-    aime = write(tmp_path / "aime24.jsonl", json.dumps(dict(id=60, problem="20 -4, last two digits?", solution="20-4=16", answer="016", url="x", year="2024")))
+    aime = write(tmp_path / "aime24.jsonl", json.dumps(dict(id=60, problem="20 -4, result?", solution="20-4=16", answer="016", url="x", year="2024")))
     out = str(tmp_path / "e.json")
     evaluation.main(["--model", TINY, os.path.join(HERE, "tiny", "sft"), "--data", str(tmp_path / "math500.parquet"), aime, "--samples", "4", "--max-new-tokens", "60", "--out", out])
     records = json.load(open(out))["records"]
@@ -930,7 +935,7 @@ def test_resume_skips_damaged_states_and_refuses_another_experiment(tmp_path, cr
     with pytest.raises(crash):
         opsd.main(argv)
     monkeypatch.undo()
-    for other, complaint in ((["--lr", "1e-5"], "--lr 0.0003 then, 1e-05 now"), (["--hard", "0.7"], "--hard 0.5 then, 0.7 now"), (["--filter", "correct"], "--filter all then, correct now")):
+    for other, complaint in ((["--lr", "1e-5"], "--lr 0.0001 then, 1e-05 now"), (["--hard", "0.7"], "--hard 0.6 then, 0.7 now"), (["--filter", "correct"], "--filter all then, correct now")):
         with pytest.raises(SystemExit):
             opsd.main(argv + other + ["--resume"])
         error = capsys.readouterr().err
@@ -939,7 +944,7 @@ def test_resume_skips_damaged_states_and_refuses_another_experiment(tmp_path, cr
     content = open(newer, "rb").read()
     for damaged in (b"", content[:len(content) // 2], content[:5000] + bytes([content[5000] ^ 4]) + content[5001:]):
         open(newer, "wb").write(damaged)
-        run = common.Run(opsd.parse_args(argv + ["--resume", "--model", os.path.relpath(TINY)]), "x")
+        run = common.Run(opsd.parse_args(argv + ["--resume", "--model", os.path.relpath(TINY), "--backend", "transformers"]), "x")
         model = load_model(TINY, CPU)[0]
         problems = embedded_problems(6 * 6, 0)
         assert run.resume(problems, model, torch.optim.AdamW(model.parameters()))["step"] == 2
