@@ -180,6 +180,7 @@ def build_engine(model, args):
             return LLM(
                 model=model.name_or_path, dtype=str(model.dtype).removeprefix("torch."), load_format="dummy", skip_tokenizer_init=True,
                 max_model_len=-1,                                                       # as long as the memory allows: `limit`
+                enable_chunked_prefill=model.device.type != "cpu",                      # the CPU build fails on a prompt in pieces that has a seed
                 logprobs_mode="raw_logprobs",                                           # before temperature, top-p and top-k, as the trainer's
                 gpu_memory_utilization=args.vllm_memory, enforce_eager=args.vllm_eager, enable_prefix_caching=True, generation_config="vllm")
         except Exception as error:                                                      # most often memory

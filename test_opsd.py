@@ -457,6 +457,8 @@ def test_vllm_equals_transformers_before_and_after_pushes(name, tokenizer, tmp_p
     rows = sampler.sample(prompts, 60, seed=1)
     assert rows == sampler.sample(prompts, 60, seed=1) != sampler.sample(prompts, 60, seed=2)
     assert sampler.sample(prompts[3:], 60, temperature=0.7, top_p=0.9, top_k=5, seed=1) != rows[3:]
+    many = [prompt[i:] for prompt in prompts for i in range(16)]                        # more than the engine reads at once
+    assert all(len(ids) == 2 or finished for ids, finished in sampler.sample(many, 2, seed=1))
     rows = sampler.sample(prompts[:1] * 6, 60, seed=1)
     assert len({tuple(ids) for ids, _ in rows}) > 1                                     # responses to one prompt are draws of their own
     rollouts = [Rollout(None, prompt, ids) for prompt, (ids, _) in zip(prompts[:1] * 6, rows)]
