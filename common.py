@@ -13,12 +13,14 @@ import sys
 import time
 import zlib
 
+import ranks
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def fail(message):
-    """One line on stderr that names the flag or the file, and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """One line on stderr that names the flag or the file, and exit code 2. Under torchrun this ends the other ranks, too."""
+    print(f"rank {ranks.rank_and_world()[0]}: " * ("WORLD_SIZE" in os.environ) + f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -36,9 +38,11 @@ def add_run_flags(parser, resume_every=0, out="run directory (else a fresh numbe
     if resume_every:
         group.add_argument("--resume", action="store_true", help="go on with the run in --out from its newest whole state; the other flags as before")
         group.add_argument("--state-every", type=int, default=resume_every, help="steps between states for --resume, the newest two of which are kept until the run ends; 0 = none")
+        group.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass: less memory, about a third slower")
+        group.add_argument("--offload", action="store_true", help="under torchrun: weights, gradients and optimizer state rest in host memory; far less memory on the card, much slower")
     group.add_argument("--seed", type=int, default=0, help="fixes problems, sampling and initial weights")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the weights; auto = as saved")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the computation; auto = bfloat16 on CUDA, float32 on a CPU. Trained weights, their gradients and optimizer are always float32")
     group.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 = torch's own choice")
 
 
@@ -50,7 +54,7 @@ def positive(parser, args, *names):
 
 
 def set_up(args):
-    """Threads, seed and device; returns the device. The first second of every script. No numeric flag may be negative."""
+    """Threads, seed, device and, under torchrun, the other ranks; returns the device and settles --dtype. The first second of every script. No numeric flag may be negative."""
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and value < 0:
             fail(f"--{name.replace('_', '-')} {value}: must not be negative")
@@ -66,7 +70,16 @@ def set_up(args):
         torch.empty(1, device=name)
     except Exception as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0][:150]}")
-    return torch.device(name)
+    device = torch.device(name)
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if "WORLD_SIZE" in os.environ:                          # set by torchrun
+        if device.index is not None:
+            fail(f"--device {args.device}: under torchrun every rank takes a card of its own; give --device cuda")
+        return ranks.start(device)
+    if getattr(args, "offload", False):
+        fail("--offload: needs torchrun, also on one card (torchrun --nproc-per-node 1)")
+    return device
 
 
 def load_model(path, device, dtype="auto"):
@@ -129,10 +142,14 @@ def write_whole(path, write):
 
 
 def save_model(path, model, tokenizer):
-    """Writes a plain Hugging Face directory; each file appears whole or not at all."""
+    """Writes a plain Hugging Face directory, in float32; each file appears whole or not at all. On several ranks all must call it, rank 0 writes."""
     temporary = os.path.join(path, ".saving")
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}                  # a tied matrix once
+    state = ranks.full_state({name: tensor for name, tensor in model.state_dict().items() if name in names})
+    if ranks.rank_and_world()[0]:
+        return
     try:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, **(dict(state_dict=state) if ranks.distributed() else {}))
         tokenizer.save_pretrained(temporary)
     except Exception as error:                              # safetensors has an exception of its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
@@ -143,7 +160,9 @@ def save_model(path, model, tokenizer):
 
 
 def write_json(path, record):
-    """Writes the file whole or not at all, its folder too if need be."""
+    """Writes the file whole or not at all, its folder too if need be. On several ranks rank 0 does."""
+    if ranks.rank_and_world()[0]:
+        return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     write_whole(path, lambda target: open(target, "w").write(json.dumps(record)))
 
@@ -161,7 +180,7 @@ def check_out(args):
 
 # A state holds everything that --resume needs, in one file: state-STEP-CHECKSUM.pt. The checksum in the name tells a damaged file.
 
-HARMLESS = {"overwrite", "resume", "state_every", "save_every", "eval_every", "give_up", "threads", "device", "micro_tokens", "chunk", "sample_batch", "vllm_memory", "vllm_eager"}
+HARMLESS = {"overwrite", "resume", "state_every", "save_every", "eval_every", "give_up", "threads", "device", "micro_tokens", "chunk", "sample_batch", "checkpointing", "offload", "vllm_memory", "vllm_eager"}
 
 
 def find_states(path):
@@ -181,11 +200,14 @@ class Run:
     """A run directory: its logs (metrics.jsonl: line 0 the settings, then one line a step; samples.jsonl) and its states.
 
     With --resume the directory is the one of the run before, and nothing in it changes until `resume` is called.
+    On several ranks every one has a Run and calls its methods, and rank 0 alone writes.
     """
 
     def __init__(self, args, name):
-        self.args = args
-        if args.out:
+        self.args, self.first = args, ranks.rank_and_world()[0] == 0
+        if not self.first:
+            pass
+        elif args.out:
             os.makedirs(args.out, exist_ok=True)
         else:
             number = 1
@@ -196,14 +218,16 @@ class Run:
                     break
                 except FileExistsError:
                     number += 1
-        self.path = args.out
-        if not args.resume:
+        self.path = args.out = ranks.gather([args.out])[0]
+        if self.first and not args.resume:
             for stale in os.listdir(self.path):             # with --overwrite: logs and states of the run before
                 if stale.endswith(".jsonl") or stale.startswith("state-"):
                     os.remove(os.path.join(self.path, stale))
             self.log("metrics", dict(script=os.path.basename(sys.argv[0]), args=vars(args), **provenance()))
 
     def log(self, file, record):
+        if not self.first:
+            return
         try:
             with open(os.path.join(self.path, file + ".jsonl"), "a") as stream:
                 stream.write(json.dumps(record) + "\n")
@@ -215,8 +239,10 @@ class Run:
         if not self.args.state_every or step % self.args.state_every:
             return
         import torch
-        state = dict(step=step, args=vars(self.args), problems=fingerprint(problems), model=model.state_dict(), optimizer=optimizer.state_dict(),
-                     generator=torch.get_rng_state(), **rest)
+        state = dict(step=step, args=vars(self.args), problems=fingerprint(problems), model=ranks.full_state(model.state_dict()),
+                     optimizer=ranks.full_state(optimizer.state_dict()), generator=torch.get_rng_state(), **rest)
+        if not self.first:
+            return
         unnamed = os.path.join(self.path, ".saving-state")
         write_whole(unnamed, lambda target: torch.save(state, target))
         os.replace(unnamed, os.path.join(self.path, f"state-{step:07d}-{checksum(unnamed)}.pt"))
@@ -244,13 +270,14 @@ class Run:
                 fail(f"--resume: the run in {self.path} is another experiment: {'; '.join(other)}")
             if state["problems"] != fingerprint(problems):
                 fail(f"--resume: the run in {self.path} was on other problems")
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            ranks.load_full_state(model, state["model"])
+            ranks.load_full_optimizer(optimizer, state["optimizer"])
             torch.set_rng_state(state["generator"])
-        for leftover in glob.glob(os.path.join(self.path, ".saving*")):                     # what a crash left half-written
-            shutil.rmtree(leftover) if os.path.isdir(leftover) else os.remove(leftover)
-        for log in glob.glob(os.path.join(self.path, "*.jsonl")):
-            self.cut(log, state.get("step", 0))
+        if self.first:
+            for leftover in glob.glob(os.path.join(self.path, ".saving*")):                 # what a crash left half-written
+                shutil.rmtree(leftover) if os.path.isdir(leftover) else os.remove(leftover)
+            for log in glob.glob(os.path.join(self.path, "*.jsonl")):
+                self.cut(log, state.get("step", 0))
         print(f"resumed after step {state.get('step', 0)}" + " (no whole state: from the start)" * (not state))
         return state
 
@@ -268,8 +295,9 @@ class Run:
 
     def finish(self):
         """The run is complete: its states are of no use any more."""
-        for name in find_states(self.path):
+        for name in find_states(self.path) if self.first else ():
             os.remove(os.path.join(self.path, name))
+        ranks.stop()
 
 
 def fingerprint(problems):
@@ -279,7 +307,7 @@ def fingerprint(problems):
 def optimizer_step(model, optimizer, clip):
     """(gradient norm before clipping, whether a step was taken): none where the gradient is not finite. Gradients are cleared."""
     import torch
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    norm = ranks.full(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)).item()     # over all ranks, so all agree
     finite = math.isfinite(norm)
     if finite:
         optimizer.step()
@@ -295,16 +323,16 @@ def provenance():
     import transformers
     commit = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
-                threads=torch.get_num_threads(), commit=commit or None, started=time.strftime("%Y-%m-%dT%H:%M:%S"))
+                threads=torch.get_num_threads(), ranks=ranks.rank_and_world()[1], commit=commit or None, started=time.strftime("%Y-%m-%dT%H:%M:%S"))
 
 
 def peak_memory(device):
-    """Peak memory in MB: of the device where it is a GPU, else of this process."""
+    """Peak memory in MB, of the rank that has most: of the device where it is a GPU, else of the process."""
     if device.type == "cuda":
         import torch
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return max(ranks.gather([torch.cuda.max_memory_allocated(device) / 2**20]))
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return max(ranks.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,6 +352,20 @@ def micro_batches(lengths, budget):
     return groups
 
 
+def deal(lengths, budget):
+    """The micro-batches of this rank, on one rank all: [(row indices, whether they count), ...].
+
+    Rows are dealt out by length, so that ranks have about equal work. One that gets fewer micro-batches than another runs the shortest row again
+    instead, not counted, since all ranks must run equally many.
+    """
+    rank, world = ranks.rank_and_world()
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    hands = [order[r::world] for r in range(world)]
+    groups = [[[hand[i] for i in group] for group in micro_batches([lengths[i] for i in hand], budget)] for hand in hands]
+    missing = max(map(len, groups)) - len(groups[rank])
+    return [(group, True) for group in groups[rank]] + [(order[-1:], False)] * missing
+
+
 def response_hidden(model, rows):
     """Hidden states that predict the response tokens of `rows`: (R, D), row after row.
 
@@ -340,7 +382,7 @@ def response_hidden(model, rows):
         scored = [number % 2 == 1 for number, piece in enumerate(row) for _ in piece]
         ids[i, :len(flat) - 1] = torch.tensor(flat[:-1])                                # the last token predicts nothing here
         mask[i, :len(flat) - 1] = torch.tensor(scored[1:])
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    ids, mask = ids.to(ranks.device_of(model)), mask.to(ranks.device_of(model))
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state         # (B, T, D)
     return hidden[mask]                                                                 # (R, D)
 
@@ -348,4 +390,4 @@ def response_hidden(model, rows):
 def response_targets(model, rows):
     """The scored ids of `rows` in the order of `response_hidden`: (R,)."""
     import torch
-    return torch.tensor([token for row in rows for piece in row[1::2] for token in piece], device=model.device)
+    return torch.tensor([token for row in rows for piece in row[1::2] for token in piece], device=ranks.device_of(model))

@@ -28,8 +28,9 @@ import math
 import os
 import time
 
-from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
+from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, deal, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
 from data import CONTEXTS, add_data_flags, add_held_out_flags, load_held_out, load_problems, plain, problem_batch, render_prompt, require_thinking_switch
+from ranks import distributed, full_state, gather, load_full_state, open_head, prepare
 from rollout import add_context_flags, add_sampling_flags, choose_backend, drop_long, grade_rollouts, logprob_gap, make_rollouts, make_sampler, make_writer
 from verify import Verifier
 
@@ -150,23 +151,25 @@ def opsd_loss(student, teacher, rollouts, teacher_rows, weights, divergence="rev
     """
     import torch
     rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
-    with torch.inference_mode():
+    with torch.no_grad():
         teacher_hidden = response_hidden(teacher, teacher_rows)                                             # (R, D)
     hidden = response_hidden(student, rows)                                                                 # (R, D)
     ids = response_targets(student, rows)                                                                   # (R,)
     correct = torch.tensor([r.outcome == "correct" for r in rollouts for _ in r.response_ids], device=ids.device)   # (R,)
     flat = torch.tensor([w for row in weights for w in row], device=ids.device)                             # (R,)
+    (student_head, hand_back), (teacher_head, _) = open_head(student), open_head(teacher)
     total, gradients, measures = 0.0, [], []
     for part in [slice(start, start + chunk) for start in range(0, len(ids), chunk)]:
         leaf = hidden[part].detach().requires_grad_()                                                       # (C, D): C tokens of the chunk
-        s = torch.log_softmax(student.get_output_embeddings()(leaf).float(), -1)                            # (C, V)
+        s = torch.log_softmax(student_head(leaf).float(), -1)                                               # (C, V)
         with torch.no_grad():
-            t = torch.log_softmax(teacher.get_output_embeddings()(teacher_hidden[part]).float(), -1)        # (C, V)
+            t = torch.log_softmax(teacher_head(teacher_hidden[part]).float(), -1)                           # (C, V)
             measures.append(measure(s, t, ids[part]))                                                       # (5, C)
         loss = (DIVERGENCES[divergence](s, t, ids[part], correct[part], beta) * flat[part]).sum()
         loss.backward()
         total += loss.item()
         gradients.append(leaf.grad)
+    hand_back()
     hidden.backward(torch.cat(gradients))
     return total, torch.cat(measures, 1)
 
@@ -207,16 +210,19 @@ def show_prompts(run, tokenizer, rollout, row, step):
 
 
 def accumulate_gradients(student, teacher, rollouts, teacher_rows, args):
-    """The whole step's loss, with gradients added up over micro-batches: (loss, measures: one (5, tokens) a rollout, see `measure`)."""
+    """The whole step's loss, with gradients added up over micro-batches and ranks: (loss, measures: one (5, tokens) a rollout, see `measure`)."""
     weights = token_weights(rollouts, args.mean)                                    # one denominator, before the loop
-    loss, measures = 0.0, [None] * len(rollouts)
-    for group in micro_batches([sum(map(len, row)) for row in teacher_rows], args.micro_tokens):
+    loss, measures = 0.0, {}
+    for group, counts in deal([sum(map(len, row)) for row in teacher_rows], args.micro_tokens):
         pick = lambda rows: [rows[i] for i in group]
-        part, part_measures = opsd_loss(student, teacher, pick(rollouts), pick(teacher_rows), pick(weights), args.divergence, args.beta, args.chunk)
+        mine = [[w * counts for w in row] for row in pick(weights)]
+        part, part_measures = opsd_loss(student, teacher, pick(rollouts), pick(teacher_rows), mine, args.divergence, args.beta, args.chunk)
         loss += part
-        for i, row in zip(group, part_measures.split([len(rollouts[i].response_ids) for i in group], 1)):
+        for i, row in zip(group if counts else (), part_measures.cpu().split([len(rollouts[i].response_ids) for i in group], 1)):
             measures[i] = row
-    return loss, measures
+    everyone = gather([(loss, measures)])                                           # one entry a rank
+    measures = {i: row for _, rows in everyone for i, row in rows.items()}
+    return sum(part for part, _ in everyone), [measures[i] for i in range(len(rollouts))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,9 +259,11 @@ def main(argv=None):
     args.model = args.model or os.path.relpath(os.path.join(HERE, "tiny", "rlvr"))
     problems = load_problems(args, args.steps * args.batch * (args.resample + 1))
     problems, held_out = load_held_out(args, problems)
-    model, tokenizer = load_model(args.model, device, args.dtype)
+    model, tokenizer = load_model(args.model, torch.device("cpu") if distributed() else device)        # in float32; several ranks move pieces
     require_thinking_switch(tokenizer, args.thinking == "on")
     teacher = frozen_copy(model)
+    prepare(model, args, device)
+    prepare(teacher, args, device, low=args.teacher != "ema")                                       # an average in bfloat16 would stand still
     sampler = make_sampler(model, tokenizer, args)
     teacher_sampler = make_sampler(teacher, tokenizer, args, sampler)
     problems = drop_long(problems, tokenizer, args, sampler.limit, args.context)
@@ -268,7 +276,7 @@ def main(argv=None):
         state = run.resume(problems, model, optimizer)
         drawn, skipped, updates = (state.get(name, 0) for name in ("drawn", "skipped", "updates"))
         if state.get("teacher"):
-            teacher.load_state_dict(state["teacher"])
+            load_full_state(teacher, state["teacher"])
         if state:
             sampler.push(model)
         for step in range(state.get("step", 0), args.steps):
@@ -313,7 +321,7 @@ def main(argv=None):
                 fail(f"--filter {args.filter}: kept nothing in {skipped} steps in a row (--give-up)" if not kept else
                      f"loss or gradient not finite, or nothing kept, in {skipped} steps in a row (--give-up): see {run.path}/not_finite.jsonl")
             run.save_state(step + 1, problems, model, optimizer, drawn=drawn, skipped=skipped, updates=updates,
-                           teacher=None if args.teacher == "frozen" else teacher.state_dict())
+                           teacher=None if args.teacher == "frozen" else full_state(teacher.state_dict()))
         if not updates:
             fail(f"--filter {args.filter}: no step was taken, the model is unchanged")
         save_model(run.path, model, tokenizer)

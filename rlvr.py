@@ -16,8 +16,9 @@ import math
 import os
 import time
 
-from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
+from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, deal, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
 from data import add_data_flags, add_held_out_flags, load_held_out, load_problems, problem_batch, render_prompt, require_thinking_switch
+from ranks import distributed, gather, open_head, prepare
 from rollout import add_sampling_flags, choose_backend, drop_long, grade_rollouts, logprob_gap, make_rollouts, make_sampler
 from verify import Verifier
 
@@ -74,10 +75,10 @@ def group_advantages(rewards, group):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss. Axes: R response tokens, D width, V vocabulary.
 
-def chunk_logprobs(model, hidden, ids):
-    """(log-probabilities of the sampled ids, entropies), each (C,), of a chunk's hidden states (C, D)."""
+def chunk_logprobs(head, hidden, ids):
+    """(log-probabilities of the sampled ids, entropies), each (C,), of a chunk's hidden states (C, D). head: see ranks.open_head."""
     import torch
-    logprobs = torch.log_softmax(model.get_output_embeddings()(hidden).float(), -1)                         # (C, V)
+    logprobs = torch.log_softmax(head(hidden).float(), -1)                                                  # (C, V)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(-1)                                                      # (C,)
     return logprobs.gather(-1, ids[:, None])[:, 0], entropy
@@ -89,7 +90,8 @@ def sampled_logprobs(model, rollouts, chunk):
     rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
     with torch.no_grad():
         hidden, ids = response_hidden(model, rows), response_targets(model, rows)                           # (R, D), (R,)
-        return torch.cat([chunk_logprobs(model, h, i)[0] for h, i in zip(hidden.split(chunk), ids.split(chunk))])
+        head, _ = open_head(model)
+        return torch.cat([chunk_logprobs(head, h, i)[0] for h, i in zip(hidden.split(chunk), ids.split(chunk))])
 
 
 def rlvr_loss(model, rollouts, advantages, old, start, tokens, args):
@@ -101,16 +103,18 @@ def rlvr_loss(model, rollouts, advantages, old, start, tokens, args):
     import torch
     rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
     hidden, ids = response_hidden(model, rows), response_targets(model, rows)                               # (R, D), (R,)
+    head, hand_back = open_head(model)
     total, gradients, measures = 0.0, [], []
     for part in [slice(i, i + args.chunk) for i in range(0, len(ids), args.chunk)]:
         leaf = hidden[part].detach().requires_grad_()                                                       # (C, D): C tokens of the chunk
-        logprobs, entropy = chunk_logprobs(model, leaf, ids[part])                                          # (C,), (C,)
+        logprobs, entropy = chunk_logprobs(head, leaf, ids[part])                                           # (C,), (C,)
         reference = logprobs.detach() if old is None else old[part]
         loss = grpo_loss(logprobs, reference, None if start is None else start[part], advantages[part], args.clip_low, args.clip_high, args.kl).sum() / tokens
         loss.backward()
         total += loss.item()
         gradients.append(leaf.grad)
         measures.append(torch.stack([entropy, logprobs.detach()]))                                          # (2, C)
+    hand_back()
     hidden.backward(torch.cat(gradients))
     return total, torch.cat(measures, 1)
 
@@ -137,9 +141,12 @@ def main(argv=None):
     args.model = args.model or os.path.relpath(os.path.join(HERE, "tiny", "sft"))
     problems = load_problems(args, args.steps * args.batch)
     problems, held_out = load_held_out(args, problems)
-    model, tokenizer = load_model(args.model, device, args.dtype)
+    model, tokenizer = load_model(args.model, torch.device("cpu") if distributed() else device)        # in float32; several ranks move pieces
     require_thinking_switch(tokenizer, args.thinking == "on")
     initial = copy.deepcopy(model).requires_grad_(False) if args.kl else None
+    prepare(model, args, device)
+    if args.kl:
+        prepare(initial, args, device, low=True)
     sampler = make_sampler(model, tokenizer, args)
     problems = drop_long(problems, tokenizer, args, sampler.limit)
     held_out = held_out and drop_long(held_out, tokenizer, args, sampler.limit)
@@ -166,21 +173,24 @@ def main(argv=None):
             kept = [(r, a) for r, a in zip(seen, group_advantages(rewards, args.group)) if a is not None]
             sampled = time.time()
 
-            # 4. loss: one denominator for the whole step, gradients added up over micro-batches
+            # 4. loss: one denominator for the whole step, gradients added up over micro-batches and ranks
             tokens = sum(len(r.response_ids) for r, _ in kept)
-            groups = [[kept[i] for i in group] for group in micro_batches([len(r.prompt_ids) + len(r.response_ids) for r, _ in kept], args.micro_tokens)]
-            old = [sampled_logprobs(model, [r for r, _ in g], args.chunk) if args.updates > 1 else None for g in groups]    # one update is on-policy: ratio 1
+            groups = [([kept[i] for i in group], counts) for group, counts in deal([len(r.prompt_ids) + len(r.response_ids) for r, _ in kept], args.micro_tokens)]
+            old = [sampled_logprobs(model, [r for r, _ in g], args.chunk) if args.updates > 1 else None for g, _ in groups] # one update is on-policy: ratio 1
             for update in range(args.updates if kept else 0):
                 loss, measures = 0.0, []
-                for i, group in enumerate(groups):
+                for i, (group, counts) in enumerate(groups):
                     rollouts = [r for r, _ in group]
                     advantages = torch.tensor([a for r, a in group for _ in r.response_ids], device=device)                 # (R,)
                     first = sampled_logprobs(initial, rollouts, args.chunk) if args.kl else None                            # (R,)
-                    part, part_measures = rlvr_loss(model, rollouts, advantages, old[i], first, tokens, args)
+                    part, part_measures = rlvr_loss(model, rollouts, advantages, old[i], first, tokens if counts else math.inf, args)
                     loss += part
-                    measures.append(part_measures)
+                    measures += [part_measures.cpu()] if counts else []
+                engine = [r.logprobs for g, counts in groups for r, _ in g if counts]
+                everyone = gather([(loss, measures, engine)])                                                               # one entry a rank
+                loss, measures = sum(part for part, _, _ in everyone), [m for _, rows, _ in everyone for m in rows]
                 if update == 0:                                                                                             # the model is still the sampled one
-                    gap = logprob_gap([r.logprobs for g in groups for r, _ in g], torch.cat(measures, 1)[1])
+                    gap = logprob_gap([row for _, _, rows in everyone for row in rows], torch.cat(measures, 1)[1])
 
                 # 5. step
                 norm, updated = optimizer_step(model, optimizer, args.clip)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from common import fail, response_hidden, stop_ids
 from data import CONTEXTS, Problem, chat_ids, plain, render_prompt
+from ranks import device_of, distributed, full, gather, is_sharded, open_head, rank_and_world, share
 from verify import grade_responses
 
 
@@ -43,14 +44,21 @@ def add_sampling_flags(parser, max_new_tokens=160):
 
 
 def make_rollouts(sampler, tokenizer, problems, args, seed, contexts=None):
-    """Samples one response a problem. `contexts` (a text a problem; None for one that failed) turns the prompts into the teacher's."""
+    """Samples one response a problem. `contexts` (a text a problem; None for one that failed) turns the prompts into the teacher's.
+
+    On several ranks each samples its share, with a seed of its own, and all get the whole list."""
     contexts = contexts or [""] * len(problems)
-    rollouts = [Rollout(p, render_prompt(tokenizer, p, c or "", args.thinking == "on")) for p, c in zip(problems, contexts)]
-    samples = sampler.sample([r.prompt_ids for r in rollouts], args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed)
+    rollouts = [Rollout(p, render_prompt(tokenizer, p, c or "", args.thinking == "on")) for p, c in share(list(zip(problems, contexts)))]
+    samples = sampler.sample([r.prompt_ids for r in rollouts], args.max_new_tokens, args.temperature, args.top_p, args.top_k, rank_seed(seed))
     for rollout, (ids, finished), logprobs in zip(rollouts, samples, sampler.logprobs or [None] * len(samples)):
         rollout.response_ids, rollout.finished, rollout.logprobs = ids, finished, logprobs
         rollout.text = opened_think(tokenizer, rollout.prompt_ids) + tokenizer.decode(ids[:-1] if finished else ids)
-    return rollouts
+    return gather(rollouts)
+
+
+def rank_seed(seed):
+    """Rank 0 has the seed of a run on one rank; the others are far from it, since a run's seeds go up by --batch a draw."""
+    return seed + 1_000_000_007 * rank_and_world()[0]
 
 
 def opened_think(tokenizer, prompt):
@@ -62,34 +70,52 @@ SEGMENT = 32        # tokens
 
 
 class TransformersSampler:
-    """`generate` of transformers on the training model itself: no copy of the weights, nothing to push."""
+    """`generate` of transformers on the training model itself: no copy of the weights, nothing to push.
+
+    A model in pieces cannot sample: its ranks would have to agree on every token. Then each rank has a whole copy, in the computation dtype, that
+    student and teacher share: it holds one model's weights at a time, those of the one that samples or was pushed.
+    """
     logprobs = None
 
-    def __init__(self, model, tokenizer, batch):
-        self.model, self.batch, self.stop = model, batch, stop_ids(model, tokenizer)
+    def __init__(self, model, tokenizer, args, other=None):
+        self.model, self.stop, self.dtype, self.batch = model, stop_ids(model, tokenizer), args.dtype, args.sample_batch
         self.limit = getattr(model.config, "max_position_embeddings", None)
+        self.engine = other.engine if other else dict(copy=None, holds=None)
 
     def push(self, model):
-        pass
+        """On several ranks all must call it, and so `sample`."""
+        if not any(map(is_sharded, model.parameters())):
+            return
+        import torch
+        if self.engine["copy"] is None:
+            self.engine["copy"] = whole_model(model, getattr(torch, self.dtype))
+        with torch.no_grad():
+            for old, new in zip(self.engine["copy"].parameters(), model.parameters(), strict=True):
+                old.copy_(full(new))
+        self.engine["holds"] = model
 
     def sample(self, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=0):
         """Returns (response ids, finished) in the order of `prompts`. Ends the program if a prompt leaves no room for the response."""
         import torch
         check_room(prompts, max_new_tokens, self.limit)
+        if self.engine["holds"] is not self.model:
+            self.push(self.model)
         torch.manual_seed(seed)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))              # little padding, and the same rows together
         results = [None] * len(prompts)
         for start in range(0, len(order), self.batch):
             rows = order[start:start + self.batch]
-            for i, ids in zip(rows, self.generate([prompts[i] for i in rows], max_new_tokens, temperature, top_p, top_k)):
-                results[i] = ids
+            with torch.autocast(device_of(self.model).type, torch.bfloat16, enabled=self.dtype == "bfloat16"):     # float32 weights are rounded once, not for each token
+                for i, ids in zip(rows, self.generate([prompts[i] for i in rows], max_new_tokens, temperature, top_p, top_k)):
+                    results[i] = ids
         return results
 
     def generate(self, prompts, max_new_tokens, temperature, top_p, top_k):
         """One batch, generated in segments of SEGMENT tokens; rows that have finished leave the batch in between and cost nothing more."""
         import torch
         from transformers import GenerationConfig
-        width, device = max(map(len, prompts)), self.model.device
+        model = self.engine["copy"] or self.model
+        width, device = max(map(len, prompts)), model.device
         ids = torch.zeros(len(prompts), width, dtype=torch.long)                        # (B, T), padded on the left
         mask = torch.zeros(len(prompts), width, dtype=torch.long)                       # (B, T); generate derives the positions from it
         for i, prompt in enumerate(prompts):
@@ -99,14 +125,14 @@ class TransformersSampler:
         config = dict(eos_token_id=self.stop, pad_token_id=self.stop[0], do_sample=temperature > 0, return_dict_in_generate=True)
         if temperature > 0:
             config.update(temperature=temperature, top_p=top_p, top_k=top_k)
-        own = self.model.generation_config
-        self.model.generation_config = GenerationConfig()                               # generate merges the model's own settings in: not here
+        own = model.generation_config
+        model.generation_config = GenerationConfig()                                    # generate merges the model's own settings in: not here
         results, rows, cache = [None] * len(prompts), list(range(len(prompts))), None
         try:
             while rows:
                 room = min(SEGMENT, width + max_new_tokens - ids.shape[1])
                 with torch.no_grad():
-                    out = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=GenerationConfig(max_new_tokens=room, **config))
+                    out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=GenerationConfig(max_new_tokens=room, **config))
                 ids, cache = out.sequences, out.past_key_values                         # (B, T), its keys and values
                 samples = [cut(row, self.stop) for row in ids[:, width:].tolist()]
                 going = [place for place, (response, finished) in enumerate(samples) if not finished and len(response) < max_new_tokens]
@@ -119,8 +145,16 @@ class TransformersSampler:
                     ids = ids[keep]
                     mask = torch.cat([mask[keep], mask.new_ones(len(going), ids.shape[1] - mask.shape[1])], 1)
         finally:
-            self.model.generation_config = own
+            model.generation_config = own
         return results
+
+
+def whole_model(model, dtype):
+    """A model of the same shape in one piece, its weights to be filled in."""
+    import torch
+    with torch.random.fork_rng(devices=[]), device_of(model):
+        copy = type(model)._from_config(model.config, dtype=dtype)
+    return copy.eval().requires_grad_(False)
 
 
 def cut(ids, stop):
@@ -143,14 +177,16 @@ class VllmSampler:
     """
 
     def __init__(self, model, tokenizer, args, other=None):
-        self.model, self.stop, self.checked = model, stop_ids(model, tokenizer), False
+        self.model, self.stop, self.dtype, self.checked = model, stop_ids(model, tokenizer), args.dtype, False
         if other and [(n, p.shape) for n, p in other.model.named_parameters()] != [(n, p.shape) for n, p in model.named_parameters()]:
             fail(f"--backend vllm: {model.name_or_path} has other shapes than {other.model.name_or_path}, whose engine it would use: one shape a run")
         self.engine = other.engine if other else dict(llm=build_engine(model, args), holds=None)
         self.limit = self.engine["llm"].model_config.max_model_len
 
     def push(self, model):
-        self.engine["llm"].collective_rpc("reload_weights", kwargs=dict(weights_iterator=model.named_parameters(remove_duplicate=False)))
+        """On several ranks all must call it, and so `sample`: the engines get whole tensors, one after the other."""
+        tensors = ((name, full(weight.detach())) for name, weight in model.named_parameters(remove_duplicate=False))
+        self.engine["llm"].collective_rpc("reload_weights", kwargs=dict(weights_iterator=tensors))
         self.engine["llm"].reset_prefix_cache()                                         # or the next prompts read keys and values of the old weights
         self.engine["holds"] = model
 
@@ -162,7 +198,7 @@ class VllmSampler:
             self.push(self.model)
         if not self.checked:
             self.checked = True
-            check_engine(self, self.model, prompts[::-(-len(prompts) // 8)], min(100, max_new_tokens))
+            check_engine(self, self.model, prompts[::-(-len(prompts) // 8) or 1], min(100, max_new_tokens))
         seeds = random.Random(seed)
         every = dict(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_new_tokens, detokenize=False, logprobs=0,
                      stop_token_ids=self.stop, ignore_eos=True)                         # ignore_eos: or the generation config's ids end a response as well
@@ -178,9 +214,10 @@ def build_engine(model, args):
     with torch.random.fork_rng(devices=[]):                                             # the engine seeds torch's global generator
         try:
             return LLM(
-                model=model.name_or_path, dtype=str(model.dtype).removeprefix("torch."), load_format="dummy", skip_tokenizer_init=True,
+                model=model.name_or_path, dtype=args.dtype, load_format="dummy", skip_tokenizer_init=True,
                 max_model_len=-1,                                                       # as long as the memory allows: `limit`
-                enable_chunked_prefill=model.device.type != "cpu",                      # the CPU build fails on a prompt in pieces that has a seed
+                distributed_executor_backend="external_launcher" if distributed() else None,           # an engine a rank, on the rank's card
+                enable_chunked_prefill=device_of(model).type != "cpu",                  # the CPU build fails on a prompt in pieces that has a seed
                 logprobs_mode="raw_logprobs",                                           # before temperature, top-p and top-k, as the trainer's
                 gpu_memory_utilization=args.vllm_memory, enforce_eager=args.vllm_eager, enable_prefix_caching=True, generation_config="vllm")
         except Exception as error:                                                      # most often memory
@@ -210,7 +247,7 @@ def choose_backend(args, device):
             has = import_vllm().platforms.current_platform.device_type
         except Exception as error:
             fail(f"--backend vllm: vllm cannot be imported ({' '.join(str(error).split())[:200]})")
-        if has != device.type or device.index:
+        if has != device.type or device.index and not distributed():
             hint = " (choose the card by CUDA_VISIBLE_DEVICES)" if device.index else ""
             fail(f"--backend vllm: this vllm runs on {has or 'no device that is here'}, the model on {device}{hint}")
 
@@ -223,15 +260,18 @@ def check_engine(sampler, model, prompts, tokens):
     0.02, a single stale matrix in the middle layer at least 0.12 and 0.26.
     """
     import torch
-    tolerance = 0.03 if model.dtype == torch.float32 else 0.1
+    tolerance = 0.1 if sampler.dtype == "bfloat16" else 0.03
     best, chosen = [], []
-    for prompt, (ids, _) in zip(prompts, sampler.sample(prompts, tokens, temperature=0)):
+    samples = sampler.sample(prompts, tokens, temperature=0)
+    rows = gather([(prompt, ids, logprobs) for prompt, (ids, _), logprobs in zip(prompts, samples, sampler.logprobs or [None] * len(samples))])[:max(8, rank_and_world()[1])]
+    for prompt, ids, _ in rows:                                                         # all ranks score all rows
         with torch.no_grad():
-            logprobs = torch.log_softmax(model.get_output_embeddings()(response_hidden(model, [(prompt, ids)])).float(), -1)    # (R, V)
+            hidden, (head, _) = response_hidden(model, [(prompt, ids)]), open_head(model)                                       # (R, D)
+            logprobs = torch.log_softmax(head(hidden).float(), -1)                                                              # (R, V)
         best.append(logprobs.max(-1).values)                                                                                    # (R,)
         chosen.append(logprobs.gather(-1, torch.tensor(ids, device=logprobs.device)[:, None])[:, 0])                            # (R,)
     worse = (torch.cat(best) - torch.cat(chosen)).mean().item()
-    apart = logprob_gap(sampler.logprobs, torch.cat(chosen)) or 0.0
+    apart = logprob_gap([logprobs for _, _, logprobs in rows], torch.cat(chosen)) or 0.0
     if not (worse <= tolerance and apart <= tolerance):
         fail(f"--backend vllm: the engine's weights are not the trainer's ({worse:.2f} nats below its best token, {apart:.2f} nats apart): "
              "most likely the push left old weights in a tied lm_head or another tensor; use --backend transformers")
@@ -246,7 +286,7 @@ def logprob_gap(rows, logprobs):
 
 def check_room(prompts, max_new_tokens, limit):
     """Nothing is truncated silently. `drop_long` has made sure of this beforehand; a caller who did not is stopped here."""
-    longest = max(map(len, prompts))
+    longest = max(map(len, prompts), default=0)
     if limit and longest + max_new_tokens > limit:
         fail(f"--max-new-tokens {max_new_tokens}: the longest prompt has {longest} tokens and the model's context is {limit}")
 
@@ -276,14 +316,14 @@ def add_context_flags(group):
 def make_writer(sampler, tokenizer, args, seed):
     """The `write` of data.CONTEXTS: what the sampler's model writes to each prompt, in one batch; None where it is empty, truncated or the prompt too long."""
     def write(prompts):
-        ids = [chat_ids(tokenizer, plain(tokenizer, prompt), args.context_thinking == "on") for prompt in prompts]
+        ids = [chat_ids(tokenizer, plain(tokenizer, prompt), args.context_thinking == "on") for prompt in share(prompts)]
         fits = [i for i, row in enumerate(ids) if not sampler.limit or len(row) + args.context_tokens <= sampler.limit]
-        texts = [None] * len(prompts)
-        samples = sampler.sample([ids[i] for i in fits], args.context_tokens, args.temperature, args.top_p, args.top_k, seed) if fits else []
+        texts = [None] * len(ids)
+        samples = sampler.sample([ids[i] for i in fits], args.context_tokens, args.temperature, args.top_p, args.top_k, rank_seed(seed))
         for i, (response, finished) in zip(fits, samples):
             text = tokenizer.decode(response[:-1]).rpartition("</think>")[2].strip()
             texts[i] = text if finished and text else None
-        return texts
+        return gather(texts)
     return write
 
 
@@ -291,12 +331,13 @@ def make_sampler(model, tokenizer, args, other=None):
     """`other`: a sampler of a model of the same shape; vLLM then uses its engine again."""
     if not 0 < args.top_p <= 1:
         fail(f"--top-p {args.top_p}: above 0 and at most 1")
-    return VllmSampler(model, tokenizer, args, other) if args.backend == "vllm" else TransformersSampler(model, tokenizer, args.sample_batch)
+    return VllmSampler(model, tokenizer, args, other) if args.backend == "vllm" else TransformersSampler(model, tokenizer, args, other)
 
 
 def grade_rollouts(verifier, rollouts, truncated="apart"):
     """Writes outcome and reason into each rollout. `truncated` = "incorrect" counts a response that hit the cap as incorrect."""
-    graded = grade_responses(verifier, [r.text for r in rollouts], [r.finished for r in rollouts], [r.problem.answer for r in rollouts])
+    mine = share(rollouts)
+    graded = gather(grade_responses(verifier, [r.text for r in mine], [r.finished for r in mine], [r.problem.answer for r in mine]))
     for rollout, (outcome, reason) in zip(rollouts, graded):
         rollout.outcome = "incorrect" if outcome == "truncated" and truncated == "incorrect" else outcome
         rollout.reason = reason

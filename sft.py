@@ -10,10 +10,12 @@
     python sft.py --out tiny/sft                                                    # the embedded model, about 8 minutes
     python sft.py --model MODEL --data train.jsonl --lr 1e-5 --steps 50 --out runs/sft
 """
+import math
 import time
 
-from common import Run, add_run_flags, check_out, fail, load_model, make_parser, micro_batches, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up, stop_ids
+from common import Run, add_run_flags, check_out, fail, load_model, make_parser, deal, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up, stop_ids
 from data import CONTEXTS, EMBEDDED_CONTEXTS, add_data_flags, load_problems, reference_trace, render_prompt
+from ranks import distributed, gather, open_head, prepare
 
 
 def parse_args(argv=None):
@@ -61,16 +63,19 @@ def real_row(tokenizer, problem, end):
     return render_prompt(tokenizer, problem), tokenizer(text, add_special_tokens=False).input_ids + [end]
 
 
-def sft_loss(model, rows):
-    """Sum of the cross-entropies (nats) of the response tokens of `rows`."""
+def sft_loss(model, rows, tokens):
+    """The loss of one micro-batch over the step's `tokens`, its gradient added to the model's: sum of the cross-entropies (nats) of the response tokens of `rows`."""
     import torch.nn.functional as F
-    logits = model.get_output_embeddings()(response_hidden(model, rows)).float()                            # (R, V)
-    return F.cross_entropy(logits, response_targets(model, rows), reduction="sum")
+    hidden = response_hidden(model, rows)                                                                   # (R, D)
+    head, hand_back = open_head(model)
+    loss = F.cross_entropy(head(hidden).float(), response_targets(model, rows), reduction="sum") / tokens   # logits (R, V)
+    loss.backward()
+    hand_back()
+    return loss.item()
 
 
 def learning_rate(args, step):
     """Linear warm-up, then cosine to a tenth of the peak."""
-    import math
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     progress = (step - args.warmup) / max(1, args.steps - args.warmup)
@@ -127,8 +132,10 @@ def main(argv=None):
     problems = load_problems(args, args.steps * args.batch)
     if args.data and not all(p.solution for p in problems):
         fail(f"--data {args.data}: sft.py needs a worked solution in every row (see --solution-field)")
-    model, tokenizer = load_model(args.model, device, args.dtype) if args.model else build_tiny(args.seed)
-    model.to(device).eval()
+    at = torch.device("cpu") if distributed() else device                                       # several ranks move pieces
+    model, tokenizer = load_model(args.model, at) if args.model else build_tiny(args.seed)      # in float32
+    model.to(at).eval()
+    prepare(model, args, device)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stop_ids(model, tokenizer)[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     run = Run(args, "sft")
@@ -145,10 +152,9 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
         total = 0.0
-        for group in micro_batches([len(p) + len(r) for p, r in rows], args.micro_tokens):
-            loss = sft_loss(model, [rows[i] for i in group]) / tokens
-            loss.backward()
-            total += loss.item()
+        for group, counts in deal([len(p) + len(r) for p, r in rows], args.micro_tokens):
+            total += sft_loss(model, [rows[i] for i in group], tokens if counts else math.inf)
+        total = sum(gather([total]))
         norm, updated = optimizer_step(model, optimizer, args.clip)
         skipped = 0 if updated else skipped + 1
         if not updated:

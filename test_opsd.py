@@ -349,8 +349,8 @@ def test_sft_loss_is_the_cross_entropy_of_the_response_alone(model, tokenizer):
     prompt, response = sft.embedded_row(tokenizer, embedded_problems(1, 0)[0], np.random.default_rng(0))
     logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
     expected = -sum(logprobs[len(prompt) + i - 1, t].item() for i, t in enumerate(response))
-    assert sft.sft_loss(model, [(prompt, response)]).item() == pytest.approx(expected, rel=1e-4)
-    assert sft.sft_loss(model, [(prompt, response)] * 2).item() == pytest.approx(2 * expected, rel=1e-4)
+    assert sft.sft_loss(model, [(prompt, response)], 1) == pytest.approx(expected, rel=1e-4)
+    assert sft.sft_loss(model, [(prompt, response)] * 2, 4) == pytest.approx(expected / 2, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -946,7 +946,7 @@ def test_resume_skips_damaged_states_and_refuses_another_experiment(tmp_path, cr
     content = open(newer, "rb").read()
     for damaged in (b"", content[:len(content) // 2], content[:5000] + bytes([content[5000] ^ 4]) + content[5001:]):
         open(newer, "wb").write(damaged)
-        run = common.Run(opsd.parse_args(argv + ["--resume", "--model", os.path.relpath(TINY), "--backend", "transformers"]), "x")
+        run = common.Run(opsd.parse_args(argv + ["--resume", "--model", os.path.relpath(TINY), "--backend", "transformers", "--dtype", "float32"]), "x")
         model = load_model(TINY, CPU)[0]
         problems = embedded_problems(6 * 6, 0)
         assert run.resume(problems, model, torch.optim.AdamW(model.parameters()))["step"] == 2
