@@ -158,8 +158,8 @@ def prepare(model, args, device, low=False):
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-    if low:
-        model.to(dtype)
+    for weight in model.parameters() if low else ():                                    # not model.to: the frequencies of rotary embeddings stay float32
+        weight.data = weight.data.to(dtype)
     settings = dict(
         mesh=init_device_mesh(device.type, (rank_and_world()[1],)), reshard_after_forward=True,
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),

@@ -7,7 +7,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -21,6 +24,7 @@ import data
 import eval as evaluation
 import kinds
 import opsd
+import ranks
 import rlvr
 import rollout
 import sft
@@ -421,13 +425,19 @@ def on_its_device(path):
     return load_model(str(path), torch.device(rollout.import_vllm().platforms.current_platform.device_type))[0]
 
 
-def tied_llama(tokenizer, path):
-    """A random model with tied embeddings, saved with a generation config that would change everything."""
+def make_tied(tokenizer, path):
+    """Saves a random model with tied embeddings."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, max_position_embeddings=1024,
         initializer_range=0.2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     common.save_model(str(path), model, tokenizer)
+
+
+def tied_llama(tokenizer, path):
+    """Such a model, saved with a generation config that would change everything."""
+    make_tied(tokenizer, path)
     write(path / "generation_config.json", json.dumps(dict(eos_token_id=list(range(10, 200)), repetition_penalty=5.0, do_sample=True, temperature=0.1, top_k=3)))
     model = on_its_device(path)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -1004,6 +1014,220 @@ def test_one_seed_fixes_everything(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several ranks. Two of gloo do in `two_ranks`, below, what the tests do on one and then compare; greedy sampling or given rollouts make both see the same.
+
+SHORT = ["--threads", "1", "--device", "cpu", "--steps", "2", "--eval-problems", "3", "--overwrite"]
+GREEDY = [*SHORT, "--filter", "all", "--temperature", "0", "--max-new-tokens", "100", "--batch", "5", "--lr", "1e-3"]
+RANKS = {
+    "opsd": (opsd, [*GREEDY, "--teacher", "ema", "--micro-tokens", "300", "--kl-by-position", "8"]),      # other numbers of micro-batches on the two ranks
+    "lone": (opsd, [*GREEDY, "--batch", "1", "--context", "reflection", "--context-tokens", "200"]),     # nothing to sample, write or score for one of them
+    "tied": (opsd, [*GREEDY, "--model", "TIED", "--teacher", "current", "--max-new-tokens", "20"]),
+    "rlvr": (rlvr, [*SHORT, "--temperature", "0", "--batch", "3", "--group", "4", "--updates", "2", "--kl", "0.1", "--micro-tokens", "500", "--lr", "1e-3"]),
+    "sft": (sft, [*(flag for flag in SHORT if flag not in ("--eval-problems", "3")), "--batch", "5", "--micro-tokens", "300"]),
+}
+LEAN = {"opsd": ["--checkpointing", "--offload"], "tied": ["--offload"], "rlvr": ["--checkpointing"]}
+LOW = [*GREEDY, "--dtype", "bfloat16", "--lr", "1e-6", "--eval-problems", "0"]
+
+
+def given_rollouts(monkeypatch):
+    """rlvr.py's training rollouts are reference traces of different lengths, right and wrong in turns, on any number of ranks."""
+    def make(sampler, tokenizer, problems, args, seed, contexts=None):
+        rollouts = some_rollouts(tokenizer, len(problems), seed)
+        for i, r in enumerate(rollouts):
+            r.response_ids, r.outcome = r.response_ids[:20 + 9 * i], "correct" if i % 3 else "incorrect"
+        return rollouts
+    monkeypatch.setattr(rlvr, "make_rollouts", make)
+    monkeypatch.setattr(rlvr, "grade_rollouts", lambda *args: None)
+
+
+def two_ranks(folder):
+    """What each rank does, started by torchrun with this file as script. The runs go to `folder`, what a rank saw to seen-RANK.json there."""
+    seen = {}
+    monkeypatch = pytest.MonkeyPatch()
+    given_rollouts(monkeypatch)
+    monkeypatch.setattr(ranks, "stop", lambda: None)                                    # several scripts in one process
+    own, deals = common.deal, []
+    monkeypatch.setattr(opsd, "deal", lambda *args: deals.append(own(*args)) or deals[-1])
+    fill = lambda argv: [os.path.join(folder, "tied") if flag == "TIED" else flag for flag in argv]
+    for name, (script, argv) in RANKS.items():
+        script.main(fill(argv) + ["--out", os.path.join(folder, "two-" + name)])
+        seen[name] = [[counts for _, counts in dealt] for dealt in deals]
+        deals.clear()
+        if name in LEAN:
+            script.main(fill(argv) + LEAN[name] + ["--out", os.path.join(folder, "lean-" + name)])
+            deals.clear()
+    opsd.main(LOW + ["--out", os.path.join(folder, "two-low")])
+    argv = ["--threads", "1", "--device", "cpu", "--model", TINY, os.path.join(folder, "two-opsd"), "--problems", "5", "--samples", "1", "--temperature", "0"]
+    evaluation.main(argv + ["--out", os.path.join(folder, "two.json")])
+
+    # a run that breaks off before the state of its fourth step is saved, resumed; and one that is not disturbed
+    class Crash(Exception):
+        pass
+    save = common.Run.save_state
+    argv = [*GREEDY, "--temperature", "1", "--teacher", "ema", "--steps", "5", "--state-every", "2"]
+    monkeypatch.setattr(common.Run, "save_state", lambda run, step, *rest, **kwargs: save(run, step, *rest, **kwargs) if step < 4 else (_ for _ in ()).throw(Crash))
+    try:
+        opsd.main(argv + ["--out", os.path.join(folder, "cut")])
+    except Crash:
+        torch.distributed.barrier()
+    monkeypatch.setattr(common.Run, "save_state", save)
+    if ranks.rank_and_world()[0] == 0:
+        shutil.copytree(os.path.join(folder, "cut"), os.path.join(folder, "cut-one"))   # to be resumed by one rank
+    opsd.main([flag for flag in argv if flag != "--overwrite"] + ["--out", os.path.join(folder, "cut"), "--resume"])
+    opsd.main(argv + ["--out", os.path.join(folder, "whole")])
+
+    # responses of a rank's own; a gradient that is not finite on one of them; equal prompts in bfloat16
+    args = opsd.parse_args(["--dtype", "bfloat16", "--device", "cpu"])
+    model, tokenizer = load_model(TINY, CPU)
+    rollouts = rollout.make_rollouts(make_sampler(model, tokenizer, args), tokenizer, embedded_problems(1, 0) * 8, args, 0)
+    seen["responses"] = [r.response_ids for r in rollouts]
+    teacher = opsd.frozen_copy(model)
+    ranks.prepare(model, args, CPU), ranks.prepare(teacher, args, CPU, low=True)
+    given = some_rollouts(tokenizer, 3)
+    loss, _ = opsd.accumulate_gradients(model, teacher, given, [[r.prompt_ids, r.response_ids] for r in given], args)
+    seen["equal"] = [loss, max(ranks.full(p.grad).abs().max().item() for p in model.parameters())]
+    before = [p.to_local().clone() for p in model.parameters()]
+    if ranks.rank_and_world()[0] == 1:
+        next(model.parameters()).grad.to_local()[0, 0] = math.nan
+    norm, stepped = common.optimizer_step(model, torch.optim.AdamW(model.parameters(), fused=True), 1.0)
+    seen["skipped"] = [math.isnan(norm), stepped, all(map(torch.equal, before, [p.to_local() for p in model.parameters()]))]
+    json.dump(seen, open(os.path.join(folder, f"seen-{ranks.rank_and_world()[0]}.json"), "w"))
+
+
+def torchrun(*command):
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command]
+
+
+@pytest.fixture(scope="module")
+def pair(tokenizer, tmp_path_factory):
+    """(the folder in which two ranks left their runs, what each of them saw); beside them the same runs of one rank, named one-..."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_tied(tokenizer, folder / "tied")
+        done = subprocess.run(torchrun(__file__, str(folder)), capture_output=True, text=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS="1"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        given_rollouts(monkeypatch)
+        for name, (script, argv) in RANKS.items():
+            script.main([str(folder / "tied") if flag == "TIED" else flag for flag in argv] + ["--out", str(folder / f"one-{name}")])
+    return folder, [json.load(open(folder / f"seen-{rank}.json")) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", list(RANKS))
+def test_two_ranks_train_as_one(name, pair):
+    folder, seen = pair
+    one, two = metrics(folder / f"one-{name}"), metrics(folder / f"two-{name}")
+    assert two[0]["ranks"] == 2 and one[0]["ranks"] == 1
+    steps = [row for row in two if "loss" in row]
+    assert len(steps) == 2 and all(row["loss_tokens"] > 0 and row["grad_norm"] > 1e-3 for row in steps)
+    close = lambda a, b: a == b if not isinstance(a, float) else a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    for a, b in zip(one[1:], two[1:], strict=True):
+        assert a.keys() == b.keys()
+        assert [key for key in a if "second" not in key and "memory" not in key and not close(a[key], b[key])] == []
+    start = sft.build_tiny(0)[0].state_dict() if name == "sft" else load_model(one[0]["args"]["model"], CPU)[0].state_dict()
+    a, b = (load_model(str(folder / f"{count}-{name}"), CPU)[0] for count in ("one", "two"))
+    moved = torch.cat([(value - start[key]).flatten() for key, value in a.state_dict().items()])
+    apart = torch.cat([(value - b.state_dict()[key]).flatten() for key, value in a.state_dict().items()])
+    assert moved.norm() > 0 and apart.norm() < 1e-3 * moved.norm()
+    assert sorted(os.listdir(folder / f"one-{name}")) == sorted(os.listdir(folder / f"two-{name}"))
+    if name == "tied":
+        assert os.path.getsize(folder / "two-tied" / "model.safetensors") == os.path.getsize(folder / "one-tied" / "model.safetensors")
+    if name in LEAN:                                                                    # memory is saved, and nothing else changes
+        assert torch.allclose(weights(folder / f"lean-{name}"), weights(folder / f"two-{name}"), rtol=0, atol=1e-6 + 1e-3 * moved.abs().max().item())
+    if name == "opsd":                                                                  # step 1: three micro-batches here and two there, and one for show
+        assert sorted(counts.count(True) for counts in (seen[0][name][0], seen[1][name][0])) == [2, 3] and False in seen[1][name][0]
+    if name == "lone":
+        assert seen[0][name][0] == [True] and seen[1][name][0] == [False]
+
+
+def test_two_ranks_draw_their_own_and_agree_on_everything_else(pair):
+    folder, seen = pair
+    assert seen[0]["responses"] == seen[1]["responses"] and seen[0]["responses"][0] != seen[0]["responses"][1]       # the first of either rank
+    assert [s["skipped"] for s in seen] == [[True, False, True]] * 2                    # one rank's gradient was not finite: neither steps
+    assert [s["equal"] for s in seen] == [[0.0, 0.0]] * 2                               # equal prompts: teacher and student compute the very same
+
+
+def test_two_ranks_resume_as_if_undisturbed_and_one_goes_on_with_their_state(pair, tmp_path, capsys):
+    folder, _ = pair
+    assert torch.equal(weights(folder / "cut"), weights(folder / "whole")) and lines_without_times(folder / "cut") == lines_without_times(folder / "whole")
+    assert metrics(folder / "cut")[-2]["step"] == 5
+    args = metrics(folder / "cut-one")[0]["args"]
+    assert [name[:13] for name in os.listdir(folder / "cut-one") if name.startswith("state")] == ["state-0000002"]
+    argv = [*GREEDY, "--temperature", "1", "--teacher", "ema", "--steps", "5", "--state-every", "2", "--resume", "--out", args["out"]]
+    os.rename(folder / "cut", folder / "cut-two"), os.rename(folder / "cut-one", folder / "cut")
+    opsd.main([flag for flag in argv if flag != "--overwrite"])
+    assert "resumed after step 2" in capsys.readouterr().out and [row["step"] for row in metrics(folder / "cut")[1:]] == [1, 2, 3, 4, 5, 5]
+    assert metrics(folder / "cut")[2] == metrics(folder / "cut-two")[2]
+
+
+def test_two_ranks_evaluate_as_one(pair):
+    folder, _ = pair
+    evaluation.main(["--threads", "1", "--model", TINY, str(folder / "two-opsd"), "--problems", "5", "--samples", "1", "--temperature", "0", "--out", str(folder / "one.json")])
+    one, two = (json.load(open(folder / name)) for name in ("one.json", "two.json"))
+    assert one["records"] == two["records"] and one["responses"] == two["responses"]
+
+
+def test_bfloat16_computes_low_and_keeps_what_a_small_step_adds(pair, tmp_path, model):
+    folder, _ = pair
+    opsd.main(LOW + ["--out", str(tmp_path / "one")])
+    start, reference = weights(TINY), metrics(folder / "one-opsd")[1]
+    for out in (tmp_path / "one", folder / "two-low"):
+        assert load_model(str(out), CPU)[0].dtype == torch.float32
+        assert (weights(out) != start).float().mean() > 0.85                            # float32 masters keep steps of 1e-6
+        assert metrics(out)[1]["loss"] != reference["loss"] and metrics(out)[1]["loss"] == pytest.approx(reference["loss"], rel=0.05)
+    low = opsd.frozen_copy(model).requires_grad_(True).bfloat16()
+    before = torch.cat([p.detach().flatten() for p in low.parameters()]).clone()
+    for p in low.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.AdamW(low.parameters(), lr=1e-6, weight_decay=0).step()
+    assert (torch.cat([p.detach().flatten() for p in low.parameters()]) == before).float().mean() > 0.9     # what it would be otherwise
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpointing_gives_equal_gradients_and_the_copy_its_own_weights(dtype, tiny, model, tokenizer):
+    rollouts = some_rollouts(tokenizer)
+    prompts, calls = teacher_prompts(tokenizer, rollouts), []
+    results = []
+    for flags in ([], ["--checkpointing"]):
+        student, args = opsd.frozen_copy(model).requires_grad_(True), opsd.parse_args(["--dtype", dtype, *flags])
+        ranks.prepare(student, args, CPU)
+        student.base_model.layers[0].register_forward_hook(lambda *_: calls.append(flags))
+        student.base_model.layers[0].mlp.register_forward_hook(lambda *_: calls.append("mlp"))
+        results.append(loss_and_gradient(student, opsd.frozen_copy(model), rollouts, prompts))
+        twin = opsd.frozen_copy(student)                                                # its forward is bound to itself, not to the model it was copied from
+        with torch.no_grad():
+            before = response_hidden(twin, [(r.prompt_ids, r.response_ids) for r in rollouts])
+            student.base_model.layers[0].mlp.down_proj.weight.zero_()
+            assert torch.equal(before, response_hidden(twin, [(r.prompt_ids, r.response_ids) for r in rollouts]))
+    (a, g), (b, h) = results
+    assert a == b and torch.equal(g, h)
+    sampled = [make_sampler(m, tokenizer, opsd.parse_args([])).sample([r.prompt_ids for r in rollouts], 40, temperature=0) for m in (tiny[0], model)]
+    assert sampled[0] == sampled[1]
+
+
+def test_a_killed_rank_ends_the_other_and_the_run_resumes(tmp_path):
+    out = str(tmp_path / "run")
+    command = torchrun(os.path.join(HERE, "opsd.py"), "--threads", "1", "--device", "cpu", "--filter", "all", "--batch", "4", "--eval-problems", "0",
+                       "--max-new-tokens", "40", "--steps", "12", "--state-every", "1", "--out", out)
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    deadline = time.time() + 120
+    while not (os.path.isdir(out) and common.find_states(out)) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    workers = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+    assert len(workers) == 2 and process.poll() is None
+    os.kill(int(workers[1]), signal.SIGKILL)
+    killed = time.time()
+    said = process.communicate(timeout=60)[0]
+    assert time.time() - killed < 60 and process.returncode != 0 and re.search(r"rank\s*: 1 .*\n.*exitcode\s*: -9", said) and "SIGKILL" in said
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+    newest = common.find_states(out)[0]
+    assert newest == f"{newest[:13]}-{common.checksum(os.path.join(out, newest))}.pt"
+    resumed = subprocess.run(command + ["--resume"], capture_output=True, text=True, timeout=120, env=environment)
+    assert resumed.returncode == 0 and f"resumed after step {int(newest[6:13])}" in resumed.stdout and not common.find_states(out)
+    assert [row["step"] for row in metrics(out)[1:]] == list(range(1, 13)) and weights(out).isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit code 2, nothing left behind
 
 @pytest.mark.parametrize("argv, complaint", [
@@ -1141,3 +1365,7 @@ def test_every_readme_command_parses():
         module = {"opsd": opsd, "rlvr": rlvr, "sft": sft, "eval": evaluation, "kinds": kinds}.get(script)
         if module and "--help" not in argv:
             module.parse_args(argv)
+
+
+if __name__ == "__main__":                                                              # a rank, started by the fixture `pair`
+    two_ranks(sys.argv[1])
