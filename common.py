@@ -38,6 +38,7 @@ def add_run_flags(parser, resume_every=0, out="run directory (else a fresh numbe
     if resume_every:
         group.add_argument("--resume", action="store_true", help="go on with the run in --out from its newest whole state; the other flags as before")
         group.add_argument("--state-every", type=int, default=resume_every, help="steps between states for --resume, the newest two of which are kept until the run ends; 0 = none")
+        group.add_argument("--dry-run", action="store_true", help="print the prompts and an estimate of the memory, load no weights, write nothing, and stop")
         group.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass: less memory, about a third slower")
         group.add_argument("--offload", action="store_true", help="under torchrun: weights, gradients and optimizer state rest in host memory; far less memory on the card, much slower")
     group.add_argument("--seed", type=int, default=0, help="fixes problems, sampling and initial weights")
@@ -82,16 +83,14 @@ def set_up(args):
     return device
 
 
-def load_model(path, device, dtype="auto"):
-    """(model, tokenizer) of a Hugging Face directory or id, safetensors only, no remote code. Ends the program if it cannot."""
+def load_tokenizer(path):
+    """(configuration, tokenizer) of a Hugging Face directory or id, no remote code. Ends the program if it cannot."""
     if not os.path.isdir(path) and path.count("/") != 1:
         fail(f"--model {path}: no such directory (a Hugging Face id has the form owner/name)")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
-    except Exception as error:                              # a wrong id, no network, pickle-only weights, custom code: one line is enough
+        config, tokenizer = AutoConfig.from_pretrained(path, trust_remote_code=False), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
         fail(f"--model {path}: {' '.join(str(error).split())[:300]}")
     if tokenizer.chat_template is None:
         fail(f"--model {path}: its tokenizer has no chat template")
@@ -99,6 +98,18 @@ def load_model(path, device, dtype="auto"):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True, enable_thinking=True)
     except Exception as error:                              # templates are programs, and may raise what they like
         fail(f"--model {path}: its chat template fails on a plain user turn ({type(error).__name__}: {' '.join(str(error).split())[:150]})")
+    return config, tokenizer
+
+
+def load_model(path, device, dtype="float32"):
+    """(model, tokenizer) of a Hugging Face directory or id, safetensors only, no remote code. Ends the program if it cannot."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    _, tokenizer = load_tokenizer(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
+    except Exception as error:                              # a wrong id, no network, pickle-only weights, custom code: one line is enough
+        fail(f"--model {path}: {' '.join(str(error).split())[:300]}")
     if stop_ids(model, tokenizer) == []:
         fail(f"--model {path}: neither generation config nor tokenizer names an end-of-sequence token")
     for name, weight in model.named_parameters():
@@ -180,7 +191,7 @@ def check_out(args):
 
 # A state holds everything that --resume needs, in one file: state-STEP-CHECKSUM.pt. The checksum in the name tells a damaged file.
 
-HARMLESS = {"overwrite", "resume", "state_every", "save_every", "eval_every", "give_up", "threads", "device", "micro_tokens", "chunk", "sample_batch", "checkpointing", "offload", "vllm_memory", "vllm_eager"}
+HARMLESS = {"overwrite", "resume", "state_every", "save_every", "eval_every", "give_up", "threads", "device", "micro_tokens", "chunk", "sample_batch", "checkpointing", "offload", "dry_run", "vllm_memory", "vllm_eager"}
 
 
 def find_states(path):

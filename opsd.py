@@ -28,10 +28,10 @@ import math
 import os
 import time
 
-from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, deal, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
+from common import HERE, Run, add_run_flags, check_out, fail, load_model, load_tokenizer, make_parser, deal, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
 from data import CONTEXTS, add_data_flags, add_held_out_flags, load_held_out, load_problems, plain, problem_batch, render_prompt, require_thinking_switch
 from ranks import distributed, full_state, gather, load_full_state, open_head, prepare
-from rollout import add_context_flags, add_sampling_flags, choose_backend, drop_long, grade_rollouts, logprob_gap, make_rollouts, make_sampler, make_writer
+from rollout import Rollout, add_context_flags, add_sampling_flags, choose_backend, drop_long, grade_rollouts, logprob_gap, make_rollouts, make_sampler, make_writer
 from verify import Verifier
 
 
@@ -249,6 +249,16 @@ def frozen_copy(model):
     return teacher
 
 
+def plan(args, device, problems):
+    """--dry-run."""
+    from memory import dry_run
+    config, tokenizer = load_tokenizer(args.model)
+    rollout = Rollout(problem_batch(problems, 0, 1, args.seed)[0], [])
+    context = CONTEXTS[args.context]([rollout], lambda prompts: ["(what the teacher will have written)"] * len(prompts))[0]
+    prompts = {f"{who}'s prompt": render_prompt(tokenizer, rollout.problem, text, args.thinking == "on") for who, text in (("student", ""), ("teacher", context))}
+    dry_run(args, config, device, tokenizer, prompts, len(prompts["teacher's prompt"]) + args.max_new_tokens, "ema" if args.teacher == "ema" else "frozen")
+
+
 def main(argv=None):
     args = parse_args(argv)
     check_out(args)
@@ -259,6 +269,8 @@ def main(argv=None):
     args.model = args.model or os.path.relpath(os.path.join(HERE, "tiny", "rlvr"))
     problems = load_problems(args, args.steps * args.batch * (args.resample + 1))
     problems, held_out = load_held_out(args, problems)
+    if args.dry_run:
+        return plan(args, device, problems)
     model, tokenizer = load_model(args.model, torch.device("cpu") if distributed() else device)        # in float32; several ranks move pieces
     require_thinking_switch(tokenizer, args.thinking == "on")
     teacher = frozen_copy(model)

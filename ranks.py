@@ -193,5 +193,8 @@ def open_head(model):
     weights = [weight for weight in (head.weight, head.bias) if weight is not None]
     gathered = [weight.to(device_of(model)).full_tensor(grad_placements=[Partial()]) for weight in weights]         # (V, D), (V,)
     leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in gathered]
-    return (lambda hidden: F.linear(hidden, *(leaf.to(hidden.dtype) for leaf in leaves)),
-            lambda: torch.autograd.backward(gathered, [leaf.grad for leaf in leaves]))
+
+    def hand_back():
+        torch.autograd.backward(gathered, [leaf.grad for leaf in leaves])
+        gathered.clear(), leaves.clear()                                                # the body's backward pass has the memory
+    return lambda hidden: F.linear(hidden, *(leaf.to(hidden.dtype) for leaf in leaves)), hand_back

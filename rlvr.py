@@ -16,7 +16,7 @@ import math
 import os
 import time
 
-from common import HERE, Run, add_run_flags, check_out, fail, load_model, make_parser, deal, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
+from common import HERE, Run, add_run_flags, check_out, fail, load_model, load_tokenizer, make_parser, deal, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
 from data import add_data_flags, add_held_out_flags, load_held_out, load_problems, problem_batch, render_prompt, require_thinking_switch
 from ranks import distributed, gather, open_head, prepare
 from rollout import add_sampling_flags, choose_backend, drop_long, grade_rollouts, logprob_gap, make_rollouts, make_sampler
@@ -141,6 +141,11 @@ def main(argv=None):
     args.model = args.model or os.path.relpath(os.path.join(HERE, "tiny", "sft"))
     problems = load_problems(args, args.steps * args.batch)
     problems, held_out = load_held_out(args, problems)
+    if args.dry_run:
+        from memory import dry_run
+        config, tokenizer = load_tokenizer(args.model)
+        prompt = render_prompt(tokenizer, problem_batch(problems, 0, 1, args.seed)[0], "", args.thinking == "on")
+        return dry_run(args, config, device, tokenizer, dict(prompt=prompt), len(prompt) + args.max_new_tokens, "frozen" if args.kl else "")
     model, tokenizer = load_model(args.model, torch.device("cpu") if distributed() else device)        # in float32; several ranks move pieces
     require_thinking_switch(tokenizer, args.thinking == "on")
     initial = copy.deepcopy(model).requires_grad_(False) if args.kl else None

@@ -81,6 +81,7 @@ class TransformersSampler:
         self.model, self.stop, self.dtype, self.batch = model, stop_ids(model, tokenizer), args.dtype, args.sample_batch
         self.limit = getattr(model.config, "max_position_embeddings", None)
         self.engine = other.engine if other else dict(copy=None, holds=None)
+        self.rounded = args.dtype == "bfloat16" and "bfloat16" not in str(model.dtype)
 
     def push(self, model):
         """On several ranks all must call it, and so `sample`."""
@@ -105,9 +106,10 @@ class TransformersSampler:
         results = [None] * len(prompts)
         for start in range(0, len(order), self.batch):
             rows = order[start:start + self.batch]
-            with torch.autocast(device_of(self.model).type, torch.bfloat16, enabled=self.dtype == "bfloat16"):     # float32 weights are rounded once, not for each token
-                for i, ids in zip(rows, self.generate([prompts[i] for i in rows], max_new_tokens, temperature, top_p, top_k)):
-                    results[i] = ids
+            with torch.autocast(device_of(self.model).type, torch.bfloat16, enabled=self.rounded):      # outermost, so weights are rounded once, not for every token
+                samples = self.generate([prompts[i] for i in rows], max_new_tokens, temperature, top_p, top_k)
+            for i, sample in zip(rows, samples):
+                results[i] = sample
         return results
 
     def generate(self, prompts, max_new_tokens, temperature, top_p, top_k):
@@ -185,7 +187,8 @@ class VllmSampler:
 
     def push(self, model):
         """On several ranks all must call it, and so `sample`: the engines get whole tensors, one after the other."""
-        tensors = ((name, full(weight.detach())) for name, weight in model.named_parameters(remove_duplicate=False))
+        import torch
+        tensors = ((name, full(weight.detach()).to(getattr(torch, self.dtype, weight.dtype))) for name, weight in model.named_parameters(remove_duplicate=False))
         self.engine["llm"].collective_rpc("reload_weights", kwargs=dict(weights_iterator=tensors))
         self.engine["llm"].reset_prefix_cache()                                         # or the next prompts read keys and values of the old weights
         self.engine["holds"] = model

@@ -13,7 +13,7 @@
 import math
 import time
 
-from common import Run, add_run_flags, check_out, fail, load_model, make_parser, deal, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up, stop_ids
+from common import Run, add_run_flags, check_out, fail, load_model, load_tokenizer, make_parser, deal, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up, stop_ids
 from data import CONTEXTS, EMBEDDED_CONTEXTS, add_data_flags, load_problems, reference_trace, render_prompt
 from ranks import distributed, gather, open_head, prepare
 
@@ -132,6 +132,11 @@ def main(argv=None):
     problems = load_problems(args, args.steps * args.batch)
     if args.data and not all(p.solution for p in problems):
         fail(f"--data {args.data}: sft.py needs a worked solution in every row (see --solution-field)")
+    if args.dry_run:
+        from memory import dry_run
+        config, tokenizer = load_tokenizer(args.model) if args.model else (lambda model, tokenizer: (model.config, tokenizer))(*build_tiny(args.seed))
+        rows = [real_row(tokenizer, p, tokenizer.eos_token_id) if args.data else embedded_row(tokenizer, p, np.random.default_rng(0)) for p in problems[:1000]]
+        return dry_run(args, config, device, tokenizer, dict(prompt=rows[0][0]), max(len(p) + len(r) for p, r in rows), "")
     at = torch.device("cpu") if distributed() else device                                       # several ranks move pieces
     model, tokenizer = load_model(args.model, at) if args.model else build_tiny(args.seed)      # in float32
     model.to(at).eval()

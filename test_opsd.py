@@ -23,6 +23,7 @@ import common
 import data
 import eval as evaluation
 import kinds
+import memory
 import opsd
 import ranks
 import rlvr
@@ -1183,25 +1184,24 @@ def test_bfloat16_computes_low_and_keeps_what_a_small_step_adds(pair, tmp_path, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_checkpointing_gives_equal_gradients_and_the_copy_its_own_weights(dtype, tiny, model, tokenizer):
-    rollouts = some_rollouts(tokenizer)
-    prompts, calls = teacher_prompts(tokenizer, rollouts), []
-    results = []
+def test_checkpointing_computes_twice_and_changes_nothing(dtype, model, tokenizer):
+    rollouts, results, counts = some_rollouts(tokenizer), [], []
+    rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
     for flags in ([], ["--checkpointing"]):
-        student, args = opsd.frozen_copy(model).requires_grad_(True), opsd.parse_args(["--dtype", dtype, *flags])
+        student, args, calls = opsd.frozen_copy(model).requires_grad_(True), opsd.parse_args(["--dtype", dtype, *flags]), []
         ranks.prepare(student, args, CPU)
-        student.base_model.layers[0].register_forward_hook(lambda *_: calls.append(flags))
-        student.base_model.layers[0].mlp.register_forward_hook(lambda *_: calls.append("mlp"))
-        results.append(loss_and_gradient(student, opsd.frozen_copy(model), rollouts, prompts))
-        twin = opsd.frozen_copy(student)                                                # its forward is bound to itself, not to the model it was copied from
+        hook = student.base_model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(flags))
+        loss, gradient = loss_and_gradient(student, opsd.frozen_copy(model), rollouts, teacher_prompts(tokenizer, rollouts))
+        counts.append(len(calls))
+        hook.remove()
+        samples = make_sampler(student, tokenizer, args).sample([r.prompt_ids for r in rollouts], 40, temperature=0)
+        results.append((loss, gradient.tolist(), samples))
+        twin = opsd.frozen_copy(student)                                                # computes with its own weights, not with those that it was copied from
         with torch.no_grad():
-            before = response_hidden(twin, [(r.prompt_ids, r.response_ids) for r in rollouts])
+            before = response_hidden(twin, rows)
             student.base_model.layers[0].mlp.down_proj.weight.zero_()
-            assert torch.equal(before, response_hidden(twin, [(r.prompt_ids, r.response_ids) for r in rollouts]))
-    (a, g), (b, h) = results
-    assert a == b and torch.equal(g, h)
-    sampled = [make_sampler(m, tokenizer, opsd.parse_args([])).sample([r.prompt_ids for r in rollouts], 40, temperature=0) for m in (tiny[0], model)]
-    assert sampled[0] == sampled[1]
+            assert torch.equal(before, response_hidden(twin, rows)) and not torch.equal(before, response_hidden(student, rows))
+    assert results[0] == results[1] and counts == [1, 2]
 
 
 def test_a_killed_rank_ends_the_other_and_the_run_resumes(tmp_path):
@@ -1225,6 +1225,24 @@ def test_a_killed_rank_ends_the_other_and_the_run_resumes(tmp_path):
     resumed = subprocess.run(command + ["--resume"], capture_output=True, text=True, timeout=120, env=environment)
     assert resumed.returncode == 0 and f"resumed after step {int(newest[6:13])}" in resumed.stdout and not common.find_states(out)
     assert [row["step"] for row in metrics(out)[1:]] == list(range(1, 13)) and weights(out).isfinite().all()
+
+
+def test_dry_run_prints_prompts_and_memory_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "load_model", None), monkeypatch.setattr(opsd, "load_model", None)      # no weights
+    for script, argv, prompts in ((opsd, ["--context", "solution"], 2), (opsd, ["--context", "reflection", "--teacher", "ema"], 2), (rlvr, [], 1), (sft, [], 1)):
+        script.main([*argv, "--dry-run", "--out", str(tmp_path / "run")])
+        said = capsys.readouterr().out
+        assert said.count("<|im_start|>assistant") == prompts and "peak of training, ranks 1" in said and said.rstrip().endswith("nothing was written")
+        assert (("The answer is" in said), ("(what the teacher will have written)" in said), ("teacher" in said)) == ("solution" in argv, "reflection" in argv, script is opsd)
+        assert not os.listdir(tmp_path)
+
+
+def test_memory_estimate_is_near_what_torch_allocates_and_the_shapes_are_qwens():
+    assert memory.check([("float32", ()), ("bfloat16", ("--checkpointing",))]) == pytest.approx([1, 1], abs=0.15)
+    assert [round(memory.sizes(memory.qwen3(name))[0] / 1e9, 2) for name in memory.QWEN3] == [1.72, 4.02, 8.19]       # billions, as the models' cards have them
+    whole = lambda **flags: sum(memory.estimate(memory.qwen3("Qwen3-8B"), tokens=8192, sampler=False, **flags).values())
+    assert whole(gpus=1) > whole(gpus=2) > whole(gpus=8) > whole(gpus=8, checkpointing=True) > whole(gpus=8, checkpointing=True, offload=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
