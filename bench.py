@@ -2,7 +2,7 @@
 
     python bench.py loss            # the divergence, forward and backward, at a real vocabulary: ours, naive, TRL's (pip install trl==1.16.0)
     python bench.py step            # a whole update on fixed rollouts: ours, TRL's closest trainer, the matrix-product floor
-    python bench.py sampling        # our sampling against bare generate
+    python bench.py sampling        # rollout.py with transformers, and with vLLM where it is installed, against bare generate
     python bench.py growth          # time and memory against response tokens, vocabulary and rows: fitted exponents
 
 Time is that of one pass after a smaller one for warming up. Memory is the peak of the process during that pass, above what it held before it
@@ -16,9 +16,8 @@ import subprocess
 import sys
 import time
 from statistics import median
-from types import SimpleNamespace
 
-from common import HERE, fail
+from common import HERE
 
 QWEN = dict(vocabulary=151_936, width=1024)                     # Qwen3-0.6B's head; the 1.7B's is twice as wide
 SMOL = dict(vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
@@ -51,7 +50,7 @@ def loss_variants():
     import torch
     import torch.nn.functional as F
     from torch.utils.checkpoint import checkpoint
-    from common import response_hidden
+    from common import response_hidden, token_chunks
     from opsd import kl, opsd_loss, token_weights
 
     def hidden(student, teacher, rollouts, rows):
@@ -69,13 +68,18 @@ def loss_variants():
         s = F.log_softmax(student.lm_head(s).float(), -1)
         (s.exp() * (s - t)).sum(-1).mean().backward()
 
-    def checkpointed(student, teacher, rollouts, rows, chunk=1024):
+    def checkpointed(student, teacher, rollouts, rows):
         def part(s, t):
             with torch.no_grad():
                 t = F.log_softmax(teacher.lm_head(t).float(), -1)
             return kl(F.log_softmax(student.lm_head(s).float(), -1), t).sum()
         s, t = hidden(student, teacher, rollouts, rows)
-        (sum(checkpoint(part, a, b, use_reentrant=False) for a, b in zip(s.split(chunk), t.split(chunk))) / len(s)).backward()
+        (sum(checkpoint(part, s[c], t[c], use_reentrant=False) for c in token_chunks(len(s), student, 32)) / len(s)).backward()
+
+    def compiled(student, teacher, rollouts, rows):
+        import opsd
+        opsd.DIVERGENCES["compiled"] = opsd.DIVERGENCES.get("compiled") or torch.compile(opsd.reverse_kl, dynamic=True)
+        opsd_loss(student, teacher, rollouts, rows, token_weights(rollouts, "token"), "compiled")
 
     def trl_logits(student, teacher, rollouts, rows):
         from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
@@ -89,10 +93,10 @@ def loss_variants():
         s, t = hidden(student, teacher, rollouts, rows)
         _chunked_divergence_loss(s[None], t[None], student.lm_head.weight, teacher.lm_head.weight, torch.ones(1, len(s)), beta=1.0)[0].backward()
 
-    return dict(ours=ours, naive=naive, checkpointed=checkpointed, trl_logits=trl_logits, trl_chunked=trl_chunked)
+    return dict(ours=ours, naive=naive, checkpointed=checkpointed, compiled=compiled, trl_logits=trl_logits, trl_chunked=trl_chunked)
 
 
-LOSS_NAMES = dict(ours="ours: backward chunk by chunk", naive="naive: full logits", checkpointed="chunks, recomputed in backward",
+LOSS_NAMES = dict(ours="ours: backward chunk by chunk", naive="naive: full logits", checkpointed="chunks, recomputed in backward", compiled="ours, divergence by torch.compile",
                   trl_logits="TRL experimental.sdft, full_logits", trl_chunked="TRL DistillationTrainer, chunked")
 
 
@@ -104,11 +108,14 @@ def measure_loss(variant, tokens, vocabulary, width, dtype, rows=1):
     student.lm_head.weight.requires_grad_()
 
     def inputs(count):
+        torch.manual_seed(count)
         ids = torch.randint(1000, (count + 1,)).tolist()
         rollouts = [Rollout(None, ids[:1], ids[1:])]
         return rollouts, [(ids[:1], ids[1:])]
     run = loss_variants()[variant]
     run(student, teacher, *inputs(64))
+    if variant == "compiled":
+        run(student, teacher, *inputs(tokens))                  # each new shape may be compiled anew
     student.zero_grad(set_to_none=False)                        # the head's gradient exists already: it is no variant's doing
     work = inputs(tokens)
     seconds, memory = peak_since(lambda: run(student, teacher, *work))
@@ -135,15 +142,15 @@ def step_model(model):
     return LlamaForCausalLM(LlamaConfig(**SMOL, tie_word_embeddings=True, max_position_embeddings=8192)).eval()
 
 
-def step_rollouts(model, config):
-    """The rollouts of the comparison: of the embedded model its own kind, 96 of 20 to 160 tokens; of the SmolLM2 shape 16 longer ones."""
+def step_rollouts(model, config, count=96):
+    """The rollouts of the comparison: of the embedded model its own kind, `count` of 20 to 120 tokens; of the SmolLM2 shape 16 longer ones."""
     import numpy as np
     rng = np.random.default_rng(0)
     if model == "smollm2":
         return some_rollouts(rng, 16, config.vocab_size)
     from rollout import Rollout
     ids = lambda n: rng.integers(5, config.vocab_size, n).tolist()
-    rollouts = [Rollout(None, ids(60), ids(int(n))) for n in rng.integers(20, 121, 96)]
+    rollouts = [Rollout(None, ids(60), ids(int(n))) for n in rng.integers(20, 121, count)]
     return rollouts, [(ids(60) + r.prompt_ids, r.response_ids) for r in rollouts]
 
 
@@ -174,12 +181,12 @@ def matrix_rate(d, wide):
     return 2 * 2048 * d * wide / median(times[2:])
 
 
-def measure_step(variant, model):
+def measure_step(variant, model, count=96):
     import copy
     import torch
     from common import optimizer_step
     student = step_model(model)
-    rollouts, rows = step_rollouts(model, student.config)
+    rollouts, rows = step_rollouts(model, student.config, count)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
     if variant == "ours":
         import opsd
@@ -235,32 +242,47 @@ def trl_update(student, optimizer, rollouts, rows, batch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampling: the embedded model, 256 prompts, temperature 1.
+# Sampling at temperature 1: the embedded model, 256 prompts, responses that end when they like; the SmolLM2 shape, 64 responses of 256 tokens.
 
-def measure_sampling(variant):
+def sampling_case(model):
+    """(model, tokenizer, prompts, cap): random weights of the SmolLM2 shape practically never end a response."""
+    import tempfile
+    import numpy as np
+    import torch
+    from common import load_model, save_model
+    from data import embedded_problems, render_prompt
+    tiny = os.path.join(HERE, "tiny", "rlvr")
+    embedded, tokenizer = load_model(tiny, torch.device("cpu"))
+    if model == "embedded":
+        return embedded, tokenizer, [render_prompt(tokenizer, p) for p in embedded_problems(256, 0)], 160
+    path = tempfile.mkdtemp()
+    save_model(path, step_model(model), tokenizer)
+    rng = np.random.default_rng(0)
+    return load_model(path, torch.device("cpu"))[0], tokenizer, [rng.integers(5, SMOL["vocab_size"], 80).tolist() for _ in range(64)], 256
+
+
+def measure_sampling(variant, model):
     import torch
     from transformers import GenerationConfig
-    from common import load_model
-    from data import embedded_problems, render_prompt
-    from rollout import TransformersSampler, cut
-    model, tokenizer = load_model(os.path.join(HERE, "tiny", "rlvr"), torch.device("cpu"))
-    prompts = [render_prompt(tokenizer, p) for p in embedded_problems(256, 0)]
-    sampler = TransformersSampler(model, tokenizer, 256)
-    stop, width = sampler.stop, max(map(len, prompts))
-
-    def ours():
-        return sampler.sample(prompts, 160, seed=1)
-
-    def bare():
-        torch.manual_seed(1)
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        config = GenerationConfig(max_new_tokens=160, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=stop, pad_token_id=stop[0])
-        with torch.no_grad():
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        return [cut(row, stop) for row in out[:, width:].tolist()]
-    run, results = dict(ours=ours, bare=bare)[variant], []
+    import opsd
+    from rollout import cut, make_sampler
+    model, tokenizer, prompts, cap = sampling_case(model)
+    width = max(map(len, prompts))
+    if variant == "bare":
+        def run():
+            torch.manual_seed(1)
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+            config = GenerationConfig(max_new_tokens=cap, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+            with torch.no_grad():
+                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            return [cut(row, [tokenizer.eos_token_id]) for row in out[:, width:].tolist()]
+    else:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")                            # GB
+        sampler = make_sampler(model, tokenizer, opsd.parse_args(["--backend", variant]))
+        run = lambda: sampler.sample(prompts, cap, seed=1)
     run()
+    results = []
     seconds, memory = peak_since(lambda: results.extend(run()))
     return dict(seconds=seconds, memory=memory, tokens=sum(len(ids) for ids, _ in results))
 
@@ -332,10 +354,13 @@ def step(args):
 
 
 def sampling(args):
-    results = measured("sampling", {name: dict(variant=name) for name in ("ours", "bare")}, args)
-    rate = {name: r["tokens"] / r["seconds"] for name, r in results.items()}
-    print(f"\nsampling, embedded model, 256 prompts, {args.threads} threads, median of {args.rounds}")
-    table(["variant", "response tokens/s", "against bare generate"], [(name, f"{value:,.0f}", f"{value / rate['bare']:.2f}") for name, value in rate.items()])
+    from importlib.util import find_spec
+    names = dict(bare="bare generate", transformers="rollout.py, transformers") | (dict(vllm="rollout.py, vLLM") if find_spec("vllm") else {})
+    for model in "embedded", "smollm2":
+        results = measured("sampling", {name: dict(variant=variant, model=model) for variant, name in names.items()}, args)
+        rate = {name: r["tokens"] / r["seconds"] for name, r in results.items()}
+        print(f"\nsampling, {model} shape, float32, {args.threads} threads, median of {args.rounds}")
+        table(["variant", "response tokens/s", "against bare generate"], [(name, f"{value:,.0f}", f"{value / rate[names['bare']]:.2f}") for name, value in rate.items()])
 
 
 def growth(args):
@@ -345,6 +370,9 @@ def growth(args):
         results = measured("loss", {f"{key} {value}": dict(variant="ours", dtype="float32", **fixed, **{key: value}) for value in values}, args)
         rows = list(results.values())
         lines.append((what, ", ".join(f"{v:,}" for v in values), f"{exponent(values, [r['seconds'] for r in rows]):.2f}", ", ".join(f"{r['memory']:,.0f}" for r in rows), f"{exponent(values, [r['memory'] for r in rows]):.2f}"))
+    rows = [48, 96, 192, 384]
+    results = list(measured("step", {f"rows {count}": dict(variant="ours", model="embedded", count=count) for count in rows}, args).values())
+    lines.append(("rows of an update (embedded model)", ", ".join(map(str, rows)), f"{exponent(rows, [r['seconds'] for r in results]):.2f}", ", ".join(f"{r['memory']:,.0f}" for r in results), f"{exponent(rows, [r['memory'] for r in results]):.2f}"))
     print(f"\nour loss, float32, {args.threads} threads, median of {args.rounds}; in powers: time or memory ~ x^exponent")
     table(["what grows", "values", "exponent of time", "peak memory, MB", "exponent of memory"], lines)
 

@@ -87,12 +87,12 @@ FILTERS = {
 # Divergences. Axes: R response tokens of the chunk, V vocabulary. Each takes the log-probabilities of student and teacher (R, V), the
 # sampled ids (R,), whether each token's rollout is correct (R,), and beta; each returns nats per token (R,).
 #
-# The KLs are written with the extra terms -P + Q, which sum to zero: every summand is then >= 0, and where both
-# distributions are equal the value and the gradient are exactly 0, not a rounding error.
+# The KLs are written with the extra terms -P + Q, which sum to zero: where both distributions are equal
+# the value and the gradient are then exactly 0, not a rounding error.
 
 def kl(p, q):
     """KL(P || Q) = sum_v P log(P/Q) of log-probabilities p and q."""
-    return (p.exp() * (p - q) - p.exp() + q.exp()).sum(-1)                          # (R,)
+    return (p.exp() * (p - q - 1) + q.exp()).sum(-1)                                # (R,)
 
 
 def reverse_kl(student, teacher, ids, correct, beta):
