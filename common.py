@@ -402,3 +402,9 @@ def response_targets(model, rows):
     """The scored ids of `rows` in the order of `response_hidden`: (R,)."""
     import torch
     return torch.tensor([token for row in rows for piece in row[1::2] for token in piece], device=ranks.device_of(model))
+
+
+def token_chunks(count, model, millions):
+    """Slices of `count` tokens, each with at most `millions` million logits of this model's vocabulary (always at least one token)."""
+    size = max(1, int(millions * 1e6) // model.get_output_embeddings().weight.shape[0])
+    return [slice(start, start + size) for start in range(0, count, size)]

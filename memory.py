@@ -10,6 +10,7 @@
     torchrun --nproc-per-node 2 memory.py --check
 """
 import argparse
+import math
 import sys
 import types
 
@@ -40,10 +41,10 @@ def sizes(config):
     return count(model), max(map(count, blocks)), count(model.base_model) - sum(map(count, blocks)), count(head), tied
 
 
-def estimate(config, gpus, tokens, chunk=1024, dtype="bfloat16", teacher="frozen", checkpointing=False, offload=False, sampler=True, pieces=True):
+def estimate(config, gpus, tokens, chunk=32, dtype="bfloat16", teacher="frozen", checkpointing=False, offload=False, sampler=True, pieces=True):
     """Bytes on each GPU at the peak of a training step, by part; their sum is the peak.
 
-    tokens: of the longest micro-batch, padding included. teacher: "" = none, "frozen" (any that is only copied), "ema". sampler: a whole copy for the
+    tokens: of the longest micro-batch, padding included. chunk: millions of logits. teacher: "" = none, "frozen" (any that is only copied), "ema". sampler: a whole copy for the
     transformers backend, which several ranks need. pieces: under torchrun (also with one GPU); else the plain model, and no copy for the sampler.
     """
     parameters, block, rest, head, tied = sizes(config)
@@ -69,7 +70,7 @@ def estimate(config, gpus, tokens, chunk=1024, dtype="bfloat16", teacher="frozen
     parts["activations"] = tokens * layers * (stream * width if checkpointing else kept) + tokens * width * 4 * b
 
     # Then either the loss of a chunk or the backward pass of a block is at its peak, whichever is larger.
-    logits = chunk * vocabulary * (36 if teacher else 16)   # float32 tensors of the chunk's size: log-probabilities, the divergence's terms, their gradients
+    logits = min(chunk * 1e6, tokens * vocabulary) * (32 if teacher else 16)   # float32 tensors of the chunk's size: log-probabilities, the divergence's terms, their gradients
     if pieces:
         full_head = (4 + 4 + (b if b == 2 else 0) * 2) * head + (b * head if teacher else 0)
         gathered = 2 * b * block + b * block + 4 * block + 2 * b * rest + 4 * rest      # two blocks whole, one's gradient, and the same once more to be summed
@@ -91,7 +92,7 @@ def dry_run(args, config, device, tokenizer, prompts, tokens, teacher):
         print(f"{name}, {len(ids)} tokens:\n{tokenizer.decode(ids)}\n")
     tokens = max(tokens, args.micro_tokens)
     backend = getattr(args, "backend", None)                # sft.py samples nothing
-    parts = estimate(config, ranks.rank_and_world()[1], tokens, getattr(args, "chunk", tokens), args.dtype, teacher, args.checkpointing, args.offload,
+    parts = estimate(config, ranks.rank_and_world()[1], tokens, getattr(args, "chunk", math.inf), args.dtype, teacher, args.checkpointing, args.offload,
                      sampler=backend == "transformers", pieces=ranks.distributed())
     card = f" of {torch.cuda.get_device_properties(device).total_memory / 1e9:.1f} GB" if device.type == "cuda" else ""
     print(f"peak of training, ranks {ranks.rank_and_world()[1]}, micro-batches of {tokens} tokens, each rank on {device}{card}; GB by part (memory.py):")
@@ -136,8 +137,8 @@ def check(runs=tuple((dtype, flags) for dtype in ("float32", "bfloat16") for fla
     from transformers import Qwen3Config
     import opsd
     config = Qwen3Config(vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64, tie_word_embeddings=False)
-    tokens, chunk, world, ratios = 1024, 256, ranks.rank_and_world()[1], []
-    print(f"{sizes(config)[0]:,} parameters, {tokens} tokens, chunks of {chunk}, ranks {world}; MB")
+    tokens, chunk, world, ratios = 1024, 2, ranks.rank_and_world()[1], []
+    print(f"{sizes(config)[0]:,} parameters, {tokens} tokens, chunks of {chunk} million logits, ranks {world}; MB")
     for dtype, flags in runs:
         args = opsd.parse_args(["--dtype", dtype, "--micro-tokens", str(tokens), "--chunk", str(chunk), *flags])
         parts = estimate(config, world, tokens, chunk, dtype, checkpointing=args.checkpointing, sampler=False, pieces=ranks.distributed())

@@ -28,7 +28,7 @@ import math
 import os
 import time
 
-from common import HERE, Run, add_run_flags, check_out, fail, load_model, load_tokenizer, make_parser, deal, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
+from common import HERE, Run, add_run_flags, check_out, deal, fail, load_model, load_tokenizer, make_parser, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up, token_chunks
 from data import CONTEXTS, add_data_flags, add_held_out_flags, load_held_out, load_problems, plain, problem_batch, render_prompt, require_thinking_switch
 from ranks import distributed, full_state, gather, load_full_state, open_head, prepare
 from rollout import Rollout, add_context_flags, add_sampling_flags, choose_backend, drop_long, grade_rollouts, logprob_gap, make_rollouts, make_sampler, make_writer
@@ -61,7 +61,7 @@ def parse_args(argv=None):
     group.add_argument("--weight-decay", type=float, default=0.0)
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm")
     group.add_argument("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
-    group.add_argument("--chunk", type=int, default=1024, help="tokens whose logits exist at once; changes memory and speed, not the gradient")
+    group.add_argument("--chunk", type=float, default=32, help="millions of logits (tokens x vocabulary) that exist at once; changes memory and speed, not the gradient")
     group.add_argument("--kl-by-position", type=int, default=0, help="write kl_by_position.jsonl in bins of this many tokens (figure 2); 0 = off")
     group.add_argument("--give-up", type=int, default=10, help="stop after this many steps in a row of which the filter keeps nothing")
     group.add_argument("--save-every", type=int, default=0, help="also save the model after every so many steps, as step-N in the run directory; 0 = only at the end")
@@ -88,12 +88,12 @@ FILTERS = {
 # Divergences. Axes: R response tokens of the chunk, V vocabulary. Each takes the log-probabilities of student and teacher (R, V), the
 # sampled ids (R,), whether each token's rollout is correct (R,), and beta; each returns nats per token (R,).
 #
-# The KLs are written with the extra terms -P + Q, which sum to zero: every summand is then >= 0, and where both
-# distributions are equal the value and the gradient are exactly 0, not a rounding error.
+# The KLs are written with the extra terms -P + Q, which sum to zero: where both distributions are equal
+# the value and the gradient are then exactly 0, not a rounding error.
 
 def kl(p, q):
     """KL(P || Q) = sum_v P log(P/Q) of log-probabilities p and q."""
-    return (p.exp() * (p - q) - p.exp() + q.exp()).sum(-1)                          # (R,)
+    return (p.exp() * (p - q - 1) + q.exp()).sum(-1)                                # (R,)
 
 
 def reverse_kl(student, teacher, ids, correct, beta):
@@ -142,12 +142,12 @@ def measure(s, t, ids):
     return torch.stack([ps - pt, qt - qs, -ps, -qt, s.gather(-1, ids[:, None])[:, 0]])
 
 
-def opsd_loss(student, teacher, rollouts, teacher_rows, weights, divergence="reverse_kl", beta=0.5, chunk=1024):
+def opsd_loss(student, teacher, rollouts, teacher_rows, weights, divergence="reverse_kl", beta=0.5, chunk=32):
     """The loss of one micro-batch, its gradient added to the student's: (loss, measures (5, R), see `measure`).
 
     student, teacher: models. rollouts: the student's rows. teacher_rows: the same response ids behind the teacher's prompts, see
-    teacher_row. weights: see token_weights. Logits exist for `chunk` response tokens at a time: each chunk runs backward at once, into the
-    head and into its hidden states, whose gradients then go through the student's body together. Nothing is computed twice.
+    teacher_row. weights: see token_weights. At most `chunk` million logits exist at a time: each chunk of tokens runs backward at once, into
+    the head and into its hidden states, whose gradients then go through the student's body together. Nothing is computed twice.
     """
     import torch
     rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
@@ -159,7 +159,7 @@ def opsd_loss(student, teacher, rollouts, teacher_rows, weights, divergence="rev
     flat = torch.tensor([w for row in weights for w in row], device=ids.device)                             # (R,)
     (student_head, hand_back), (teacher_head, _) = open_head(student), open_head(teacher)
     total, gradients, measures = 0.0, [], []
-    for part in [slice(start, start + chunk) for start in range(0, len(ids), chunk)]:
+    for part in token_chunks(len(ids), student, chunk):
         leaf = hidden[part].detach().requires_grad_()                                                       # (C, D): C tokens of the chunk
         s = torch.log_softmax(student_head(leaf).float(), -1)                                               # (C, V)
         with torch.no_grad():

@@ -16,7 +16,7 @@ import math
 import os
 import time
 
-from common import HERE, Run, add_run_flags, check_out, fail, load_model, load_tokenizer, make_parser, deal, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up
+from common import HERE, Run, add_run_flags, check_out, deal, fail, load_model, load_tokenizer, make_parser, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up, token_chunks
 from data import add_data_flags, add_held_out_flags, load_held_out, load_problems, problem_batch, render_prompt, require_thinking_switch
 from ranks import distributed, gather, open_head, prepare
 from rollout import add_sampling_flags, choose_backend, drop_long, grade_rollouts, logprob_gap, make_rollouts, make_sampler
@@ -43,7 +43,7 @@ def parse_args(argv=None):
     group.add_argument("--weight-decay", type=float, default=0.0)
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm")
     group.add_argument("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
-    group.add_argument("--chunk", type=int, default=1024, help="tokens whose logits exist at once; changes memory and speed, not the gradient")
+    group.add_argument("--chunk", type=float, default=32, help="millions of logits (tokens x vocabulary) that exist at once; changes memory and speed, not the gradient")
     group.add_argument("--give-up", type=int, default=10, help="stop after this many steps in a row in which every group has equal rewards")
     group.add_argument("--save-every", type=int, default=0, help="also save the model after every so many steps, as step-N in the run directory; 0 = only at the end")
     add_held_out_flags(parser)
@@ -85,27 +85,27 @@ def chunk_logprobs(head, hidden, ids):
 
 
 def sampled_logprobs(model, rollouts, chunk):
-    """Log-probabilities of the response tokens: (R,), without gradient. Logits exist for `chunk` tokens at a time."""
+    """Log-probabilities of the response tokens: (R,), without gradient. At most `chunk` million logits exist at a time."""
     import torch
     rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
     with torch.no_grad():
         hidden, ids = response_hidden(model, rows), response_targets(model, rows)                           # (R, D), (R,)
         head, _ = open_head(model)
-        return torch.cat([chunk_logprobs(head, h, i)[0] for h, i in zip(hidden.split(chunk), ids.split(chunk))])
+        return torch.cat([chunk_logprobs(head, hidden[part], ids[part])[0] for part in token_chunks(len(ids), model, chunk)])
 
 
 def rlvr_loss(model, rollouts, advantages, old, start, tokens, args):
     """The loss of one micro-batch over the step's `tokens`, its gradient added to the model's: (loss, measures (2, R): entropy, log-probability of the sampled id).
 
-    advantages: (R,). old, start: see grpo_loss; old = None where the model is still the sampled one. Logits exist for `args.chunk` tokens at a
-    time: each chunk runs backward at once, into the head and into its hidden states, whose gradients then go through the body together.
+    advantages: (R,). old, start: see grpo_loss; old = None where the model is still the sampled one. At most `args.chunk` million logits exist at
+    a time: each chunk of tokens runs backward at once, into the head and into its hidden states, whose gradients then go through the body together.
     """
     import torch
     rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
     hidden, ids = response_hidden(model, rows), response_targets(model, rows)                               # (R, D), (R,)
     head, hand_back = open_head(model)
     total, gradients, measures = 0.0, [], []
-    for part in [slice(i, i + args.chunk) for i in range(0, len(ids), args.chunk)]:
+    for part in token_chunks(len(ids), model, args.chunk):
         leaf = hidden[part].detach().requires_grad_()                                                       # (C, D): C tokens of the chunk
         logprobs, entropy = chunk_logprobs(head, leaf, ids[part])                                           # (C,), (C,)
         reference = logprobs.detach() if old is None else old[part]

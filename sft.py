@@ -13,7 +13,7 @@
 import math
 import time
 
-from common import Run, add_run_flags, check_out, fail, load_model, load_tokenizer, make_parser, deal, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up, stop_ids
+from common import Run, add_run_flags, check_out, deal, fail, load_model, load_tokenizer, make_parser, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up, stop_ids
 from data import CONTEXTS, EMBEDDED_CONTEXTS, add_data_flags, load_problems, reference_trace, render_prompt
 from ranks import distributed, gather, open_head, prepare
 

@@ -69,7 +69,7 @@ def some_rollouts(tokenizer, count=6, seed=0):
 
 def loss_and_gradient(model, teacher, rollouts, prompts, divergence="reverse_kl", mean="response", budget=10**9, chunk=10**9):
     """The step's loss as opsd.py adds it up, and the flat gradient."""
-    args = opsd.parse_args(["--divergence", divergence, "--mean", mean, "--micro-tokens", str(budget), "--chunk", str(chunk)])
+    args = opsd.parse_args(["--divergence", divergence, "--mean", mean, "--micro-tokens", str(budget), "--chunk", str(chunk * model.config.vocab_size / 1e6)])
     model.zero_grad()
     rows = [opsd.teacher_row(p, r.response_ids) for p, r in zip(prompts, rollouts)]
     loss, measures = opsd.accumulate_gradients(model, teacher, rollouts, rows, args)
@@ -327,7 +327,7 @@ def test_grpo_loss_equals_a_loop_and_clips_only_where_it_should():
 
 def test_on_policy_grpo_gradient_is_the_policy_gradient(model, tokenizer):
     rollouts = some_rollouts(tokenizer, 3)
-    args = rlvr.parse_args(["--chunk", "11"])
+    args = rlvr.parse_args(["--chunk", "0.006"])
     advantages = torch.linspace(-1, 1, sum(len(r.response_ids) for r in rollouts))
     loss, measures = rlvr.rlvr_loss(model, rollouts, advantages, None, None, 100, args)
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])

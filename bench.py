@@ -1,0 +1,398 @@
+"""Speed and memory, each measured variant in a process of its own; medians over rounds, ratios within a run.
+
+    python bench.py loss            # the divergence, forward and backward, at a real vocabulary: ours, naive, TRL's (pip install trl==1.16.0)
+    python bench.py step            # a whole update on fixed rollouts: ours, TRL's closest trainer, the matrix-product floor
+    python bench.py sampling        # rollout.py with transformers, and with vLLM where it is installed, against bare generate
+    python bench.py growth          # time and memory against response tokens, vocabulary and rows: fitted exponents
+
+Time is that of one pass after a smaller one for warming up. Memory is the peak of the process during that pass, above what it held before it
+(weights and inputs). All variants of one question get the same numbers and must give the same gradient, which is checked.
+"""
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from statistics import median
+
+from common import HERE
+
+QWEN = dict(vocabulary=151_936, width=1024)                     # Qwen3-0.6B's head; the 1.7B's is twice as wide
+SMOL = dict(vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
+
+
+def peak_since(work):
+    """(seconds, peak MB above what the process held before) of work()."""
+    status = lambda key: int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
+    open("/proc/self/clear_refs", "w").write("5")               # sets the peak back to the present size
+    held, start = status("VmRSS"), time.perf_counter()
+    work()
+    return time.perf_counter() - start, status("VmHWM") - held
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss. Axes: R response tokens, D width, V vocabulary. A model without layers: its body is an embedding and a norm.
+
+def head_only_model(vocabulary, width, dtype):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=8, num_hidden_layers=0, num_attention_heads=1, tie_word_embeddings=False))
+    model.model.embed_tokens = torch.nn.Embedding(1000, width).requires_grad_(False)       # small: the prompts use the first 1,000 ids only
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 2 / width ** 0.5)
+    return model.to(dtype).eval()
+
+
+def loss_variants():
+    """name -> function (student, teacher, rollouts, teacher rows): adds the gradient of the mean reverse KL over all tokens to the student's."""
+    import torch
+    import torch.nn.functional as F
+    from torch.utils.checkpoint import checkpoint
+    from common import response_hidden, token_chunks
+    from opsd import kl, opsd_loss, token_weights
+
+    def hidden(student, teacher, rollouts, rows):
+        with torch.no_grad():
+            frozen = response_hidden(teacher, rows)
+        return response_hidden(student, [(r.prompt_ids, r.response_ids) for r in rollouts]), frozen
+
+    def ours(student, teacher, rollouts, rows):
+        opsd_loss(student, teacher, rollouts, rows, token_weights(rollouts, "token"))
+
+    def naive(student, teacher, rollouts, rows):
+        s, t = hidden(student, teacher, rollouts, rows)
+        with torch.no_grad():
+            t = F.log_softmax(teacher.lm_head(t).float(), -1)
+        s = F.log_softmax(student.lm_head(s).float(), -1)
+        (s.exp() * (s - t)).sum(-1).mean().backward()
+
+    def checkpointed(student, teacher, rollouts, rows):
+        def part(s, t):
+            with torch.no_grad():
+                t = F.log_softmax(teacher.lm_head(t).float(), -1)
+            return kl(F.log_softmax(student.lm_head(s).float(), -1), t).sum()
+        s, t = hidden(student, teacher, rollouts, rows)
+        (sum(checkpoint(part, s[c], t[c], use_reentrant=False) for c in token_chunks(len(s), student, 32)) / len(s)).backward()
+
+    def compiled(student, teacher, rollouts, rows):
+        import opsd
+        opsd.DIVERGENCES["compiled"] = opsd.DIVERGENCES.get("compiled") or torch.compile(opsd.reverse_kl, dynamic=True)
+        opsd_loss(student, teacher, rollouts, rows, token_weights(rollouts, "token"), "compiled")
+
+    def trl_logits(student, teacher, rollouts, rows):
+        from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
+        s, t = hidden(student, teacher, rollouts, rows)
+        with torch.no_grad():
+            t = teacher.lm_head(t)
+        compute_full_logit_self_distillation_loss(student.lm_head(s), t, distillation_alpha=1.0).mean().backward()
+
+    def trl_chunked(student, teacher, rollouts, rows):
+        from trl.trainer.distillation_trainer import _chunked_divergence_loss
+        s, t = hidden(student, teacher, rollouts, rows)
+        _chunked_divergence_loss(s[None], t[None], student.lm_head.weight, teacher.lm_head.weight, torch.ones(1, len(s)), beta=1.0)[0].backward()
+
+    return dict(ours=ours, naive=naive, checkpointed=checkpointed, compiled=compiled, trl_logits=trl_logits, trl_chunked=trl_chunked)
+
+
+LOSS_NAMES = dict(ours="ours: backward chunk by chunk", naive="naive: full logits", checkpointed="chunks, recomputed in backward", compiled="ours, divergence by torch.compile",
+                  trl_logits="TRL experimental.sdft, full_logits", trl_chunked="TRL DistillationTrainer, chunked")
+
+
+def measure_loss(variant, tokens, vocabulary, width, dtype, rows=1):
+    import torch
+    from rollout import Rollout
+    torch.manual_seed(0)
+    student, teacher = head_only_model(vocabulary, width, getattr(torch, dtype)), head_only_model(vocabulary, width, getattr(torch, dtype)).requires_grad_(False)
+    student.lm_head.weight.requires_grad_()
+
+    def inputs(count):
+        torch.manual_seed(count)
+        ids = torch.randint(1000, (count + 1,)).tolist()
+        rollouts = [Rollout(None, ids[:1], ids[1:])]
+        return rollouts, [(ids[:1], ids[1:])]
+    run = loss_variants()[variant]
+    run(student, teacher, *inputs(64))
+    if variant == "compiled":
+        run(student, teacher, *inputs(tokens))                  # each new shape may be compiled anew
+    student.zero_grad(set_to_none=False)                        # the head's gradient exists already: it is no variant's doing
+    work = inputs(tokens)
+    seconds, memory = peak_since(lambda: run(student, teacher, *work))
+    return dict(seconds=seconds, memory=memory, gradient=student.lm_head.weight.grad.float().norm().item())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole update: student forward and backward, teacher forward, clipping, AdamW.
+
+def some_rollouts(rng, count, vocabulary):
+    """`count` rollouts of random ids and their teacher rows: prompts of 80 tokens, the teacher's of 280, responses of 40 to 640, mixed."""
+    from rollout import Rollout
+    ids = lambda n: rng.integers(5, vocabulary, n).tolist()
+    rollouts = [Rollout(None, ids(80), ids(int(n))) for n in rng.permutation([round(40 * 16 ** (i / (count - 1))) for i in range(count)])]
+    return rollouts, [(ids(200) + r.prompt_ids, r.response_ids) for r in rollouts]
+
+
+def step_model(model):
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    if model == "embedded":
+        return AutoModelForCausalLM.from_pretrained(os.path.join(HERE, "tiny", "rlvr")).eval()
+    return LlamaForCausalLM(LlamaConfig(**SMOL, tie_word_embeddings=True, max_position_embeddings=8192)).eval()
+
+
+def step_rollouts(model, config, count=96):
+    """The rollouts of the comparison: of the embedded model its own kind, `count` of 20 to 120 tokens; of the SmolLM2 shape 16 longer ones."""
+    import numpy as np
+    rng = np.random.default_rng(0)
+    if model == "smollm2":
+        return some_rollouts(rng, 16, config.vocab_size)
+    from rollout import Rollout
+    ids = lambda n: rng.integers(5, config.vocab_size, n).tolist()
+    rollouts = [Rollout(None, ids(60), ids(int(n))) for n in rng.integers(20, 121, count)]
+    return rollouts, [(ids(60) + r.prompt_ids, r.response_ids) for r in rollouts]
+
+
+def matrix_flops(config, rollouts, rows, unused_head_rows=0):
+    """Floating-point operations of an update's matrix products: 2 x weights x tokens forward, twice that backward; head at response tokens only.
+
+    Attention's own products (2 x 2 x width x keys a token and layer, forward, over the causal half) are included.
+    """
+    d, layers = config.hidden_size, config.num_hidden_layers
+    kv = d * config.num_key_value_heads // config.num_attention_heads
+    block = 2 * d * d + 2 * d * kv + 3 * d * config.intermediate_size                       # weights of a block
+    body = lambda lengths: sum(2 * layers * block * n + 2 * layers * d * n * n for n in lengths)
+    head = 2 * config.vocab_size * d * sum(len(r.response_ids) for r in rollouts)
+    student = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
+    teacher = [sum(map(len, row)) for row in rows]
+    return 3 * (body(student) + head) + body(teacher) + head
+
+
+def matrix_rate(d, wide):
+    """Multiply-adds x 2 a second of a float32 product of the model's own shape, (2048, d) by (d, wide): median of ten."""
+    import torch
+    a, b = torch.randn(2048, d), torch.randn(d, wide)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * 2048 * d * wide / median(times[2:])
+
+
+def measure_step(variant, model, count=96):
+    import copy
+    import torch
+    from common import optimizer_step
+    student = step_model(model)
+    rollouts, rows = step_rollouts(model, student.config, count)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
+    if variant == "ours":
+        import opsd
+        args = opsd.parse_args([])
+        teacher = opsd.frozen_copy(student)
+
+        def update():
+            opsd.accumulate_gradients(student, teacher, rollouts, rows, args)
+            return optimizer_step(student, optimizer, args.clip)[0]
+    else:
+        update = trl_update(student, optimizer, rollouts, rows, int(variant.removeprefix("trl")))
+    update()
+    seconds, memory = peak_since(update)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0                                       # the gradient of the first weights again, in both variants after two equal updates
+    rate = matrix_rate(student.config.hidden_size, student.config.intermediate_size)
+    return dict(seconds=seconds, memory=memory, gradient=update(), floor=matrix_flops(student.config, rollouts, rows) / rate,
+                tokens=sum(len(r.response_ids) for r in rollouts), gflops=rate / 1e9)
+
+
+def trl_update(student, optimizer, rollouts, rows, batch):
+    """TRL's SDFTTrainer on the same rollouts: its compute_loss on batches as it builds them (prompts padded left, responses right), `batch` rows
+    each in the order given. Left out, in its favour: its sampling, its further forward pass for importance weights, its Trainer loop."""
+    import tempfile
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+    from trl.trainer.utils import pad
+    from common import optimizer_step
+    tokenizer = AutoTokenizer.from_pretrained(os.path.join(HERE, "tiny", "rlvr"))           # only to build the trainer: the ids are given
+    settings = SDFTConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, distillation_mode="full_logits", distillation_alpha=1.0, distillation_is_clip=None,
+                          num_loss_tokens_to_skip=0, num_generations=1, disable_dropout=True, gradient_checkpointing=False, bf16=False, report_to=[], use_cpu=True, teacher_model_kind="base")
+    data = Dataset.from_list([dict(prompt="x", privileged_context="y")] * batch)
+    trainer = SDFTTrainer(model=student, args=settings, train_dataset=data, processing_class=tokenizer)
+    trainer.current_gradient_accumulation_steps = 1             # its train() would set it
+    tensors = lambda lists: [torch.tensor(ids) for ids in lists]
+    ones = lambda lists: [torch.ones(len(ids), dtype=torch.long) for ids in lists]
+    left, right = (lambda lists: pad(lists, padding_value=0, padding_side="left")), (lambda lists: pad(lists, padding_value=0, padding_side="right"))
+    batches = []
+    for start in range(0, len(rollouts), batch):
+        prompts, responses, teacher = zip(*[(r.prompt_ids, r.response_ids, row[0]) for r, row in zip(rollouts[start:start + batch], rows[start:start + batch])])
+        mask = right(ones(responses))
+        batches.append(dict(prompt_ids=left(tensors(prompts)), prompt_mask=left(ones(prompts)), completion_ids=right(tensors(responses)), completion_mask=mask,
+                            teacher_input_ids=torch.cat([left(tensors(teacher)), right(tensors(responses))], 1), teacher_attention_mask=torch.cat([left(ones(teacher)), mask], 1)))
+
+    def update():
+        student.train()
+        for inputs in batches:
+            (trainer.compute_loss(student, inputs) * len(inputs["prompt_ids"]) / len(rollouts)).backward()
+        return optimizer_step(student, optimizer, 1.0)[0]
+    return update
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling at temperature 1: the embedded model, 256 prompts, responses that end when they like; the SmolLM2 shape, 64 responses of 256 tokens.
+
+def sampling_case(model):
+    """(model, tokenizer, prompts, cap): random weights of the SmolLM2 shape practically never end a response."""
+    import tempfile
+    import numpy as np
+    import torch
+    from common import load_model, save_model
+    from data import embedded_problems, render_prompt
+    tiny = os.path.join(HERE, "tiny", "rlvr")
+    embedded, tokenizer = load_model(tiny, torch.device("cpu"))
+    if model == "embedded":
+        return embedded, tokenizer, [render_prompt(tokenizer, p) for p in embedded_problems(256, 0)], 160
+    path = tempfile.mkdtemp()
+    save_model(path, step_model(model), tokenizer)
+    rng = np.random.default_rng(0)
+    return load_model(path, torch.device("cpu"))[0], tokenizer, [rng.integers(5, SMOL["vocab_size"], 80).tolist() for _ in range(64)], 256
+
+
+def measure_sampling(variant, model):
+    import torch
+    from transformers import GenerationConfig
+    import opsd
+    from rollout import cut, make_sampler
+    model, tokenizer, prompts, cap = sampling_case(model)
+    width = max(map(len, prompts))
+    if variant == "bare":
+        def run():
+            torch.manual_seed(1)
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+            config = GenerationConfig(max_new_tokens=cap, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+            with torch.no_grad():
+                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            return [cut(row, [tokenizer.eos_token_id]) for row in out[:, width:].tolist()]
+    else:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")                            # GB
+        sampler = make_sampler(model, tokenizer, opsd.parse_args(["--backend", variant]))
+        run = lambda: sampler.sample(prompts, cap, seed=1)
+    run()
+    results = []
+    seconds, memory = peak_since(lambda: results.extend(run()))
+    return dict(seconds=seconds, memory=memory, tokens=sum(len(ids) for ids, _ in results))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+MEASURES = dict(loss=measure_loss, step=measure_step, sampling=measure_sampling)
+
+
+def measured(what, cases, args):
+    """{name: {key: median over rounds}} of cases {name: arguments}: a process each, all cases once a round, so that noise falls on all alike."""
+    results = {name: [] for name in cases}
+    for number in range(args.rounds):
+        for name, case in cases.items():
+            done = subprocess.run([sys.executable, __file__, what, "--threads", str(args.threads), "--case", json.dumps(case)], capture_output=True, text=True)
+            if done.returncode:
+                results.pop(name, None)
+                print(f"{name}: not measured ({(done.stderr.strip().splitlines() or ['killed, most likely out of memory'])[-1][:150]})", flush=True)
+                cases = {key: value for key, value in cases.items() if key != name}
+                continue
+            results[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"  round {number + 1}  {name}  {results[name][-1]['seconds']:.2f} s  {results[name][-1]['memory']:,.0f} MB", flush=True)
+    return {name: {key: median(row[key] for row in rows) for key in rows[0]} for name, rows in results.items()}
+
+
+def table(header, rows):
+    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print(flush=True)
+
+
+def same_gradient(results, tolerance):
+    norms = [r["gradient"] for r in results.values()]
+    if max(norms) > min(norms) * (1 + tolerance):
+        print(f"the gradients differ: norms {norms}")
+
+
+def exponent(xs, ys):
+    """Slope of log y over log x, by least squares."""
+    xs, ys = [math.log(x) for x in xs], [math.log(max(y, 1e-9)) for y in ys]
+    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((x - mx) * (y - my) for x, y in zip(xs, ys)) / sum((x - mx) ** 2 for x in xs)
+
+
+def loss(args):
+    for dtype in args.dtypes:
+        rows = []
+        for tokens in args.tokens:
+            results = measured("loss", {name: dict(variant=name, tokens=tokens, dtype=dtype, **QWEN) for name in args.variants or LOSS_NAMES}, args)
+            same_gradient(results, 1e-3 if dtype == "float32" else 0.05)
+            base = results.get("naive")
+            for name, r in results.items():
+                rows.append((f"{tokens:,}", LOSS_NAMES[name], f"{r['seconds']:.1f} s", f"{r['memory']:,.0f} MB", *((f"{r['seconds'] / base['seconds']:.2f}", f"{r['memory'] / base['memory']:.3f}") if base else ("", ""))))
+        print(f"\nloss, forward and backward, {dtype}, V = {QWEN['vocabulary']:,}, D = {QWEN['width']:,}, {args.threads} threads, median of {args.rounds}")
+        table(["response tokens", "variant", "time", "peak memory", "time / naive", "memory / naive"], rows)
+
+
+def step(args):
+    for model, batches in (("smollm2", (1, 4)), ("embedded", (8, 32))):
+        cases = {"ours": dict(variant="ours", model=model)} | {f"TRL SDFTTrainer, {b} rows a batch": dict(variant=f"trl{b}", model=model) for b in batches}
+        results = measured("step", cases, args)
+        same_gradient(results, 1e-2)
+        first = results["ours"]
+        print(f"\na whole update, {model} shape, float32, {first['tokens']:,.0f} response tokens, {args.threads} threads, median of {args.rounds}; products alone: {first['gflops']:.0f} GFLOP/s")
+        table(["variant", "response tokens/s", "ours is faster by", "share of the matrix-product floor", "peak memory"],
+              [(name, f"{r['tokens'] / r['seconds']:,.0f}", f"{r['seconds'] / first['seconds']:.2f}", f"{r['floor'] / r['seconds']:.2f}", f"{r['memory']:,.0f} MB") for name, r in results.items()])
+
+
+def sampling(args):
+    from importlib.util import find_spec
+    names = dict(bare="bare generate", transformers="rollout.py, transformers") | (dict(vllm="rollout.py, vLLM") if find_spec("vllm") else {})
+    for model in "embedded", "smollm2":
+        results = measured("sampling", {name: dict(variant=variant, model=model) for variant, name in names.items()}, args)
+        rate = {name: r["tokens"] / r["seconds"] for name, r in results.items()}
+        print(f"\nsampling, {model} shape, float32, {args.threads} threads, median of {args.rounds}")
+        table(["variant", "response tokens/s", "against bare generate"], [(name, f"{value:,.0f}", f"{value / rate[names['bare']]:.2f}") for name, value in rate.items()])
+
+
+def growth(args):
+    lines = []
+    for what, key, values, fixed in (("response tokens", "tokens", [1024, 2048, 4096, 8192], dict(vocabulary=32_768, width=512)),
+                                     ("vocabulary", "vocabulary", [32_768, 65_536, 131_072, 262_144], dict(tokens=2048, width=512))):
+        results = measured("loss", {f"{key} {value}": dict(variant="ours", dtype="float32", **fixed, **{key: value}) for value in values}, args)
+        rows = list(results.values())
+        lines.append((what, ", ".join(f"{v:,}" for v in values), f"{exponent(values, [r['seconds'] for r in rows]):.2f}", ", ".join(f"{r['memory']:,.0f}" for r in rows), f"{exponent(values, [r['memory'] for r in rows]):.2f}"))
+    rows = [48, 96, 192, 384]
+    results = list(measured("step", {f"rows {count}": dict(variant="ours", model="embedded", count=count) for count in rows}, args).values())
+    lines.append(("rows of an update (embedded model)", ", ".join(map(str, rows)), f"{exponent(rows, [r['seconds'] for r in results]):.2f}", ", ".join(f"{r['memory']:,.0f}" for r in results), f"{exponent(rows, [r['memory'] for r in results]):.2f}"))
+    print(f"\nour loss, float32, {args.threads} threads, median of {args.rounds}; in powers: time or memory ~ x^exponent")
+    table(["what grows", "values", "exponent of time", "peak memory, MB", "exponent of memory"], lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["loss", "step", "sampling", "growth"])
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant, of which the median is shown")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="loss: response tokens")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="loss: of weights and hidden states")
+    parser.add_argument("--variants", nargs="+", choices=list(LOSS_NAMES), help="loss: only these")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not args.case:
+        return globals()[args.what](args)
+    import torch
+    torch.set_num_threads(args.threads)
+    print(json.dumps(MEASURES[args.what](**json.loads(args.case))))
+
+
+if __name__ == "__main__":
+    main()
