@@ -17,9 +17,9 @@ import re
 
 import numpy as np
 
+import ranks
 from common import add_run_flags, check_out, fail, load_model, make_parser, positive, provenance, set_up, write_json
 from data import CONTEXTS, add_data_flags, embedded_problems, load_file, read_trace, require_thinking_switch
-from ranks import stop
 from rollout import add_context_flags, add_sampling_flags, choose_backend, grade_rollouts, make_rollouts, make_sampler, make_writer
 from verify import Verifier
 
@@ -224,7 +224,7 @@ def main(argv=None):
             for benchmark, pairs in named.items()}
         write_json(args.out, dict(args=vars(args), **provenance(), records=records, traces=traces, responses=responses))
         print(f"\nwritten to {args.out}")
-    stop()
+    ranks.stop()
 
 
 if __name__ == "__main__":

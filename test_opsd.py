@@ -1105,8 +1105,12 @@ def pair(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_tied(tokenizer, folder / "tied")
-        done = subprocess.run(torchrun(__file__, str(folder)), capture_output=True, text=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS="1"))
-        assert done.returncode == 0, done.stderr[-3000:]
+        process = subprocess.Popen(torchrun(__file__, str(folder)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+        try:
+            said = process.communicate(timeout=300)[0]
+        finally:
+            process.terminate()                                                         # a hang: torchrun ends its ranks
+        assert process.returncode == 0, said[-3000:]
         given_rollouts(monkeypatch)
         for name, (script, argv) in RANKS.items():
             script.main([str(folder / "tied") if flag == "TIED" else flag for flag in argv] + ["--out", str(folder / f"one-{name}")])
@@ -1377,7 +1381,7 @@ def test_a_filter_that_keeps_nothing_is_logged_and_then_ends_the_run(tmp_path, m
 
 
 def test_every_readme_command_parses():
-    commands = re.findall(r"python (\w+)\.py([^\n&|#`]*)", open(os.path.join(HERE, "README.md")).read())
+    commands = re.findall(r"(?:python|torchrun --nproc-per-node \d+) (\w+)\.py([^\n&|#`]*)", open(os.path.join(HERE, "README.md")).read())
     assert len(commands) > 5
     for script, line in commands:
         argv = shlex.split(line)
