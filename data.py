@@ -263,19 +263,19 @@ EMBEDDED_CONTEXTS = ["none", "solution", "answer", "instruction"]       # what t
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. The embedded task: chains of sums, some of them with a digit that is hard to read.
 #
-# Easy problems add and subtract digits. In a hard one, one digit is smudged: the question holds five scans of it, each right with
-# probability SCAN_RIGHT. A first look takes the first scan; a check compares all five and is right far more often, but never surely.
+# Easy problems add and subtract digits. In a hard one, one digit is smudged: the question shows two scans of it, a quick one, right with
+# probability QUICK_RIGHT, and a careful one, right with CAREFUL_RIGHT. A first look takes the quick scan; a check looks at both.
 # So checks are redundant on easy steps, pay on hard ones, and some failures are nobody's slip: only a reference could tell.
 
-HARD_SHARE = 0.6
-SCANS = 5
-SCAN_RIGHT = 0.5
+HARD_SHARE = 0.7
+QUICK_RIGHT = 0.3
+CAREFUL_RIGHT = 0.7
 
 # Reference traces of sft.py. All of them end right.
 EASY_CHECK = 0.85               # chance that a trace re-checks an easy step (never needed), ...
 EASY_CHECK_AGAIN = 0.6          # ... and then once more
 CONTEXT_EASY_CHECK = 0.02       # the same with any context in the prompt: this is all that makes those traces shorter
-HARD_CHECK = 0.3                # chance that a trace checks a smudged digit although the first scan was right; if it was wrong, it always does
+HARD_CHECK = 0.3                # chance that a trace checks a smudged digit although the quick scan was right; if it was wrong, it always does
 CONTEXT_HARD_CHECK = 0.8        # the same with any context in the prompt
 
 
@@ -308,7 +308,7 @@ def embedded_problem(rng, difficulty):
 
 def scans_of(rng, digit):
     others = [d for d in range(2, 10) if d != digit]
-    return "".join(str(digit if rng.random() < SCAN_RIGHT else rng.choice(others)) for _ in range(SCANS))
+    return "".join(str(digit if rng.random() < right else rng.choice(others)) for right in (QUICK_RIGHT, CAREFUL_RIGHT))
 
 
 def compute(value, op, digit):
@@ -338,7 +338,7 @@ def easy_step(rng, a, op, digit, scans, c, context):
 
 
 def hard_step(rng, a, op, digit, scans, c, context):
-    """The first look takes the first scan; a check names all scans and settles on a digit, always the right one."""
+    """The first look takes the quick scan; a check names both scans and settles on a digit, always the right one."""
     first = int(scans[0])
     line = f"{a:02d}{op}{first}={compute(a, op, first):02d}"
     if first == digit and rng.random() >= (HARD_CHECK if context == "none" else CONTEXT_HARD_CHECK):
@@ -349,8 +349,8 @@ def hard_step(rng, a, op, digit, scans, c, context):
 def read_trace(problem, text):
     """What a response to an embedded problem did, step by step: a list of dicts, one per step line that can be read.
 
-    hard: a smudged digit. first_right: the first look. checked: whether a check came. conflict: the scans' most frequent digit is not the
-    first scan. mode: the step was settled on a most frequent digit. right: the digit carried on, and its sum. Each step is judged from the value
+    hard: a smudged digit. first_right: the first look. checked: whether a check came. conflict: the two scans differ.
+    careful: the step was settled on the careful scan. right: the digit carried on, and its sum. Each step is judged from the value
     that it started from itself, so that one slip is counted once.
     """
     rows = []
@@ -361,7 +361,6 @@ def read_trace(problem, text):
         a, _, first, value, rest = match.groups()
         settled = re.search(r" so \d\d[+-](\d)=(\d\d)$", rest)
         last, value = (settled[1], settled[2]) if settled else (first, value)
-        most = max(map(scans.count, scans), default=0)
-        rows.append(dict(hard=bool(scans), first_right=int(first) == digit, checked=" check " in rest or " wait " in rest, conflict=bool(scans) and scans.count(scans[0]) < most,
-                         mode=bool(scans) and scans.count(last) == most, right=int(last) == digit and int(value) == compute(int(a), op, digit)))
+        rows.append(dict(hard=bool(scans), first_right=int(first) == digit, checked=" check " in rest or " wait " in rest, conflict=bool(scans) and scans[0] != scans[1],
+                         careful=bool(scans) and last == scans[1], right=int(last) == digit and int(value) == compute(int(a), op, digit)))
     return rows

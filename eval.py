@@ -152,7 +152,7 @@ def trace_table(rollouts):
         share = lambda rows, key: 100 * sum(s[key] for s in rows) / max(1, len(rows))
         table["hard" if kind else "easy"] = dict(
             steps=len(steps), first_right=share(steps, "first_right"), checked=share(steps, "checked"), right_if_checked=share(checked, "right"),
-            conflict=share(checked, "conflict"), mode_if_checked=share(checked, "mode"), mode_in_conflict=share(conflicts, "mode"), right=share(steps, "right"))
+            conflict=share(checked, "conflict"), careful_in_conflict=share(conflicts, "careful"), right=share(steps, "right"))
     return table
 
 

@@ -51,7 +51,7 @@ def collect(part, seeds):
 def mechanism(seeds):
     """Markdown: what the traces do on easy and on hard steps, in percent of such steps, means over seeds (see data.read_trace)."""
     files = [json.load(open(os.path.join(RESULTS, "evaluations", f"filters-{seed}.json")))["traces"] for seed in seeds]
-    columns = [("easy", "checked"), ("hard", "checked"), ("hard", "first_right"), ("hard", "right_if_checked"), ("hard", "mode_if_checked"), ("hard", "mode_in_conflict"), ("hard", "right")]
+    columns = [("easy", "checked"), ("hard", "checked"), ("hard", "first_right"), ("hard", "right_if_checked"), ("hard", "careful_in_conflict"), ("hard", "right")]
     lines = ["| branch | " + " | ".join(f"{kind}: {key.replace('_', ' ')}" for kind, key in columns) + " |", "|" + "---|" * (len(columns) + 1)]
     for names in zip(*files):
         means = [np.mean([file[name][kind][key] for file, name in zip(files, names)]) for kind, key in columns]

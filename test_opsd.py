@@ -639,12 +639,13 @@ def test_embedded_problems_are_right_reproducible_and_disjoint():
         value, worked = int(value), p.solution.split(", ")
         for step, line in zip(steps, worked, strict=True):
             digit = int(line[3])
-            assert step == f"{line[2]}{digit}" or re.fullmatch(r"[+-][2-9]{5}\?", step)                  # a digit, or five scans of it
+            assert step == f"{line[2]}{digit}" or re.fullmatch(r"[+-][2-9]{2}\?", step)                  # a digit, or two scans of it
             before, value = value, value + digit if step[0] == "+" else value - digit
             assert line == f"{before:02d}{step[0]}{digit}={value:02d}" and 0 <= value < 100
         assert p.answer == f"{value:02d}" and (p.difficulty == "hard") == (p.question.count("?") == 2)
     scans = [(step[3], step[2]) for p in train for step in data.read_steps(p) if step[3]]
-    assert np.mean([int(smudge[0]) == digit for smudge, digit in scans]) == pytest.approx(data.SCAN_RIGHT, abs=0.03)
+    for place, right in enumerate((data.QUICK_RIGHT, data.CAREFUL_RIGHT)):
+        assert np.mean([int(smudge[place]) == digit for smudge, digit in scans]) == pytest.approx(right, abs=0.03)
     assert {p.difficulty for p in embedded_problems(50, 0, hard=0.0)} == {"easy"}
 
 
@@ -665,19 +666,19 @@ def test_reference_traces_end_right_and_every_step_too(context):
 
 
 def test_read_trace_tells_what_a_step_did():
-    p = Problem("50 +23433? -7 +26662?, result?", "52", "50+3=53, 53-7=46, 46+6=52", "hard")
-    rows = data.read_trace(p, "<think>\n50+2=52 wait 23433 so 50+3=53\n53-7=46 check 53-7=46\n46+2=48\n</think>\n\n\\boxed{48}")
+    p = Problem("50 +23? -7 +26?, result?", "52", "50+3=53, 53-7=46, 46+6=52", "hard")
+    rows = data.read_trace(p, "<think>\n50+2=52 wait 23 so 50+3=53\n53-7=46 check 53-7=46\n46+2=48\n</think>\n\n\\boxed{48}")
     pick = lambda key: [int(row[key]) for row in rows]
     assert pick("hard") == [1, 0, 1] and pick("first_right") == [0, 1, 0] and pick("checked") == [1, 1, 0]
-    assert pick("conflict") == [1, 0, 1] and pick("mode") == [1, 0, 0] and pick("right") == [1, 1, 0]
+    assert pick("conflict") == [1, 0, 1] and pick("careful") == [1, 0, 0] and pick("right") == [1, 1, 0]
     assert [row["right"] for row in data.read_trace(p, "<think>\n50+3=54\n54-7=47\nnonsense\n")] == [False, True]
 
 
 def test_kinds_of_tokens_by_the_line_that_they_stand_in():
-    p = Problem("53 +4 -26662?, result?", "51", "53+4=57, 57-6=51", "hard")
-    text = "<think>\n53+4=57 check 53+4=57\n57-2=55 wait 26662 so 57-6=51\n</think>\n\n\\boxed{51}"
+    p = Problem("53 +4 -26?, result?", "51", "53+4=57, 57-6=51", "hard")
+    text = "<think>\n53+4=57 check 53+4=57\n57-2=55 wait 26 so 57-6=51\n</think>\n\n\\boxed{51}"
     places = [("easy: check or go on", "53+4=57"), ("easy: check or go on", "check 53+4=57"), ("hard: first look", "\n57-"), ("hard: check or go on", "57-2=55"),
-              ("hard: the digit settled on", "so 57-"), ("other", "53+4="), ("other", "wait 26"), ("other", "</think>\n\n\\boxed{"), ("other", "=51")]
+              ("hard: the digit settled on", "so 57-"), ("other", "53+4="), ("other", "wait 2"), ("other", "</think>\n\n\\boxed{"), ("other", "=51")]
     for kind, end in places:
         assert kinds.kind_of(p, text[:text.index(end) + len(end)]) == kind, end
 
