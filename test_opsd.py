@@ -1215,7 +1215,7 @@ def test_a_killed_rank_ends_the_other_and_the_run_resumes(tmp_path):
                        "--max-new-tokens", "40", "--steps", "12", "--state-every", "1", "--out", out)
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while not (os.path.isdir(out) and common.find_states(out)) and process.poll() is None and time.time() < deadline:
         time.sleep(0.05)
     workers = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
@@ -1227,7 +1227,7 @@ def test_a_killed_rank_ends_the_other_and_the_run_resumes(tmp_path):
     assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
     newest = common.find_states(out)[0]
     assert newest == f"{newest[:13]}-{common.checksum(os.path.join(out, newest))}.pt"
-    resumed = subprocess.run(command + ["--resume"], capture_output=True, text=True, timeout=120, env=environment)
+    resumed = subprocess.run(command + ["--resume"], capture_output=True, text=True, timeout=300, env=environment)
     assert resumed.returncode == 0 and f"resumed after step {int(newest[6:13])}" in resumed.stdout and not common.find_states(out)
     assert [row["step"] for row in metrics(out)[1:]] == list(range(1, 13)) and weights(out).isfinite().all()
 
