@@ -133,13 +133,18 @@ def some_rollouts(rng, count, vocabulary):
     return rollouts, [(ids(200) + r.prompt_ids, r.response_ids) for r in rollouts]
 
 
-def step_model(model):
+def saved_model(name):
+    """(model, tokenizer) with a directory of their own, as trainers and engines want: the embedded one, or random weights of the SmolLM2 shape."""
+    import tempfile
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-    torch.manual_seed(0)
-    if model == "embedded":
-        return AutoModelForCausalLM.from_pretrained(os.path.join(HERE, "tiny", "rlvr")).eval()
-    return LlamaForCausalLM(LlamaConfig(**SMOL, tie_word_embeddings=True, max_position_embeddings=8192)).eval()
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from common import load_model, save_model
+    path, cpu = os.path.join(HERE, "tiny", "rlvr"), torch.device("cpu")
+    if name == "smollm2":
+        torch.manual_seed(0)
+        tokenizer, path = load_model(path, cpu)[1], tempfile.mkdtemp()
+        save_model(path, LlamaForCausalLM(LlamaConfig(**SMOL, tie_word_embeddings=True, max_position_embeddings=8192)), tokenizer)
+    return load_model(path, cpu)
 
 
 def step_rollouts(model, config, count=96):
@@ -184,7 +189,7 @@ def matrix_rate(d, wide):
 def measure_step(variant, model, count=96):
     import torch
     from common import optimizer_step
-    student = step_model(model)
+    student, tokenizer = saved_model(model)
     rollouts, rows = step_rollouts(model, student.config, count)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
     if variant == "ours":
@@ -196,7 +201,7 @@ def measure_step(variant, model, count=96):
             opsd.accumulate_gradients(student, teacher, rollouts, rows, args)
             return optimizer_step(student, optimizer, args.clip)[0]
     else:
-        update = trl_update(student, optimizer, rollouts, rows, int(variant.removeprefix("trl")))
+        update = trl_update(student, tokenizer, optimizer, rollouts, rows, int(variant.removeprefix("trl")))
     norms = [update()]                                          # warms up
     seconds, memory = peak_since(lambda: norms.append(update()))
     rate = matrix_rate(student.config.hidden_size, student.config.intermediate_size)
@@ -204,17 +209,15 @@ def measure_step(variant, model, count=96):
                 tokens=sum(len(r.response_ids) for r in rollouts), gflops=rate / 1e9)
 
 
-def trl_update(student, optimizer, rollouts, rows, batch):
+def trl_update(student, tokenizer, optimizer, rollouts, rows, batch):
     """TRL's SDFTTrainer on the same rollouts: its compute_loss on batches as it builds them (prompts padded left, responses right), `batch` rows
     each in the order given. Left out, in its favour: its sampling, its further forward pass for importance weights, its Trainer loop."""
     import tempfile
     import torch
     from datasets import Dataset
-    from transformers import AutoTokenizer
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
     from trl.trainer.utils import pad
     from common import optimizer_step
-    tokenizer = AutoTokenizer.from_pretrained(os.path.join(HERE, "tiny", "rlvr"))           # only to build the trainer: the ids are given
     settings = SDFTConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, distillation_mode="full_logits", distillation_alpha=1.0, distillation_is_clip=None,
                           num_loss_tokens_to_skip=0, num_generations=1, disable_dropout=True, gradient_checkpointing=False, bf16=False, report_to=[], use_cpu=True, teacher_model_kind="base")
     data = Dataset.from_list([dict(prompt="x", privileged_context="y")] * batch)
@@ -241,29 +244,18 @@ def trl_update(student, optimizer, rollouts, rows, batch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling at temperature 1: the embedded model, 256 prompts, responses that end when they like; the SmolLM2 shape, 64 responses of 256 tokens.
 
-def sampling_case(model):
-    """(model, tokenizer, prompts, cap): random weights of the SmolLM2 shape practically never end a response."""
-    import tempfile
-    import numpy as np
-    import torch
-    from common import load_model, save_model
-    from data import embedded_problems, render_prompt
-    tiny = os.path.join(HERE, "tiny", "rlvr")
-    embedded, tokenizer = load_model(tiny, torch.device("cpu"))
-    if model == "embedded":
-        return embedded, tokenizer, [render_prompt(tokenizer, p) for p in embedded_problems(256, 0)], 160
-    path = tempfile.mkdtemp()
-    save_model(path, step_model(model), tokenizer)
-    rng = np.random.default_rng(0)
-    return load_model(path, torch.device("cpu"))[0], tokenizer, [rng.integers(5, SMOL["vocab_size"], 80).tolist() for _ in range(64)], 256
-
-
 def measure_sampling(variant, model):
     import torch
     from transformers import GenerationConfig
     import opsd
     from rollout import cut, make_sampler
-    model, tokenizer, prompts, cap = sampling_case(model)
+    import numpy as np
+    from data import embedded_problems, render_prompt
+    name, (model, tokenizer) = model, saved_model(model)
+    if name == "embedded":
+        prompts, cap = [render_prompt(tokenizer, p) for p in embedded_problems(256, 0)], 160
+    else:                                                       # its random weights practically never end a response
+        prompts, cap = np.random.default_rng(0).integers(5, SMOL["vocab_size"], (64, 80)).tolist(), 256
     width = max(map(len, prompts))
     if variant == "bare":
         def run(cap):
@@ -340,7 +332,7 @@ def loss(args):
 
 
 def step(args):
-    for model, batches in (("smollm2", (1, 4)), ("embedded", (8, 32))):
+    for model, batches in (("smollm2", (1,)), ("embedded", (8, 32))):
         cases = {"ours": dict(variant="ours", model=model)} | {f"TRL SDFTTrainer, {b} rows a batch": dict(variant=f"trl{b}", model=model) for b in batches}
         results = measured("step", cases, args)
         same_gradient(results, 1e-2)
