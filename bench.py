@@ -143,11 +143,11 @@ def step_model(model):
 
 
 def step_rollouts(model, config, count=96):
-    """The rollouts of the comparison: of the embedded model its own kind, `count` of 20 to 120 tokens; of the SmolLM2 shape 16 longer ones."""
+    """The rollouts of the comparison: of the embedded model its own kind, `count` of 20 to 120 tokens; of the SmolLM2 shape 8 longer ones."""
     import numpy as np
     rng = np.random.default_rng(0)
     if model == "smollm2":
-        return some_rollouts(rng, 16, config.vocab_size)
+        return some_rollouts(rng, 8, config.vocab_size)
     from rollout import Rollout
     ids = lambda n: rng.integers(5, config.vocab_size, n).tolist()
     rollouts = [Rollout(None, ids(60), ids(int(n))) for n in rng.integers(20, 121, count)]
@@ -182,7 +182,6 @@ def matrix_rate(d, wide):
 
 
 def measure_step(variant, model, count=96):
-    import copy
     import torch
     from common import optimizer_step
     student = step_model(model)
@@ -198,12 +197,10 @@ def measure_step(variant, model, count=96):
             return optimizer_step(student, optimizer, args.clip)[0]
     else:
         update = trl_update(student, optimizer, rollouts, rows, int(variant.removeprefix("trl")))
-    update()
-    seconds, memory = peak_since(update)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0                                       # the gradient of the first weights again, in both variants after two equal updates
+    norms = [update()]                                          # warms up
+    seconds, memory = peak_since(lambda: norms.append(update()))
     rate = matrix_rate(student.config.hidden_size, student.config.intermediate_size)
-    return dict(seconds=seconds, memory=memory, gradient=update(), floor=matrix_flops(student.config, rollouts, rows) / rate,
+    return dict(seconds=seconds, memory=memory, gradient=norms[-1], floor=matrix_flops(student.config, rollouts, rows) / rate,
                 tokens=sum(len(r.response_ids) for r in rollouts), gflops=rate / 1e9)
 
 
@@ -269,7 +266,7 @@ def measure_sampling(variant, model):
     model, tokenizer, prompts, cap = sampling_case(model)
     width = max(map(len, prompts))
     if variant == "bare":
-        def run():
+        def run(cap):
             torch.manual_seed(1)
             ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -280,10 +277,10 @@ def measure_sampling(variant, model):
     else:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")                            # GB
         sampler = make_sampler(model, tokenizer, opsd.parse_args(["--backend", variant]))
-        run = lambda: sampler.sample(prompts, cap, seed=1)
-    run()
+        run = lambda cap: sampler.sample(prompts, cap, seed=1)
+    run(8)                                                      # warms up
     results = []
-    seconds, memory = peak_since(lambda: results.extend(run()))
+    seconds, memory = peak_since(lambda: results.extend(run(cap)))
     return dict(seconds=seconds, memory=memory, tokens=sum(len(ids) for ids, _ in results))
 
 

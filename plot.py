@@ -50,12 +50,20 @@ def changes(files):
 
 def plane(axes, files, args):
     """Change of accuracy (points) against change of length (percent), each with its 95% interval over problems: a cross a checkpoint and file."""
-    for name, records in changes(files).items():
+    found, labels = changes(files), []
+    for name, records in found.items():
         for record in records:
             (y, y_low, y_high), (x, x_low, x_high) = record["change"]["accuracy"], record["change"]["length"]
             axes.errorbar(x, y, xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]], fmt="o", markersize=4, linewidth=1, color=colour(name), capsize=2)
-        centre = [np.mean([record["change"][key][0] for record in records]) for key in ("length", "accuracy")]
-        axes.annotate(name, centre, textcoords="offset points", xytext=(7, 5), fontsize=8, color=colour(name))
+        labels.append([np.mean([record["change"][key][0] for record in records]) for key in ("accuracy", "length")] + [name])
+    axes.plot(0, 0, "o", color="black")
+    axes.annotate("before", (0, 0), textcoords="offset points", xytext=(-5, 6), ha="right", fontsize=8)
+    low, high = axes.get_ylim()
+    place = -np.inf
+    for y, x, name in sorted(labels):                                                       # from below, each at least a line above the one before
+        place = max(y, place + 0.055 * (high - low))
+        axes.annotate(name, (x, y), xytext=(x + 0.12 * abs(axes.get_xlim()[0]), place), va="center", fontsize=8, color=colour(name),
+                      arrowprops=dict(arrowstyle="-", linewidth=0.5, color=colour(name), shrinkB=4))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("change of mean response length, percent")
