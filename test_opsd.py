@@ -1081,7 +1081,7 @@ def two_ranks(folder):
     # responses of a rank's own; a gradient that is not finite on one of them; equal prompts in bfloat16
     args = opsd.parse_args(["--dtype", "bfloat16", "--device", "cpu"])
     model, tokenizer = load_model(TINY, CPU)
-    rollouts = rollout.make_rollouts(make_sampler(model, tokenizer, args), tokenizer, embedded_problems(1, 0) * 8, args, 0)
+    rollouts = rollout.make_rollouts(make_sampler(model, tokenizer, args), tokenizer, embedded_problems(1, 0, False, 1.0) * 8, args, 0)
     seen["responses"] = [r.response_ids for r in rollouts]
     teacher = opsd.frozen_copy(model)
     ranks.prepare(model, args, CPU), ranks.prepare(teacher, args, CPU, low=True)
@@ -1108,7 +1108,7 @@ def pair(tokenizer, tmp_path_factory):
         make_tied(tokenizer, folder / "tied")
         process = subprocess.Popen(torchrun(__file__, str(folder)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
         try:
-            said = process.communicate(timeout=300)[0]
+            said = process.communicate(timeout=1200)[0]
         finally:
             process.terminate()                                                         # a hang: torchrun ends its ranks
         assert process.returncode == 0, said[-3000:]
@@ -1147,7 +1147,7 @@ def test_two_ranks_train_as_one(name, pair):
 
 def test_two_ranks_draw_their_own_and_agree_on_everything_else(pair):
     folder, seen = pair
-    assert seen[0]["responses"] == seen[1]["responses"] and seen[0]["responses"][0] != seen[0]["responses"][1]       # the first of either rank
+    assert seen[0]["responses"] == seen[1]["responses"] and seen[0]["responses"][0::2] != seen[0]["responses"][1::2]   # dealt to the two in turns
     assert [s["skipped"] for s in seen] == [[True, False, True]] * 2                    # one rank's gradient was not finite: neither steps
     assert [s["equal"] for s in seen] == [[0.0, 0.0]] * 2                               # equal prompts: teacher and student compute the very same
 
