@@ -7,7 +7,7 @@ import os
 import re
 
 from common import HERE, add_run_flags, check_out, load_model, make_parser, positive, set_up, write_json
-from data import CONTEXTS, EMBEDDED_CONTEXTS, embedded_problems, read_steps
+from data import CONTEXTS, EMBEDDED_CONTEXTS, HARD_SHARE, embedded_problems, read_steps
 from opsd import opsd_loss, teacher_rows
 from rollout import add_sampling_flags, choose_backend, grade_rollouts, make_rollouts, make_sampler
 from verify import Verifier
@@ -30,7 +30,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("measurement")
     group.add_argument("--context", default="solution", choices=EMBEDDED_CONTEXTS)
     group.add_argument("--problems", type=int, default=512, help="held-out problems, one response each")
-    group.add_argument("--hard", type=float, default=0.5, help="share of hard problems")
+    group.add_argument("--hard", type=float, default=HARD_SHARE, help="share of hard problems")
     group.add_argument("--reinject", type=int, default=0, help="as in opsd.py")
     args = parser.parse_args(argv)
     positive(parser, args, "problems", "max_new_tokens", "sample_batch")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Every table and figure of the README from a fresh clone: three seeds of training and evaluation problems on the committed tiny/sft and
-# tiny/rlvr. Interrupted, it goes on where it was: a run or an evaluation whose output exists is skipped.
+# tiny/rlvr. Interrupted, it goes on where it was: a run or an evaluation whose output exists in runs/table is skipped.
 #     bash reproduce.sh                         # two jobs of one thread each; README says how long it takes
 #     SEEDS="1 2 3" JOBS=4 bash reproduce.sh    # other seeds, more cores
 set -euo pipefail
 cd "$(dirname "$0")"
 export SEEDS=${SEEDS:-"101 102 103"} JOBS=${JOBS:-2}
-mkdir -p results/metrics results/evaluations runs/table
+mkdir -p results/metrics results/evaluations results/kl_by_position runs/table
 
 run() {         # script, name, seed, flags: one training run; its log is kept in results/metrics
     local out=runs/table/$2-$3
@@ -16,9 +16,10 @@ run() {         # script, name, seed, flags: one training run; its log is kept i
 }
 
 evaluate() {    # name, seed, flags of eval.py; a name of a run stands for its checkpoint
-    local out=results/evaluations/$1-$2.json
+    local out=runs/table/$1-$2.json
     [ -f "$out" ] || { echo "== evaluation $1, seed $2"
         python eval.py --seed "$2" --threads 1 --problems 1024 --samples 2 --out "$out" "${@:3}" > "runs/table/$1-$2.txt" 2>&1 || { echo "failed: evaluation $1, seed $2"; exit 255; }; }
+    cp "$out" results/evaluations/
 }
 export -f run evaluate
 
@@ -54,6 +55,7 @@ done | xargs -P "$JOBS" -L 1 bash -c 'evaluate "$@"' _
 python table.py --seeds $SEEDS --readme
 files() { for seed in $SEEDS; do echo "${1/SEED/$seed}"; done; }
 python plot.py plane $(files results/evaluations/filters-SEED.json) --out results/figure1
-python plot.py position $(files runs/table/all-SEED/kl_by_position.jsonl) --out results/figure2
+for seed in $SEEDS; do cp "runs/table/all-$seed/kl_by_position.jsonl" "results/kl_by_position/all-$seed.jsonl"; done
+python plot.py position $(files results/kl_by_position/all-SEED.jsonl) --out results/figure2
 python plot.py trajectory $(files results/metrics/correct-SEED.jsonl) $(files results/metrics/incorrect-SEED.jsonl) --out results/figure3
 python plot.py shift $(files results/evaluations/filters-SEED.json) --out results/figure4
