@@ -14,10 +14,12 @@ import sys
 import types
 
 
+joined = False          # not torch.distributed.is_initialized(): an engine of vLLM in this process initialises it as well
+
+
 def distributed():
     """Whether torchrun started this process, also if it is the only one: the model is then in pieces, be it a single one."""
-    import torch.distributed as dist
-    return dist.is_available() and dist.is_initialized()
+    return joined
 
 
 def rank_and_world():
@@ -31,11 +33,13 @@ def start(device):
     import datetime
     import torch
     import torch.distributed as dist
+    global joined
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():                           # the time that one rank may sample, or wait for one that does; a rank that dies is noticed at once
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=3))
+    joined = True
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
     return device
@@ -43,9 +47,11 @@ def start(device):
 
 def stop():
     """The end of a script: without it NCCL complains."""
-    if distributed():
+    global joined
+    if joined:
         import torch.distributed as dist
         dist.destroy_process_group()
+        joined = False
 
 
 def share(items):

@@ -418,7 +418,7 @@ def vllm(monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")                                   # GB; the CPU build would take a share of the machine's memory
     if not rollout.import_vllm().platforms.current_platform.device_type:
         pytest.skip("vllm has no device here")
-    yield ["--backend", "vllm", "--vllm-eager"]
+    yield ["--backend", "vllm", "--vllm-eager", "--dtype", "float32"]
     gc.collect()                                                                        # the engine's memory
 
 
@@ -512,7 +512,7 @@ def test_script_trains_and_resumes_with_vllm(script, argv, tmp_path, vllm, crash
 
 def test_eval_with_vllm_counts_what_it_does_with_transformers(model, tokenizer, tmp_path, vllm):
     with torch.no_grad():
-        model.get_output_embeddings().weight[5:50] *= 0.5                               # a second checkpoint, on the first one's engine
+        model.get_output_embeddings().weight[5:50] *= -1                                # a second checkpoint, on the first one's engine
     common.save_model(str(tmp_path / "second"), model, tokenizer)
     saved = []
     for name, flags in (("a", vllm), ("b", [])):
@@ -949,7 +949,7 @@ def test_resume_skips_damaged_states_and_refuses_another_experiment(tmp_path, cr
     with pytest.raises(crash):
         opsd.main(argv)
     monkeypatch.undo()
-    for other, complaint in ((["--lr", "1e-5"], "--lr 0.0001 then, 1e-05 now"), (["--hard", "0.7"], "--hard 0.6 then, 0.7 now"), (["--filter", "correct"], "--filter all then, correct now")):
+    for other, complaint in ((["--lr", "1e-5"], "--lr 0.0001 then, 1e-05 now"), (["--hard", "0.6"], "--hard 0.7 then, 0.6 now"), (["--filter", "correct"], "--filter all then, correct now")):
         with pytest.raises(SystemExit):
             opsd.main(argv + other + ["--resume"])
         error = capsys.readouterr().err
