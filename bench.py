@@ -100,7 +100,7 @@ LOSS_NAMES = dict(ours="ours: backward chunk by chunk", naive="naive: full logit
                   trl_logits="TRL experimental.sdft, full_logits", trl_chunked="TRL DistillationTrainer, chunked")
 
 
-def measure_loss(variant, tokens, vocabulary, width, dtype, rows=1):
+def measure_loss(variant, tokens, vocabulary, width, dtype):
     import torch
     from rollout import Rollout
     torch.manual_seed(0)
@@ -125,14 +125,6 @@ def measure_loss(variant, tokens, vocabulary, width, dtype, rows=1):
 # ---------------------------------------------------------------------------------------------------------------------
 # A whole update: student forward and backward, teacher forward, clipping, AdamW.
 
-def some_rollouts(rng, count, vocabulary):
-    """`count` rollouts of random ids and their teacher rows: prompts of 80 tokens, the teacher's of 280, responses of 40 to 640, mixed."""
-    from rollout import Rollout
-    ids = lambda n: rng.integers(5, vocabulary, n).tolist()
-    rollouts = [Rollout(None, ids(80), ids(int(n))) for n in rng.permutation([round(40 * 16 ** (i / (count - 1))) for i in range(count)])]
-    return rollouts, [(ids(200) + r.prompt_ids, r.response_ids) for r in rollouts]
-
-
 def saved_model(name):
     """(model, tokenizer) with a directory of their own, as trainers and engines want: the embedded one, or random weights of the SmolLM2 shape."""
     import tempfile
@@ -147,19 +139,19 @@ def saved_model(name):
     return load_model(path, cpu)
 
 
-def step_rollouts(model, config, count=96):
-    """The rollouts of the comparison: of the embedded model its own kind, `count` of 20 to 120 tokens; of the SmolLM2 shape 8 longer ones."""
+def step_rollouts(model, config, count):
+    """Rollouts of random ids and their teacher rows. embedded: `count`, prompts of 60 tokens, the teacher's of 120, responses of 20 to 120, mixed.
+    smollm2: 8, prompts of 80 tokens, the teacher's of 280, responses of 40 to 640, mixed."""
     import numpy as np
-    rng = np.random.default_rng(0)
-    if model == "smollm2":
-        return some_rollouts(rng, 8, config.vocab_size)
     from rollout import Rollout
+    rng = np.random.default_rng(0)
     ids = lambda n: rng.integers(5, config.vocab_size, n).tolist()
-    rollouts = [Rollout(None, ids(60), ids(int(n))) for n in rng.integers(20, 121, count)]
-    return rollouts, [(ids(60) + r.prompt_ids, r.response_ids) for r in rollouts]
+    prompt, context, lengths = (60, 60, rng.integers(20, 121, count)) if model == "embedded" else (80, 200, rng.permutation([round(40 * 16 ** (i / 7)) for i in range(8)]))
+    rollouts = [Rollout(None, ids(prompt), ids(int(n))) for n in lengths]
+    return rollouts, [(ids(context) + r.prompt_ids, r.response_ids) for r in rollouts]
 
 
-def matrix_flops(config, rollouts, rows, unused_head_rows=0):
+def matrix_flops(config, rollouts, rows):
     """Floating-point operations of an update's matrix products: 2 x weights x tokens forward, twice that backward; head at response tokens only.
 
     Attention's own products (2 x 2 x width x keys a token and layer, forward, over the causal half) are included.
@@ -245,12 +237,12 @@ def trl_update(student, tokenizer, optimizer, rollouts, rows, batch):
 # Sampling at temperature 1: the embedded model, 256 prompts, responses that end when they like; the SmolLM2 shape, 64 responses of 256 tokens.
 
 def measure_sampling(variant, model):
+    import numpy as np
     import torch
     from transformers import GenerationConfig
     import opsd
-    from rollout import cut, make_sampler
-    import numpy as np
     from data import embedded_problems, render_prompt
+    from rollout import cut, make_sampler
     name, (model, tokenizer) = model, saved_model(model)
     if name == "embedded":
         prompts, cap = [render_prompt(tokenizer, p) for p in embedded_problems(256, 0)], 160
@@ -268,7 +260,7 @@ def measure_sampling(variant, model):
             return [cut(row, [tokenizer.eos_token_id]) for row in out[:, width:].tolist()]
     else:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")                            # GB
-        sampler = make_sampler(model, tokenizer, opsd.parse_args(["--backend", variant]))
+        sampler = make_sampler(model, tokenizer, opsd.parse_args(["--backend", variant, "--dtype", "float32"]))
         run = lambda cap: sampler.sample(prompts, cap, seed=1)
     run(8)                                                      # warms up
     results = []

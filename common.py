@@ -107,7 +107,7 @@ def load_model(path, device, dtype="float32"):
     from transformers import AutoModelForCausalLM
     _, tokenizer = load_tokenizer(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
     except Exception as error:                              # a wrong id, no network, pickle-only weights, custom code: one line is enough
         fail(f"--model {path}: {' '.join(str(error).split())[:300]}")
     if stop_ids(model, tokenizer) == []:
@@ -160,7 +160,7 @@ def save_model(path, model, tokenizer):
     if ranks.rank_and_world()[0]:
         return
     try:
-        model.save_pretrained(temporary, **(dict(state_dict=state) if ranks.distributed() else {}))
+        model.save_pretrained(temporary, state_dict=state)
         tokenizer.save_pretrained(temporary)
     except Exception as error:                              # safetensors has an exception of its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)

@@ -30,15 +30,14 @@ def qwen3(name):
 
 
 def sizes(config):
-    """Numbers of parameters: (all, one block, the other ones of the body: embedding and last norm, the head), and whether head and embedding are one matrix."""
+    """Numbers of parameters: all, one block, the other ones of the body (embedding and last norm), the head."""
     import torch
     from transformers import AutoModelForCausalLM
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     count = lambda module: sum(p.numel() for p in module.parameters())
     blocks = [module for module in model.base_model.modules() if type(module).__name__ in model._no_split_modules]
-    head, tied = model.get_output_embeddings(), model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    return count(model), max(map(count, blocks)), count(model.base_model) - sum(map(count, blocks)), count(head), tied
+    return count(model), max(map(count, blocks)), count(model.base_model) - sum(map(count, blocks)), count(model.get_output_embeddings())
 
 
 def estimate(config, gpus, tokens, chunk=32, dtype="bfloat16", teacher="frozen", checkpointing=False, offload=False, sampler=True, pieces=True):
@@ -47,7 +46,7 @@ def estimate(config, gpus, tokens, chunk=32, dtype="bfloat16", teacher="frozen",
     tokens: of the longest micro-batch, padding included. chunk: millions of logits. teacher: "" = none, "frozen" (any that is only copied), "ema". sampler: a whole copy for the
     transformers backend, which several ranks need. pieces: under torchrun (also with one GPU); else the plain model, and no copy for the sampler.
     """
-    parameters, block, rest, head, tied = sizes(config)
+    parameters, block, rest, head = sizes(config)
     layers, width, vocabulary, b = config.num_hidden_layers, config.hidden_size, config.vocab_size, 2 if dtype == "bfloat16" else 4
     head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim

@@ -30,7 +30,7 @@ import time
 
 from common import HERE, Run, add_run_flags, check_out, deal, fail, load_model, load_tokenizer, make_parser, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up, token_chunks
 from data import CONTEXTS, add_data_flags, add_held_out_flags, load_held_out, load_problems, plain, problem_batch, render_prompt, require_thinking_switch
-from ranks import distributed, full_state, gather, load_full_state, open_head, prepare
+from ranks import full_state, gather, load_device, load_full_state, open_head, prepare
 from rollout import Rollout, add_context_flags, add_sampling_flags, choose_backend, drop_long, grade_rollouts, logprob_gap, make_rollouts, make_sampler, make_writer
 from verify import Verifier
 
@@ -271,7 +271,7 @@ def main(argv=None):
     problems, held_out = load_held_out(args, problems)
     if args.dry_run:
         return plan(args, device, problems)
-    model, tokenizer = load_model(args.model, torch.device("cpu") if distributed() else device)        # in float32; several ranks move pieces
+    model, tokenizer = load_model(args.model, load_device(device))                # in float32
     require_thinking_switch(tokenizer, args.thinking == "on")
     teacher = frozen_copy(model)
     prepare(model, args, device)

@@ -12,7 +12,7 @@ Run: two ranks of gloo on CPUs. Not run: CUDA with NCCL, several machines.
 import os
 import sys
 import types
-
+from itertools import zip_longest
 
 joined = False          # not torch.distributed.is_initialized(): an engine of vLLM in this process initialises it as well
 
@@ -61,14 +61,15 @@ def share(items):
 
 
 def gather(items):
-    """The whole list from every rank's `share`, in the order before sharing. Every rank must call it; the items are pickled."""
+    """The whole list from every rank's `share`, in the order before sharing; lists of any other lengths in turns. Every rank must call it; the items are pickled."""
     world = rank_and_world()[1]
     if world == 1:
         return items
     import torch.distributed as dist
     shares = [None] * world
     dist.all_gather_object(shares, items)
-    return [shares[i % world][i // world] for i in range(sum(map(len, shares)))]
+    nothing = object()
+    return [item for turn in zip_longest(*shares, fillvalue=nothing) for item in turn if item is not nothing]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,6 +130,12 @@ def load_full_optimizer(optimizer, state):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A model that trains, or teaches
+
+def load_device(device):
+    """Where to load a model that `prepare` gets next: several ranks cut it up in host memory and move the pieces."""
+    import torch
+    return torch.device("cpu") if distributed() else device
+
 
 def recomputed(block, *args, **kwargs):
     """The forward of a block whose activations are computed again in the backward pass. Sampling, without gradients, is as before.

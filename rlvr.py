@@ -9,7 +9,7 @@
    trainer's own log-probabilities before the first update, and clipped to [1 - clip-low, 1 + clip-high].
 5. --kl adds KL(student || start), estimated per token by exp(d) - d - 1 with d = log start - log student. Off by default.
 
-    python rlvr.py --out tiny/rlvr                                                  # the embedded model, about three minutes on two cores
+    python rlvr.py --out tiny/rlvr                                                  # the embedded model, about two minutes
     python rlvr.py --model MODEL --data train.jsonl --lr 1e-6 --max-new-tokens 8192 --out runs/rlvr
 """
 import math
@@ -18,7 +18,7 @@ import time
 
 from common import HERE, Run, add_run_flags, check_out, deal, fail, load_model, load_tokenizer, make_parser, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up, token_chunks
 from data import add_data_flags, add_held_out_flags, load_held_out, load_problems, problem_batch, render_prompt, require_thinking_switch
-from ranks import distributed, gather, open_head, prepare
+from ranks import gather, load_device, open_head, prepare
 from rollout import add_sampling_flags, choose_backend, drop_long, grade_rollouts, logprob_gap, make_rollouts, make_sampler
 from verify import Verifier
 
@@ -146,7 +146,7 @@ def main(argv=None):
         config, tokenizer = load_tokenizer(args.model)
         prompt = render_prompt(tokenizer, problem_batch(problems, 0, 1, args.seed)[0], "", args.thinking == "on")
         return dry_run(args, config, device, tokenizer, dict(prompt=prompt), len(prompt) + args.max_new_tokens, "frozen" if args.kl else "")
-    model, tokenizer = load_model(args.model, torch.device("cpu") if distributed() else device)        # in float32; several ranks move pieces
+    model, tokenizer = load_model(args.model, load_device(device))                # in float32
     require_thinking_switch(tokenizer, args.thinking == "on")
     initial = copy.deepcopy(model).requires_grad_(False) if args.kl else None
     prepare(model, args, device)

@@ -188,7 +188,7 @@ class VllmSampler:
     def push(self, model):
         """On several ranks all must call it, and so `sample`: the engines get whole tensors, one after the other."""
         import torch
-        tensors = ((name, full(weight.detach()).to(getattr(torch, self.dtype, weight.dtype))) for name, weight in model.named_parameters(remove_duplicate=False))
+        tensors = ((name, full(weight.detach()).to(getattr(torch, self.dtype))) for name, weight in model.named_parameters(remove_duplicate=False))
         self.engine["llm"].collective_rpc("reload_weights", kwargs=dict(weights_iterator=tensors))
         self.engine["llm"].reset_prefix_cache()                                         # or the next prompts read keys and values of the old weights
         self.engine["holds"] = model
@@ -322,7 +322,7 @@ def make_writer(sampler, tokenizer, args, seed):
         ids = [chat_ids(tokenizer, plain(tokenizer, prompt), args.context_thinking == "on") for prompt in share(prompts)]
         fits = [i for i, row in enumerate(ids) if not sampler.limit or len(row) + args.context_tokens <= sampler.limit]
         texts = [None] * len(ids)
-        samples = sampler.sample([ids[i] for i in fits], args.context_tokens, args.temperature, args.top_p, args.top_k, rank_seed(seed))
+        samples = sampler.sample([ids[i] for i in fits], args.context_tokens, args.temperature, args.top_p, args.top_k, rank_seed(seed)) if gather(fits) else []
         for i, (response, finished) in zip(fits, samples):
             text = tokenizer.decode(response[:-1]).rpartition("</think>")[2].strip()
             texts[i] = text if finished and text else None

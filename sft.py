@@ -7,7 +7,7 @@
 3. With --model and --data a real model is fine-tuned on "<think> solution </think> \\boxed{answer}".
 4. The loss is the mean over all response tokens of the step, computed from hidden states at response positions only.
 
-    python sft.py --out tiny/sft                                                    # the embedded model, about 8 minutes
+    python sft.py --out tiny/sft                                                    # the embedded model, about six minutes
     python sft.py --model MODEL --data train.jsonl --lr 1e-5 --steps 50 --out runs/sft
 """
 import math
@@ -15,7 +15,7 @@ import time
 
 from common import Run, add_run_flags, check_out, deal, fail, load_model, load_tokenizer, make_parser, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up, stop_ids
 from data import CONTEXTS, EMBEDDED_CONTEXTS, add_data_flags, load_problems, reference_trace, render_prompt
-from ranks import distributed, gather, open_head, prepare
+from ranks import gather, load_device, open_head, prepare
 
 
 def parse_args(argv=None):
@@ -137,9 +137,8 @@ def main(argv=None):
         config, tokenizer = load_tokenizer(args.model) if args.model else (lambda model, tokenizer: (model.config, tokenizer))(*build_tiny(args.seed))
         rows = [real_row(tokenizer, p, tokenizer.eos_token_id) if args.data else embedded_row(tokenizer, p, np.random.default_rng(0)) for p in problems[:1000]]
         return dry_run(args, config, device, tokenizer, dict(prompt=rows[0][0]), max(len(p) + len(r) for p, r in rows), "")
-    at = torch.device("cpu") if distributed() else device                                       # several ranks move pieces
-    model, tokenizer = load_model(args.model, at) if args.model else build_tiny(args.seed)      # in float32
-    model.to(at).eval()
+    model, tokenizer = load_model(args.model, load_device(device)) if args.model else build_tiny(args.seed)      # in float32
+    model.to(load_device(device)).eval()
     prepare(model, args, device)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stop_ids(model, tokenizer)[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)

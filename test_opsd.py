@@ -616,6 +616,8 @@ def test_writer_counts_truncated_and_oversized_contexts_as_failed(tiny, tokenize
     assert isinstance(texts[0], str) and texts[1] is None
     args.context_tokens = 1
     assert make_writer(sampler, tokenizer, args, seed=0)(prompts) == [None, None]
+    sampler.sample = None                                                               # an engine is not asked for nothing
+    assert make_writer(sampler, tokenizer, args, seed=0)(prompts[1:]) == [None] and make_writer(sampler, tokenizer, args, seed=0)([]) == []
     rollouts = [Rollout(embedded_problems(1, 1)[0], [], [1] * 10), Rollout(embedded_problems(1, 1)[0], [], [1] * 2100)]
     kept, rows, failed = opsd.teacher_rows(tokenizer, rollouts * 2, ["a", "a", None, None], args, sampler.limit)
     assert kept == [rollouts[0]] and len(rows) == 1 and failed == 3
@@ -1083,6 +1085,7 @@ def two_ranks(folder):
     model, tokenizer = load_model(TINY, CPU)
     rollouts = rollout.make_rollouts(make_sampler(model, tokenizer, args), tokenizer, embedded_problems(1, 0, False, 1.0) * 8, args, 0)
     seen["responses"] = [r.response_ids for r in rollouts]
+    seen["turns"] = ranks.gather([[0], [1, 1, 1]][ranks.rank_and_world()[0]])
     teacher = opsd.frozen_copy(model)
     ranks.prepare(model, args, CPU), ranks.prepare(teacher, args, CPU, low=True)
     given = some_rollouts(tokenizer, 3)
@@ -1148,6 +1151,7 @@ def test_two_ranks_train_as_one(name, pair):
 def test_two_ranks_draw_their_own_and_agree_on_everything_else(pair):
     folder, seen = pair
     assert seen[0]["responses"] == seen[1]["responses"] and seen[0]["responses"][0::2] != seen[0]["responses"][1::2]   # dealt to the two in turns
+    assert [s["turns"] for s in seen] == [[0, 1, 1, 1]] * 2                             # lists of different lengths
     assert [s["skipped"] for s in seen] == [[True, False, True]] * 2                    # one rank's gradient was not finite: neither steps
     assert [s["equal"] for s in seen] == [[0.0, 0.0]] * 2                               # equal prompts: teacher and student compute the very same
 
