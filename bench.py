@@ -4,9 +4,11 @@
     python bench.py step            # a whole update on fixed rollouts: ours, TRL's closest trainer, the matrix-product floor
     python bench.py sampling        # rollout.py with transformers, and with vLLM where it is installed, against bare generate
     python bench.py growth          # time and memory against response tokens, vocabulary and rows: fitted exponents
+    python bench.py job             # where the time of `python opsd.py --filter correct` goes
 
 Time is that of one pass after a smaller one for warming up. Memory is the peak of the process during that pass, above what it held before it
-(weights and inputs). All variants of one question get the same numbers and must give the same gradient, which is checked.
+(weights and inputs). All variants of one question get the same numbers and must give the same gradient, which is checked, and huge pages, which our
+scripts ask for; `step` shows what they bring.
 """
 import argparse
 import json
@@ -269,9 +271,46 @@ def measure_sampling(variant, model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The main job, from the first import to the closing table. Each part is a function, timed where it is called.
+
+JOB = {"sampling": ("opsd.make_rollouts", "eval.make_rollouts"), "grading": ("opsd.grade_rollouts", "eval.grade_rollouts"), "losses and gradients": ("opsd.accumulate_gradients",),
+       "clipping and AdamW": ("opsd.optimizer_step",), "loading": ("opsd.load_problems", "opsd.load_held_out", "opsd.load_model"),
+       "rendering of prompts": ("opsd.teacher_rows", "opsd.drop_long"), "logs and the saved model": ("opsd.log_step", "opsd.save_model", "opsd.Run.save_state"), "intervals and tables": ("eval.compare",)}
+
+
+def measure_job(threads):
+    import contextlib
+    import importlib
+    import tempfile
+    start = time.perf_counter()
+    import opsd
+    import torch
+    import transformers.models.llama.modeling_llama                                         # the scripts import it late, when they load
+    parts = {"imports of torch and transformers": time.perf_counter() - start} | dict.fromkeys(JOB, 0.0)
+
+    def timed(part, function):
+        def call(*args, **kwargs):
+            begun = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                parts[part] += time.perf_counter() - begun
+        return call
+    for part, names in JOB.items():
+        for name in names:
+            module, *owner, name = name.split(".")
+            owner = getattr(importlib.import_module(module), owner[0]) if owner else importlib.import_module(module)
+            setattr(owner, name, timed(part, getattr(owner, name)))
+    with contextlib.redirect_stdout(sys.stderr):
+        opsd.main(["--filter", "correct", "--threads", str(threads), "--overwrite", "--out", tempfile.mkdtemp()])
+    seconds = time.perf_counter() - start
+    return dict(seconds=seconds, memory=opsd.peak_memory(torch.device("cpu")), **parts, **{"all else": seconds - sum(parts.values())})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
-MEASURES = dict(loss=measure_loss, step=measure_step, sampling=measure_sampling)
+MEASURES = dict(loss=measure_loss, step=measure_step, sampling=measure_sampling, job=measure_job)
 
 
 def measured(what, cases, args):
@@ -326,6 +365,7 @@ def loss(args):
 def step(args):
     for model, batches in (("smollm2", (1, 8)), ("embedded", (8, 32))):
         cases = {"ours": dict(variant="ours", model=model)} | {f"TRL SDFTTrainer, {b} rows a batch": dict(variant=f"trl{b}", model=model) for b in batches}
+        cases |= {f"{name}, small pages": case | dict(huge_pages=False) for name, case in list(cases.items())[:2]}
         results = measured("step", cases, args)
         same_gradient(results, 1e-2)
         first, floor = results["ours"], min(r["floor"] for r in results.values())     # by the best rate that any of the processes saw
@@ -358,9 +398,16 @@ def growth(args):
     table(["what grows", "values", "exponent of time", "peak memory, MB", "exponent of memory"], lines)
 
 
+def job(args):
+    parts = measured("job", {"opsd.py --filter correct": dict(threads=args.threads)}, args)["opsd.py --filter correct"]
+    whole = parts.pop("seconds")
+    print(f"\nthe main job, {args.threads} threads, median of {args.rounds}: {whole:.0f} s, peak {parts.pop('memory'):,.0f} MB")
+    table(["part", "seconds", "share"], [(name, f"{value:.1f}", f"{value / whole:.0%}") for name, value in parts.items()])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["loss", "step", "sampling", "growth"])
+    parser.add_argument("what", choices=["loss", "step", "sampling", "growth", "job"])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant, of which the median is shown")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="loss: response tokens")
@@ -370,9 +417,11 @@ def main():
     args = parser.parse_args()
     if not args.case:
         return globals()[args.what](args)
+    case = json.loads(args.case)
+    os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(case.pop("huge_pages", True)))         # read once, at torch's first large tensor
     import torch
     torch.set_num_threads(args.threads)
-    print(json.dumps(MEASURES[args.what](**json.loads(args.case))))
+    print(json.dumps(MEASURES[args.what](**case)))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def set_up(args):
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and value < 0:
             fail(f"--{name.replace('_', '-')} {value}: must not be negative")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # before torch: large tensors on a CPU in huge pages, or most of an exp's time is the kernel's, zeroing 4 KB at a time
     import torch
     import transformers
     transformers.logging.set_verbosity_error()

@@ -151,7 +151,7 @@ def opsd_loss(student, teacher, rollouts, teacher_rows, weights, divergence="rev
     """
     import torch
     rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
-    with torch.no_grad():
+    with torch.inference_mode():
         teacher_hidden = response_hidden(teacher, teacher_rows)                                             # (R, D)
     hidden = response_hidden(student, rows)                                                                 # (R, D)
     ids = response_targets(student, rows)                                                                   # (R,)
