@@ -196,10 +196,10 @@ def measure_step(variant, model, count=96):
             return optimizer_step(student, optimizer, args.clip)[0]
     else:
         update = trl_update(student, tokenizer, optimizer, rollouts, rows, int(variant.removeprefix("trl")))
-    norms = [update()]                                          # warms up
-    seconds, memory = peak_since(lambda: norms.append(update()))
+    norms, repeats = [update()], 1 if model == "smollm2" else 20          # the first warms up
+    seconds, memory = peak_since(lambda: norms.extend(update() for _ in range(repeats)))
     rate = matrix_rate(student.config.hidden_size, student.config.intermediate_size)
-    return dict(seconds=seconds, memory=memory, gradient=norms[-1], floor=matrix_flops(student.config, rollouts, rows) / rate,
+    return dict(seconds=seconds / repeats, memory=memory, gradient=norms[0], floor=matrix_flops(student.config, rollouts, rows) / rate,
                 tokens=sum(len(r.response_ids) for r in rollouts), gflops=rate / 1e9)
 
 
@@ -363,7 +363,7 @@ def loss(args):
 
 
 def step(args):
-    for model, batches in (("smollm2", (1, 8)), ("embedded", (8, 32))):
+    for model, batches in [(model, dict(smollm2=(1, 8), embedded=(8, 32))[model]) for model in args.models]:
         cases = {"ours": dict(variant="ours", model=model)} | {f"TRL SDFTTrainer, {b} rows a batch": dict(variant=f"trl{b}", model=model) for b in batches}
         cases |= {f"{name}, small pages": case | dict(huge_pages=False) for name, case in list(cases.items())[:2]}
         results = measured("step", cases, args)
@@ -377,7 +377,7 @@ def step(args):
 def sampling(args):
     from importlib.util import find_spec
     names = dict(bare="bare generate", transformers="rollout.py, transformers") | (dict(vllm="rollout.py, vLLM") if find_spec("vllm") else {})
-    for model in "embedded", "smollm2":
+    for model in args.models:
         results = measured("sampling", {name: dict(variant=variant, model=model) for variant, name in names.items()}, args)
         rate = {name: r["tokens"] / r["seconds"] for name, r in results.items()}
         print(f"\nsampling, {model} shape, float32, {args.threads} threads, median of {args.rounds}")
@@ -413,6 +413,7 @@ def main():
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="loss: response tokens")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="loss: of weights and hidden states")
     parser.add_argument("--variants", nargs="+", choices=list(LOSS_NAMES), help="loss: only these")
+    parser.add_argument("--models", nargs="+", choices=["smollm2", "embedded"], default=["smollm2", "embedded"], help="step and sampling: only these")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.case:
