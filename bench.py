@@ -53,15 +53,15 @@ def loss_variants():
     import torch.nn.functional as F
     from torch.utils.checkpoint import checkpoint
     from common import response_hidden, token_chunks
-    from opsd import kl, opsd_loss, token_weights
+    from opsd import kl, opsd_loss, read_rows, token_weights
 
     def hidden(student, teacher, rollouts, rows):
         with torch.no_grad():
             frozen = response_hidden(teacher, rows)
         return response_hidden(student, [(r.prompt_ids, r.response_ids) for r in rollouts]), frozen
 
-    def ours(student, teacher, rollouts, rows):
-        opsd_loss(student, teacher, rollouts, rows, token_weights(rollouts, "token"))
+    def ours(student, teacher, rollouts, rows, divergence="reverse_kl"):
+        opsd_loss(student, teacher, rollouts, read_rows(teacher, rows, 1)[0], token_weights(rollouts, "token"), divergence)
 
     def naive(student, teacher, rollouts, rows):
         s, t = hidden(student, teacher, rollouts, rows)
@@ -81,7 +81,7 @@ def loss_variants():
     def compiled(student, teacher, rollouts, rows):
         import opsd
         opsd.DIVERGENCES["compiled"] = opsd.DIVERGENCES.get("compiled") or torch.compile(opsd.reverse_kl, dynamic=True)
-        opsd_loss(student, teacher, rollouts, rows, token_weights(rollouts, "token"), "compiled")
+        ours(student, teacher, rollouts, rows, "compiled")
 
     def trl_logits(student, teacher, rollouts, rows):
         from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss

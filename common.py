@@ -192,7 +192,7 @@ def check_out(args):
 
 # A state holds everything that --resume needs, in one file: state-STEP-CHECKSUM.pt. The checksum in the name tells a damaged file.
 
-HARMLESS = {"overwrite", "resume", "state_every", "save_every", "eval_every", "give_up", "threads", "device", "micro_tokens", "chunk", "sample_batch", "checkpointing", "offload", "dry_run", "vllm_memory", "vllm_eager"}
+HARMLESS = {"overwrite", "resume", "state_every", "save_every", "eval_every", "give_up", "threads", "device", "micro_tokens", "teacher_tokens", "chunk", "sample_batch", "checkpointing", "offload", "dry_run", "vllm_memory", "vllm_eager"}
 
 
 def find_states(path):
@@ -367,15 +367,15 @@ def micro_batches(lengths, budget):
 def deal(lengths, budget):
     """The micro-batches of this rank, on one rank all: [(row indices, whether they count), ...].
 
-    Rows are dealt out by length, so that ranks have about equal work. One that gets fewer micro-batches than another runs the shortest row again
-    instead, not counted, since all ranks must run equally many.
+    Rows are dealt out by length, so that ranks have about equal work. One that gets fewer micro-batches than another runs its shortest row again
+    instead, or if it has none the shortest of all, not counted, since all ranks must run equally many.
     """
     rank, world = ranks.rank_and_world()
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     hands = [order[r::world] for r in range(world)]
     groups = [[[hand[i] for i in group] for group in micro_batches([lengths[i] for i in hand], budget)] for hand in hands]
     missing = max(map(len, groups)) - len(groups[rank])
-    return [(group, True) for group in groups[rank]] + [(order[-1:], False)] * missing
+    return [(group, True) for group in groups[rank]] + [((hands[rank] or order)[-1:], False)] * missing
 
 
 def response_hidden(model, rows):

@@ -8,7 +8,7 @@ import re
 
 from common import HERE, add_run_flags, check_out, load_model, make_parser, positive, set_up, write_json
 from data import CONTEXTS, EMBEDDED_CONTEXTS, HARD_SHARE, embedded_problems, read_steps
-from opsd import opsd_loss, teacher_rows
+from opsd import opsd_loss, read_rows, teacher_rows
 from rollout import add_sampling_flags, choose_backend, grade_rollouts, make_rollouts, make_sampler
 from verify import Verifier
 
@@ -65,6 +65,7 @@ def main(argv=None):
     check_out(args)
     device = set_up(args)
     choose_backend(args, device)
+    import torch
     problems = embedded_problems(args.problems, args.seed, True, args.hard)
     student, tokenizer = load_model(args.model, device, args.dtype)
     teacher, _ = load_model(args.teacher, device, args.dtype)
@@ -72,10 +73,11 @@ def main(argv=None):
     with Verifier() as verifier:
         grade_rollouts(verifier, rollouts)
     rollouts, rows, _ = teacher_rows(tokenizer, rollouts, CONTEXTS[args.context](rollouts, None), args, None)
-    measures = []
+    states, measures = read_rows(teacher, rows, 4096), []
     for i in range(0, len(rollouts), 32):                               # the loss itself is not wanted here, only what it measures
         part, weights = rollouts[i:i + 32], [[1.0] * len(r.response_ids) for r in rollouts[i:i + 32]]
-        measures += opsd_loss(student, teacher, part, rows[i:i + 32], weights)[1].split([len(r.response_ids) for r in part], 1)
+        hidden = torch.cat([states[j] for j in range(i, i + len(part))])
+        measures += opsd_loss(student, teacher, part, hidden, weights)[1].split([len(r.response_ids) for r in part], 1)
     table = by_kind(tokenizer, rollouts, measures)
     count = {outcome: sum(r.outcome == outcome for r in rollouts) for outcome in table}
     print(f"{args.model} against {args.teacher} reading {args.context}; reverse KL in nats")

@@ -15,6 +15,7 @@ import sys
 import types
 
 import ranks
+from opsd import PIECE
 
 # Shapes as transformers' Qwen3Config arguments, from the public config.json files of Qwen/Qwen3-1.7B, -4B and -8B.
 QWEN3 = {
@@ -40,11 +41,12 @@ def sizes(config):
     return count(model), max(map(count, blocks)), count(model.base_model) - sum(map(count, blocks)), count(model.get_output_embeddings())
 
 
-def estimate(config, gpus, tokens, chunk=32, dtype="bfloat16", teacher="frozen", checkpointing=False, offload=False, sampler=True, pieces=True):
+def estimate(config, gpus, tokens, read=0, chunk=32, dtype="bfloat16", teacher="frozen", checkpointing=False, offload=False, sampler=True, pieces=True):
     """Bytes on each GPU at the peak of a training step, by part; their sum is the peak.
 
-    tokens: of the longest micro-batch, padding included. chunk: millions of logits. teacher: "" = none, "frozen" (any that is only copied), "ema". sampler: a whole copy for the
-    transformers backend, which several ranks need. pieces: under torchrun (also with one GPU); else the plain model, and no copy for the sampler.
+    tokens: of the longest micro-batch, padding included. read: response tokens of the whole step, at which the teacher's states are kept. chunk: millions of logits.
+    teacher: "" = none, "frozen" (any that is only copied), "ema". sampler: a whole copy for the transformers backend, which several ranks need. pieces: under torchrun
+    (also with one GPU); else the plain model, and no copy for the sampler.
     """
     parameters, block, rest, head = sizes(config)
     layers, width, vocabulary, b = config.num_hidden_layers, config.hidden_size, config.vocab_size, 2 if dtype == "bfloat16" else 4
@@ -66,10 +68,13 @@ def estimate(config, gpus, tokens, chunk=32, dtype="bfloat16", teacher="frozen",
     if "qwen3" in config.model_type:                        # norms of queries and keys
         kept += norm(queries + keys)
     inside = 2 * b * config.intermediate_size + 8 * width   # gradients of one block's activations on their way
+    parts["teacher's states"] = read / gpus * width * stream if teacher else 0
     parts["activations"] = tokens * layers * (stream * width if checkpointing else kept) + tokens * width * 4 * b
 
     # Then either the loss of a chunk or the backward pass of a block is at its peak, whichever is larger.
-    logits = min(chunk * 1e6, tokens * vocabulary) * (32 if teacher else 16)   # float32 tensors of the chunk's size: log-probabilities, the divergence's terms, their gradients
+    logits = min(chunk * 1e6, tokens * vocabulary)
+    # opsd.py: both models' logits and the gradient, and float32 tensors of a piece's size: log-probabilities, the divergence's terms, their gradients. Else all of the chunk's size.
+    logits = logits * 3 * b + min(logits, PIECE * 1e6) * 32 if read else logits * 16
     if pieces:
         full_head = (4 + 4 + (b if b == 2 else 0) * 2) * head + (b * head if teacher else 0)
         gathered = 2 * b * block + b * block + 4 * block + 2 * b * rest + 4 * rest      # two blocks whole, one's gradient, and the same once more to be summed
@@ -84,14 +89,15 @@ def show(parts):
     return " + ".join(f"{name} {value / 1e9:.3g}" for name, value in parts.items() if value) + f" = {sum(parts.values()) / 1e9:.3g}"
 
 
-def dry_run(args, config, device, tokenizer, prompts, tokens, teacher):
-    """What --dry-run prints: prompts, a name each with its ids; the estimate for these flags and ranks. `tokens`: of the longest row; a micro-batch has at least one."""
+def dry_run(args, config, device, tokenizer, prompts, tokens, teacher, read=0):
+    """What --dry-run prints: prompts, a name each with its ids; the estimate for these flags and ranks. `tokens`: of the longest row; a micro-batch has at least one.
+    teacher, read: see `estimate`."""
     import torch
     for name, ids in prompts.items():
         print(f"{name}, {len(ids)} tokens:\n{tokenizer.decode(ids)}\n")
     tokens = max(tokens, args.micro_tokens)
     backend = getattr(args, "backend", None)                # sft.py samples nothing
-    parts = estimate(config, ranks.rank_and_world()[1], tokens, getattr(args, "chunk", math.inf), args.dtype, teacher, args.checkpointing, args.offload,
+    parts = estimate(config, ranks.rank_and_world()[1], tokens, read, getattr(args, "chunk", math.inf), args.dtype, teacher, args.checkpointing, args.offload,
                      sampler=backend == "transformers", pieces=ranks.distributed())
     card = f" of {torch.cuda.get_device_properties(device).total_memory / 1e9:.1f} GB" if device.type == "cuda" else ""
     print(f"peak of training, ranks {ranks.rank_and_world()[1]}, micro-batches of {tokens} tokens, each rank on {device}{card}; GB by part (memory.py):")
@@ -140,7 +146,7 @@ def check(runs=tuple((dtype, flags) for dtype in ("float32", "bfloat16") for fla
     print(f"{sizes(config)[0]:,} parameters, {tokens} tokens, chunks of {chunk} million logits, ranks {world}; MB")
     for dtype, flags in runs:
         args = opsd.parse_args(["--dtype", dtype, "--micro-tokens", str(tokens), "--chunk", str(chunk), *flags])
-        parts = estimate(config, world, tokens, chunk, dtype, checkpointing=args.checkpointing, sampler=False, pieces=ranks.distributed())
+        parts = estimate(config, world, tokens, 4 * world * (tokens // 2 - 16), chunk, dtype, checkpointing=args.checkpointing, sampler=False, pieces=ranks.distributed())
         counted = measure(config, args)
         ratios.append(sum(parts.values()) / counted)
         print(f"  {' '.join(['--dtype', dtype, *flags]):36s} estimate {sum(parts.values()) / 1e6:6.0f}  measured {counted / 1e6:6.0f}  ratio {ratios[-1]:.2f}   "
@@ -156,7 +162,7 @@ def table():
         for gpus in (1, 2, 4, 8):
             for flags in ([], ["--checkpointing"], ["--checkpointing", "--offload"]):
                 pieces = gpus > 1 or "--offload" in flags
-                parts = estimate(qwen3(name), gpus, 8192, checkpointing="--checkpointing" in flags, offload="--offload" in flags, sampler=False, pieces=pieces)
+                parts = estimate(qwen3(name), gpus, 8192, 32 * 8192, checkpointing="--checkpointing" in flags, offload="--offload" in flags, sampler=False, pieces=pieces)
                 peak = 1.15 * sum(parts.values()) + share * card + spare         # the check's largest error
                 if peak <= card:
                     break

@@ -61,6 +61,7 @@ def parse_args(argv=None):
     group.add_argument("--weight-decay", type=float, default=0.0)
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm")
     group.add_argument("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
+    group.add_argument("--teacher-tokens", type=int, default=0, help="padded tokens of a batch of the teacher's pass, which keeps nothing for a backward pass; 0 = as --micro-tokens")
     group.add_argument("--chunk", type=float, default=32, help="millions of logits (tokens x vocabulary) that exist at once; changes memory and speed, not the gradient")
     group.add_argument("--kl-by-position", type=int, default=0, help="write kl_by_position.jsonl in bins of this many tokens (figure 2); 0 = off")
     group.add_argument("--give-up", type=int, default=10, help="stop after this many steps in a row of which the filter keeps nothing")
@@ -135,43 +136,77 @@ def token_weights(rollouts, mean):
 
 
 def measure(s, t, ids):
-    """Reverse KL, forward KL, student entropy, teacher entropy, log-probability of the sampled id, of log-probabilities (C, V): (5, C), in nats, for the log."""
+    """Reverse KL, forward KL, student entropy, teacher entropy, log-probability of the sampled id, of log-probabilities (P, V): (5, P), in nats, for the log."""
     import torch
-    p, q, dot = s.exp(), t.exp(), lambda a, b: torch.einsum("cv,cv->c", a, b)
+    p, q, dot = s.exp(), t.exp(), torch.linalg.vecdot
     ps, pt, qs, qt = dot(p, s), dot(p, t), dot(q, s), dot(q, t)
     return torch.stack([ps - pt, qt - qs, -ps, -qt, s.gather(-1, ids[:, None])[:, 0]])
 
 
-def opsd_loss(student, teacher, rollouts, teacher_rows, weights, divergence="reverse_kl", beta=0.5, chunk=32):
+PIECE = 2           # million logits
+
+
+def chunk_loss(logits, teacher_logits, ids, correct, weights, divergence, beta):
+    """Sum over the C tokens of a chunk of weight x divergence: (loss, its gradient in the student's logits (C, V), measures (5, C)).
+
+    Elementwise work is done in pieces, P tokens each, that fit a CPU's cache and the memory that malloc keeps: a third of the loss's time there.
+    """
+    import torch
+    gradient, losses, measures = torch.empty_like(logits), [], []
+    size = max(1, int(PIECE * 1e6) // logits.shape[1])
+    for z, teacher_z, g, i, c, w in zip(*(tensor.split(size) for tensor in (logits.detach(), teacher_logits, gradient, ids, correct, weights))):
+        z.requires_grad_()                                                                                  # (P, V)
+        s = torch.log_softmax(z.float(), -1)                                                                # (P, V)
+        with torch.no_grad():
+            t = torch.log_softmax(teacher_z.float(), -1)                                                    # (P, V)
+            measures.append(measure(s, t, i))                                                               # (5, P)
+        loss = (DIVERGENCES[divergence](s, t, i, c, beta) * w).sum()
+        g.copy_(torch.autograd.grad(loss, z)[0])
+        losses.append(loss.detach())
+    return torch.stack(losses).sum().item(), gradient, torch.cat(measures, 1)
+
+
+def opsd_loss(student, teacher, rollouts, teacher_hidden, weights, divergence="reverse_kl", beta=0.5, chunk=32):
     """The loss of one micro-batch, its gradient added to the student's: (loss, measures (5, R), see `measure`).
 
-    student, teacher: models. rollouts: the student's rows. teacher_rows: the same response ids behind the teacher's prompts, see
-    teacher_row. weights: see token_weights. At most `chunk` million logits exist at a time: each chunk of tokens runs backward at once, into
-    the head and into its hidden states, whose gradients then go through the student's body together. Nothing is computed twice.
+    student, teacher: models. rollouts: the student's rows. teacher_hidden: (R, D), the teacher's states at the same response ids, see read_rows.
+    weights: see token_weights. At most `chunk` million logits exist at a time: each chunk of tokens runs backward at once, into the head and
+    into its hidden states, whose gradients then go through the student's body together. Nothing is computed twice.
     """
     import torch
     rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
-    with torch.inference_mode():
-        teacher_hidden = response_hidden(teacher, teacher_rows)                                             # (R, D)
-    hidden = response_hidden(student, rows)                                                                 # (R, D)
-    ids = response_targets(student, rows)                                                                   # (R,)
+    hidden, ids = response_hidden(student, rows), response_targets(student, rows)                           # (R, D), (R,)
     correct = torch.tensor([r.outcome == "correct" for r in rollouts for _ in r.response_ids], device=ids.device)   # (R,)
     flat = torch.tensor([w for row in weights for w in row], device=ids.device)                             # (R,)
     (student_head, hand_back), (teacher_head, _) = open_head(student), open_head(teacher)
     total, gradients, measures = 0.0, [], []
     for part in token_chunks(len(ids), student, chunk):
         leaf = hidden[part].detach().requires_grad_()                                                       # (C, D): C tokens of the chunk
-        s = torch.log_softmax(student_head(leaf).float(), -1)                                               # (C, V)
+        logits = student_head(leaf)                                                                         # (C, V)
         with torch.no_grad():
-            t = torch.log_softmax(teacher_head(teacher_hidden[part]).float(), -1)                           # (C, V)
-            measures.append(measure(s, t, ids[part]))                                                       # (5, C)
-        loss = (DIVERGENCES[divergence](s, t, ids[part], correct[part], beta) * flat[part]).sum()
-        loss.backward()
-        total += loss.item()
+            teacher_logits = teacher_head(teacher_hidden[part])                                             # (C, V)
+        loss, gradient, measured = chunk_loss(logits, teacher_logits, ids[part], correct[part], flat[part], divergence, beta)
+        logits.backward(gradient)
+        total += loss
         gradients.append(leaf.grad)
+        measures.append(measured)
     hand_back()
     hidden.backward(torch.cat(gradients))
     return total, torch.cat(measures, 1)
+
+
+def read_rows(teacher, rows, budget):
+    """The teacher's hidden states at the scored ids of this rank's `rows` (see teacher_row): {row number: (tokens, D)}, in batches of `budget` padded tokens.
+
+    All of the step's rows are read before any is trained on. Nothing is kept for a backward pass, so the batches may be larger than the student's.
+    """
+    import torch
+    states = {}
+    with torch.inference_mode():
+        for group, _ in deal([sum(map(len, row)) for row in rows], budget):
+            hidden = response_hidden(teacher, [rows[i] for i in group])                                     # (R, D)
+            states.update(zip(group, hidden.split([sum(map(len, rows[i][1::2])) for i in group])))
+    return states
 
 
 RECALL = "\n\nActually, I recall:\n{context}\nContinuing from this.\n\n"
@@ -211,12 +246,14 @@ def show_prompts(run, tokenizer, rollout, row, step):
 
 def accumulate_gradients(student, teacher, rollouts, teacher_rows, args):
     """The whole step's loss, with gradients added up over micro-batches and ranks: (loss, measures: one (5, tokens) a rollout, see `measure`)."""
+    import torch
     weights = token_weights(rollouts, args.mean)                                    # one denominator, before the loop
+    states = read_rows(teacher, teacher_rows, args.teacher_tokens or args.micro_tokens)
     loss, measures = 0.0, {}
     for group, counts in deal([sum(map(len, row)) for row in teacher_rows], args.micro_tokens):
         pick = lambda rows: [rows[i] for i in group]
         mine = [[w * counts for w in row] for row in pick(weights)]
-        part, part_measures = opsd_loss(student, teacher, pick(rollouts), pick(teacher_rows), mine, args.divergence, args.beta, args.chunk)
+        part, part_measures = opsd_loss(student, teacher, pick(rollouts), torch.cat(pick(states)), mine, args.divergence, args.beta, args.chunk)
         loss += part
         for i, row in zip(group if counts else (), part_measures.cpu().split([len(rollouts[i].response_ids) for i in group], 1)):
             measures[i] = row
@@ -256,7 +293,7 @@ def plan(args, device, problems):
     rollout = Rollout(problem_batch(problems, 0, 1, args.seed)[0], [])
     context = CONTEXTS[args.context]([rollout], lambda prompts: ["(what the teacher will have written)"] * len(prompts))[0]
     prompts = {f"{who}'s prompt": render_prompt(tokenizer, rollout.problem, text, args.thinking == "on") for who, text in (("student", ""), ("teacher", context))}
-    dry_run(args, config, device, tokenizer, prompts, len(prompts["teacher's prompt"]) + args.max_new_tokens, "ema" if args.teacher == "ema" else "frozen")
+    dry_run(args, config, device, tokenizer, prompts, len(prompts["teacher's prompt"]) + args.max_new_tokens, "ema" if args.teacher == "ema" else "frozen", args.batch * args.max_new_tokens)
 
 
 def main(argv=None):

@@ -67,9 +67,9 @@ def some_rollouts(tokenizer, count=6, seed=0):
     return rollouts
 
 
-def loss_and_gradient(model, teacher, rollouts, prompts, divergence="reverse_kl", mean="response", budget=10**9, chunk=10**9):
+def loss_and_gradient(model, teacher, rollouts, prompts, divergence="reverse_kl", mean="response", budget=10**9, chunk=10**9, teacher_budget=0):
     """The step's loss as opsd.py adds it up, and the flat gradient."""
-    args = opsd.parse_args(["--divergence", divergence, "--mean", mean, "--micro-tokens", str(budget), "--chunk", str(chunk * model.config.vocab_size / 1e6)])
+    args = opsd.parse_args(["--divergence", divergence, "--mean", mean, "--micro-tokens", str(budget), "--chunk", str(chunk * model.config.vocab_size / 1e6), "--teacher-tokens", str(teacher_budget)])
     model.zero_grad()
     rows = [opsd.teacher_row(p, r.response_ids) for p, r in zip(prompts, rollouts)]
     loss, measures = opsd.accumulate_gradients(model, teacher, rollouts, rows, args)
@@ -140,14 +140,16 @@ def test_empty_context_gives_zero_loss_and_zero_gradient(model, tokenizer):
 
 @pytest.mark.parametrize("divergence", list(opsd.DIVERGENCES))
 @pytest.mark.parametrize("mean", ["response", "token"])
-def test_chunks_micro_batches_padding_and_order_change_nothing(model, tokenizer, divergence, mean):
+def test_chunks_pieces_micro_batches_padding_and_order_change_nothing(model, tokenizer, divergence, mean, monkeypatch):
     rollouts = some_rollouts(tokenizer)
     prompts = teacher_prompts(tokenizer, rollouts)
     teacher = opsd.frozen_copy(model)
     loss, gradient = loss_and_gradient(model, teacher, rollouts, prompts, divergence, mean)
     shuffled = [rollouts[i] for i in (3, 0, 5, 1, 4, 2)], [prompts[i] for i in (3, 0, 5, 1, 4, 2)]
-    for rows, budget, chunk in [((rollouts, prompts), 10**9, 17), ((rollouts, prompts), 1, 10**9), ((rollouts, prompts), 300, 5), (shuffled, 250, 64)]:
-        other, other_gradient = loss_and_gradient(model, teacher, *rows, divergence, mean, budget, chunk)
+    cases = [((rollouts, prompts), 10**9, 17, 1, 5), ((rollouts, prompts), 1, 10**9, 10**9, 10**9), ((rollouts, prompts), 300, 5, 0, 1), (shuffled, 250, 64, 500, 100)]
+    for rows, budget, chunk, teacher_budget, piece in cases:
+        monkeypatch.setattr(opsd, "PIECE", piece * model.config.vocab_size / 1e6)
+        other, other_gradient = loss_and_gradient(model, teacher, *rows, divergence, mean, budget, chunk, teacher_budget)
         assert other == pytest.approx(loss, rel=1e-5)
         torch.testing.assert_close(other_gradient, gradient, rtol=1e-3, atol=1e-6)
 
@@ -224,7 +226,7 @@ def test_masks_come_from_lengths_so_a_final_eos_counts_even_if_pad_is_eos(model,
     model.lm_head.weight.data.mul_(0.5)                                             # less sure of itself, or the loss would round to 0
     # the eos position carries gradient: a loss on it alone moves the model, and prompt or padding tokens are not among the targets
     weights = [[0.0] * (len(r.response_ids) - 1) + [float(r.finished)] for r in rollouts]
-    loss, _ = opsd.opsd_loss(model, opsd.frozen_copy(model), rollouts, rows, weights, "rft")
+    loss, _ = opsd.opsd_loss(model, opsd.frozen_copy(model), rollouts, response_hidden(model, rows).detach(), weights, "rft")
     assert loss > 0 and model.lm_head.weight.grad[tokenizer.eos_token_id].abs().sum() > 0
 
 
@@ -233,7 +235,8 @@ def test_ids_reach_the_loss_as_sampled_even_if_text_would_tokenise_otherwise(mod
     assert tokenizer(tokenizer.decode(ids[:-1]), add_special_tokens=False).input_ids != ids[:-1]
     problem = embedded_problems(1, 0)[0]
     rollout = Rollout(problem, render_prompt(tokenizer, problem), ids, True, outcome="correct")
-    loss, _ = opsd.opsd_loss(model, opsd.frozen_copy(model), [rollout], [(rollout.prompt_ids, ids)], opsd.token_weights([rollout], "response"), "rft")
+    teacher_hidden = response_hidden(model, [(rollout.prompt_ids, ids)]).detach()
+    loss, _ = opsd.opsd_loss(model, opsd.frozen_copy(model), [rollout], teacher_hidden, opsd.token_weights([rollout], "response"), "rft")
     logprobs = model(torch.tensor([rollout.prompt_ids + ids])).logits[0].log_softmax(-1)
     expected = -sum(logprobs[len(rollout.prompt_ids) + i - 1, token] for i, token in enumerate(ids)) / len(ids)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
@@ -1029,7 +1032,7 @@ RANKS = {
     "rlvr": (rlvr, [*SHORT, "--temperature", "0", "--batch", "3", "--group", "4", "--updates", "2", "--kl", "0.1", "--micro-tokens", "500", "--lr", "1e-3"]),
     "sft": (sft, [*(flag for flag in SHORT if flag not in ("--eval-problems", "3")), "--batch", "5", "--micro-tokens", "300"]),
 }
-LEAN = {"opsd": ["--checkpointing", "--offload"], "tied": ["--offload"], "rlvr": ["--checkpointing"]}
+LEAN = {"opsd": ["--checkpointing", "--offload", "--teacher-tokens", "100000"], "tied": ["--offload"], "rlvr": ["--checkpointing"]}
 LOW = [*GREEDY, "--dtype", "bfloat16", "--lr", "1e-6", "--eval-problems", "0"]
 
 
