@@ -6,11 +6,12 @@
     python bench.py growth          # time and memory against response tokens, vocabulary and rows: fitted exponents
     python bench.py job             # where the time of `python opsd.py --filter correct` goes
 
-Time is that of one pass after a smaller one for warming up. Memory is the peak of the process during that pass, above what it held before it
-(weights and inputs). All variants of one question get the same numbers and must give the same gradient, which is checked, and huge pages, which our
-scripts ask for; `step` shows what they bring.
+Memory is the peak of the process during one pass, above what it held before (weights and inputs); time is that of the next pass. All variants of one
+question get the same numbers and must give the same gradient, which is checked; in all of them malloc keeps freed memory, as in our scripts
+(common.keep_freed_memory), where not said otherwise.
 """
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -19,19 +20,22 @@ import sys
 import time
 from statistics import median
 
-from common import HERE
+from common import HERE, keep_freed_memory
 
 QWEN = dict(vocabulary=151_936, width=1024)                     # Qwen3-0.6B's head; the 1.7B's is twice as wide
 SMOL = dict(vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
 
 
-def peak_since(work):
-    """(seconds, peak MB above what the process held before) of work()."""
+def time_and_peak(work):
+    """(seconds, peak MB above what the process held before) of work(): memory of a first pass, time of a second, for which the first has warmed up."""
     status = lambda key: int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
+    ctypes.CDLL(None).malloc_trim(0)                            # what was freed before does not count as held
     open("/proc/self/clear_refs", "w").write("5")               # sets the peak back to the present size
-    held, start = status("VmRSS"), time.perf_counter()
+    held = status("VmRSS")
     work()
-    return time.perf_counter() - start, status("VmHWM") - held
+    peak, start = status("VmHWM"), time.perf_counter()
+    work()
+    return time.perf_counter() - start, peak - held
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,11 +99,19 @@ def loss_variants():
         s, t = hidden(student, teacher, rollouts, rows)
         _chunked_divergence_loss(s[None], t[None], student.lm_head.weight, teacher.lm_head.weight, torch.ones(1, len(s)), beta=1.0)[0].backward()
 
-    return dict(ours=ours, naive=naive, checkpointed=checkpointed, compiled=compiled, trl_logits=trl_logits, trl_chunked=trl_chunked)
+    def trl_jsd(student, teacher, rollouts, rows):
+        from trl.experimental.gkd import GKDTrainer
+        s, t = hidden(student, teacher, rollouts, rows)
+        with torch.no_grad():
+            t = teacher.lm_head(t)
+        (GKDTrainer.generalized_jsd_loss(student.lm_head(s), t, beta=1, reduction="sum") / len(s)).backward()
+
+    return dict(ours=ours, naive=naive, checkpointed=checkpointed, compiled=compiled, trl_logits=trl_logits, trl_chunked=trl_chunked, trl_jsd=trl_jsd)
 
 
 LOSS_NAMES = dict(ours="ours: backward chunk by chunk", naive="naive: full logits", checkpointed="chunks, recomputed in backward", compiled="ours, divergence by torch.compile",
-                  trl_logits="TRL experimental.sdft, full_logits", trl_chunked="TRL DistillationTrainer, chunked")
+                  trl_logits="TRL experimental.sdft, full_logits", trl_chunked="TRL DistillationTrainer, chunked",
+                  trl_jsd="TRL experimental.gkd, as the trainer of OPSD's authors")
 
 
 def measure_loss(variant, tokens, vocabulary, width, dtype):
@@ -118,9 +130,8 @@ def measure_loss(variant, tokens, vocabulary, width, dtype):
     run(student, teacher, *inputs(64))
     if variant == "compiled":
         run(student, teacher, *inputs(tokens))                  # each new shape may be compiled anew
-    student.zero_grad(set_to_none=False)                        # the head's gradient exists already: it is no variant's doing
     work = inputs(tokens)
-    seconds, memory = peak_since(lambda: run(student, teacher, *work))
+    seconds, memory = time_and_peak(lambda: (student.zero_grad(set_to_none=False), run(student, teacher, *work)))
     return dict(seconds=seconds, memory=memory, gradient=student.lm_head.weight.grad.float().norm().item())
 
 
@@ -195,42 +206,45 @@ def measure_step(variant, model, count=96):
             opsd.accumulate_gradients(student, teacher, rollouts, rows, args)
             return optimizer_step(student, optimizer, args.clip)[0]
     else:
-        update = trl_update(student, tokenizer, optimizer, rollouts, rows, int(variant.removeprefix("trl")))
-    norms, repeats = [update()], 1 if model == "smollm2" else 20          # the first warms up
-    seconds, memory = peak_since(lambda: norms.extend(update() for _ in range(repeats)))
+        _, batch, *alone = variant.split()
+        update = trl_update(student, tokenizer, optimizer, rollouts, rows, int(batch), bool(alone))
+    norms, repeats = [update()], 1 if model == "smollm2" else 20          # the first makes the optimizer's state
+    seconds, memory = time_and_peak(lambda: norms.extend(update() for _ in range(repeats)))
     rate = matrix_rate(student.config.hidden_size, student.config.intermediate_size)
     return dict(seconds=seconds / repeats, memory=memory, gradient=norms[0], floor=matrix_flops(student.config, rollouts, rows) / rate,
                 tokens=sum(len(r.response_ids) for r in rollouts), gflops=rate / 1e9)
 
 
-def trl_update(student, tokenizer, optimizer, rollouts, rows, batch):
-    """TRL's SDFTTrainer on the same rollouts: its compute_loss on batches as it builds them (prompts padded left, responses right), `batch` rows
-    each in the order given. Left out, in its favour: its sampling, its further forward pass for importance weights, its Trainer loop."""
+def trl_update(student, tokenizer, optimizer, rollouts, rows, batch, alone):
+    """TRL's SDFTTrainer on the same rollouts, `batch` rows at a time: batches that its own code makes, its compute_loss, our optimizer step.
+
+    It pads all that it samples at once to one length, the whole step as a rule; `alone`: each batch sampled by itself (steps_per_generation 1).
+    Left out, in its favour: its sampling, the making of the batches, its Trainer loop.
+    """
     import tempfile
-    import torch
     from datasets import Dataset
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
-    from trl.trainer.utils import pad
+    from trl.trainer.utils import split_tensor_dict
     from common import optimizer_step
-    settings = SDFTConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, distillation_mode="full_logits", distillation_alpha=1.0, distillation_is_clip=None,
-                          num_loss_tokens_to_skip=0, num_generations=1, disable_dropout=True, gradient_checkpointing=False, bf16=False, report_to=[], use_cpu=True, teacher_model_kind="base")
-    data = Dataset.from_list([dict(prompt="x", privileged_context="y")] * batch)
-    trainer = SDFTTrainer(model=student, args=settings, train_dataset=data, processing_class=tokenizer)
-    trainer.current_gradient_accumulation_steps = 1             # its train() would set it
-    tensors = lambda lists: [torch.tensor(ids) for ids in lists]
-    ones = lambda lists: [torch.ones(len(ids), dtype=torch.long) for ids in lists]
-    left, right = (lambda lists: pad(lists, padding_value=0, padding_side="left")), (lambda lists: pad(lists, padding_value=0, padding_side="right"))
-    batches = []
-    for start in range(0, len(rollouts), batch):
-        prompts, responses, teacher = zip(*[(r.prompt_ids, r.response_ids, row[0]) for r, row in zip(rollouts[start:start + batch], rows[start:start + batch])])
-        mask = right(ones(responses))
-        batches.append(dict(prompt_ids=left(tensors(prompts)), prompt_mask=left(ones(prompts)), completion_ids=right(tensors(responses)), completion_mask=mask,
-                            teacher_input_ids=torch.cat([left(tensors(teacher)), right(tensors(responses))], 1), teacher_attention_mask=torch.cat([left(ones(teacher)), mask], 1)))
+    count = len(rollouts) // batch
+    settings = SDFTConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, gradient_accumulation_steps=count, steps_per_generation=1 if alone else count, num_generations=1,
+                          distillation_mode="full_logits", distillation_alpha=1.0, distillation_is_clip=None, num_loss_tokens_to_skip=0, disable_dropout=True, gradient_checkpointing=False,
+                          bf16=False, report_to=[], use_cpu=True, teacher_model_kind="base")
+    examples = [dict(prompt=f"prompt {i}", privileged_context=f"context {i}") for i in range(len(rollouts))]
+    trainer = SDFTTrainer(model=student, args=settings, train_dataset=Dataset.from_list(examples), processing_class=tokenizer)
+    ids = {f"prompt {i}": r.prompt_ids for i, r in enumerate(rollouts)} | {f"prompt {i}, context {i}": row[0] for i, row in enumerate(rows)}
+    responses = {tuple(r.prompt_ids): r.response_ids for r in rollouts}
+    trainer.teacher_context_builder._compose_teacher_prompt = lambda prompt, context: f"{prompt}, {context}"
+    trainer._tokenize_prompts = lambda prompts: [ids[prompt] for prompt in prompts]
+    trainer._generate = lambda prompts: (prompts, [responses[tuple(prompt)] for prompt in prompts])
+    trainer.current_gradient_accumulation_steps = count         # its train() would set it
+    student.train()
+    sampled = batch if alone else len(rollouts)
+    batches = [part for start in range(0, len(rollouts), sampled) for part in split_tensor_dict(trainer._prepare_training_batch(examples[start:start + sampled]), sampled // batch)]
 
     def update():
-        student.train()
         for inputs in batches:
-            (trainer.compute_loss(student, inputs) * len(inputs["prompt_ids"]) / len(rollouts)).backward()
+            trainer.compute_loss(student, inputs).backward()
         return optimizer_step(student, optimizer, 1.0)[0]
     return update
 
@@ -264,10 +278,9 @@ def measure_sampling(variant, model):
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")                            # GB
         sampler = make_sampler(model, tokenizer, opsd.parse_args(["--backend", variant, "--dtype", "float32"]))
         run = lambda cap: sampler.sample(prompts, cap, seed=1)
-    run(8)                                                      # warms up
     results = []
-    seconds, memory = peak_since(lambda: results.extend(run(cap)))
-    return dict(seconds=seconds, memory=memory, tokens=sum(len(ids) for ids, _ in results))
+    seconds, memory = time_and_peak(lambda: results.append(run(cap)))
+    return dict(seconds=seconds, memory=memory, tokens=sum(len(ids) for ids, _ in results[-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,9 +376,12 @@ def loss(args):
 
 
 def step(args):
-    for model, batches in [(model, dict(smollm2=(1, 8), embedded=(8, 32))[model]) for model in args.models]:
-        cases = {"ours": dict(variant="ours", model=model)} | {f"TRL SDFTTrainer, {b} rows a batch": dict(variant=f"trl{b}", model=model) for b in batches}
-        cases |= {f"{name}, small pages": case | dict(huge_pages=False) for name, case in list(cases.items())[:2]}
+    for model in args.models:
+        cases = {"ours": dict(variant="ours", model=model)}
+        for batch in dict(smollm2=(8, 1), embedded=(8, 32))[model]:                     # its default is 8
+            cases[f"TRL SDFTTrainer, batches of {batch}"] = dict(variant=f"trl {batch}", model=model)
+        cases[f"TRL SDFTTrainer, batches of {batch}, sampled by themselves"] = dict(variant=f"trl {batch} alone", model=model)
+        cases |= {f"{name}, freed memory not kept": case | dict(keep=False) for name, case in list(cases.items())[:2]}
         results = measured("step", cases, args)
         same_gradient(results, 1e-2)
         first, floor = results["ours"], min(r["floor"] for r in results.values())     # by the best rate that any of the processes saw
@@ -419,7 +435,8 @@ def main():
     if not args.case:
         return globals()[args.what](args)
     case = json.loads(args.case)
-    os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(case.pop("huge_pages", True)))         # read once, at torch's first large tensor
+    if case.pop("keep", True):
+        keep_freed_memory()
     import torch
     torch.set_num_threads(args.threads)
     print(json.dumps(MEASURES[args.what](**case)))

@@ -3,6 +3,7 @@
 Nothing of the method is in here. Imports of torch and transformers are late, so that `--help` and a wrong flag answer at once.
 """
 import argparse
+import ctypes
 import glob
 import json
 import math
@@ -59,7 +60,6 @@ def set_up(args):
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and value < 0:
             fail(f"--{name.replace('_', '-')} {value}: must not be negative")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # before torch: large tensors on a CPU in huge pages, or most of an exp's time is the kernel's, zeroing 4 KB at a time
     import torch
     import transformers
     transformers.logging.set_verbosity_error()
@@ -73,6 +73,8 @@ def set_up(args):
     except Exception as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0][:150]}")
     device = torch.device(name)
+    if device.type == "cpu":
+        keep_freed_memory()
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     if "WORLD_SIZE" in os.environ:                          # set by torchrun
@@ -82,6 +84,17 @@ def set_up(args):
     if getattr(args, "offload", False):
         fail("--offload: needs torchrun, also on one card (torchrun --nproc-per-node 1)")
     return device
+
+
+def keep_freed_memory():
+    """For torch on a CPU: freed tensors stay with the process. By default glibc hands a large one back to the system, which zeroes every page of the next."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):                            # elsewhere than with glibc nothing is done
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                       # of malloc.h
 
 
 def load_tokenizer(path):

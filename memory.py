@@ -41,7 +41,7 @@ def sizes(config):
     return count(model), max(map(count, blocks)), count(model.base_model) - sum(map(count, blocks)), count(model.get_output_embeddings())
 
 
-def estimate(config, gpus, tokens, read=0, chunk=32, dtype="bfloat16", teacher="frozen", checkpointing=False, offload=False, sampler=True, pieces=True):
+def estimate(config, gpus, tokens, read=0, chunk=128, dtype="bfloat16", teacher="frozen", checkpointing=False, offload=False, sampler=True, pieces=True):
     """Bytes on each GPU at the peak of a training step, by part; their sum is the peak.
 
     tokens: of the longest micro-batch, padding included. read: response tokens of the whole step, at which the teacher's states are kept. chunk: millions of logits.
@@ -73,8 +73,8 @@ def estimate(config, gpus, tokens, read=0, chunk=32, dtype="bfloat16", teacher="
 
     # Then either the loss of a chunk or the backward pass of a block is at its peak, whichever is larger.
     logits = min(chunk * 1e6, tokens * vocabulary)
-    # opsd.py: both models' logits and the gradient, and float32 tensors of a piece's size: log-probabilities, the divergence's terms, their gradients. Else all of the chunk's size.
-    logits = logits * 3 * b + min(logits, PIECE * 1e6) * 32 if read else logits * 16
+    # opsd.py: both models' logits, and float32 tensors of a piece's size: log-probabilities, the divergence's terms, their gradients. Else all of the chunk's size.
+    logits = logits * 2 * b + min(logits, PIECE * 1e6) * 32 if read else logits * 16
     if pieces:
         full_head = (4 + 4 + (b if b == 2 else 0) * 2) * head + (b * head if teacher else 0)
         gathered = 2 * b * block + b * block + 4 * block + 2 * b * rest + 4 * rest      # two blocks whole, one's gradient, and the same once more to be summed

@@ -62,7 +62,7 @@ def parse_args(argv=None):
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm")
     group.add_argument("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
     group.add_argument("--teacher-tokens", type=int, default=0, help="padded tokens of a batch of the teacher's pass, which keeps nothing for a backward pass; 0 = as --micro-tokens")
-    group.add_argument("--chunk", type=float, default=32, help="millions of logits (tokens x vocabulary) that exist at once; changes memory and speed, not the gradient")
+    group.add_argument("--chunk", type=float, default=128, help="millions of logits (tokens x vocabulary) of each model that exist at once; changes memory and speed, not the gradient")
     group.add_argument("--kl-by-position", type=int, default=0, help="write kl_by_position.jsonl in bins of this many tokens (figure 2); 0 = off")
     group.add_argument("--give-up", type=int, default=10, help="stop after this many steps in a row of which the filter keeps nothing")
     group.add_argument("--save-every", type=int, default=0, help="also save the model after every so many steps, as step-N in the run directory; 0 = only at the end")
@@ -143,34 +143,34 @@ def measure(s, t, ids):
     return torch.stack([ps - pt, qt - qs, -ps, -qt, s.gather(-1, ids[:, None])[:, 0]])
 
 
-PIECE = 2           # million logits
+PIECE = 1           # million logits
 
 
 def chunk_loss(logits, teacher_logits, ids, correct, weights, divergence, beta):
-    """Sum over the C tokens of a chunk of weight x divergence: (loss, its gradient in the student's logits (C, V), measures (5, C)).
+    """Sum over the C tokens of a chunk of weight x divergence: (loss, measures (5, C)). `logits` (C, V) then hold its gradient in themselves.
 
-    Elementwise work is done in pieces, P tokens each, that fit a CPU's cache and the memory that malloc keeps: a third of the loss's time there.
+    Everything elementwise is done in pieces, P tokens each: a chunk's worth of logits exists twice, not ten times, and a piece fits a CPU's cache.
     """
     import torch
-    gradient, losses, measures = torch.empty_like(logits), [], []
     size = max(1, int(PIECE * 1e6) // logits.shape[1])
-    for z, teacher_z, g, i, c, w in zip(*(tensor.split(size) for tensor in (logits.detach(), teacher_logits, gradient, ids, correct, weights))):
-        z.requires_grad_()                                                                                  # (P, V)
-        s = torch.log_softmax(z.float(), -1)                                                                # (P, V)
+    losses, measures = [], []
+    for piece, teacher_piece, i, c, w in zip(*(tensor.split(size) for tensor in (logits.detach(), teacher_logits, ids, correct, weights))):
+        leaf = piece.detach().requires_grad_()                                                              # (P, V)
+        s = torch.log_softmax(leaf.float(), -1)                                                             # (P, V)
         with torch.no_grad():
-            t = torch.log_softmax(teacher_z.float(), -1)                                                    # (P, V)
+            t = torch.log_softmax(teacher_piece.float(), -1)                                                # (P, V)
             measures.append(measure(s, t, i))                                                               # (5, P)
         loss = (DIVERGENCES[divergence](s, t, i, c, beta) * w).sum()
-        g.copy_(torch.autograd.grad(loss, z)[0])
+        piece.copy_(torch.autograd.grad(loss, leaf)[0])
         losses.append(loss.detach())
-    return torch.stack(losses).sum().item(), gradient, torch.cat(measures, 1)
+    return torch.stack(losses).sum().item(), torch.cat(measures, 1)
 
 
-def opsd_loss(student, teacher, rollouts, teacher_hidden, weights, divergence="reverse_kl", beta=0.5, chunk=32):
+def opsd_loss(student, teacher, rollouts, teacher_hidden, weights, divergence="reverse_kl", beta=0.5, chunk=128):
     """The loss of one micro-batch, its gradient added to the student's: (loss, measures (5, R), see `measure`).
 
     student, teacher: models. rollouts: the student's rows. teacher_hidden: (R, D), the teacher's states at the same response ids, see read_rows.
-    weights: see token_weights. At most `chunk` million logits exist at a time: each chunk of tokens runs backward at once, into the head and
+    weights: see token_weights. At most `chunk` million logits of each model exist at a time: every chunk of tokens runs backward at once, into the head and
     into its hidden states, whose gradients then go through the student's body together. Nothing is computed twice.
     """
     import torch
@@ -185,8 +185,8 @@ def opsd_loss(student, teacher, rollouts, teacher_hidden, weights, divergence="r
         logits = student_head(leaf)                                                                         # (C, V)
         with torch.no_grad():
             teacher_logits = teacher_head(teacher_hidden[part])                                             # (C, V)
-        loss, gradient, measured = chunk_loss(logits, teacher_logits, ids[part], correct[part], flat[part], divergence, beta)
-        logits.backward(gradient)
+        loss, measured = chunk_loss(logits, teacher_logits, ids[part], correct[part], flat[part], divergence, beta)
+        logits.backward(logits.detach())                                                                    # which are their gradient now
         total += loss
         gradients.append(leaf.grad)
         measures.append(measured)
