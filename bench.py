@@ -7,7 +7,7 @@
     python bench.py job             # where the time of `python opsd.py --filter correct` goes
 
 Memory is the peak of the process during one pass, above what it held before (weights and inputs); time is that of the next pass. All variants of one
-question get the same numbers and must give the same gradient, which is checked; in all of them malloc keeps freed memory, as in our scripts
+question get the same numbers and must give the same gradient, which is checked; all of them treat freed memory as our scripts do
 (common.keep_freed_memory), where not said otherwise.
 """
 import argparse
@@ -51,7 +51,7 @@ def head_only_model(vocabulary, width, dtype):
     return model.to(dtype).eval()
 
 
-def loss_variants():
+def loss_variants(chunk):
     """name -> function (student, teacher, rollouts, teacher rows): adds the gradient of the mean reverse KL over all tokens to the student's."""
     import torch
     import torch.nn.functional as F
@@ -65,7 +65,7 @@ def loss_variants():
         return response_hidden(student, [(r.prompt_ids, r.response_ids) for r in rollouts]), frozen
 
     def ours(student, teacher, rollouts, rows, divergence="reverse_kl"):
-        opsd_loss(student, teacher, rollouts, read_rows(teacher, rows, 1)[0], token_weights(rollouts, "token"), divergence)
+        opsd_loss(student, teacher, rollouts, read_rows(teacher, rows, 1)[0], token_weights(rollouts, "token"), divergence, chunk=chunk)
 
     def naive(student, teacher, rollouts, rows):
         s, t = hidden(student, teacher, rollouts, rows)
@@ -80,7 +80,7 @@ def loss_variants():
                 t = F.log_softmax(teacher.lm_head(t).float(), -1)
             return kl(F.log_softmax(student.lm_head(s).float(), -1), t).sum()
         s, t = hidden(student, teacher, rollouts, rows)
-        (sum(checkpoint(part, s[c], t[c], use_reentrant=False) for c in token_chunks(len(s), student, 32)) / len(s)).backward()
+        (sum(checkpoint(part, s[c], t[c], use_reentrant=False) for c in token_chunks(len(s), student, chunk)) / len(s)).backward()
 
     def compiled(student, teacher, rollouts, rows):
         import opsd
@@ -114,7 +114,7 @@ LOSS_NAMES = dict(ours="ours: backward chunk by chunk", naive="naive: full logit
                   trl_jsd="TRL experimental.gkd, as the trainer of OPSD's authors")
 
 
-def measure_loss(variant, tokens, vocabulary, width, dtype):
+def measure_loss(variant, tokens, vocabulary, width, dtype, chunk=64):
     import torch
     from rollout import Rollout
     torch.manual_seed(0)
@@ -126,7 +126,7 @@ def measure_loss(variant, tokens, vocabulary, width, dtype):
         ids = torch.randint(1000, (count + 1,)).tolist()
         rollouts = [Rollout(None, ids[:1], ids[1:])]
         return rollouts, [(ids[:1], ids[1:])]
-    run = loss_variants()[variant]
+    run = loss_variants(chunk)[variant]
     run(student, teacher, *inputs(64))
     if variant == "compiled":
         run(student, teacher, *inputs(tokens))                  # each new shape may be compiled anew
@@ -402,15 +402,15 @@ def sampling(args):
 
 def growth(args):
     lines = []
-    for what, key, values, fixed in (("response tokens", "tokens", [1024, 2048, 4096, 8192], dict(vocabulary=32_768, width=512)),
-                                     ("vocabulary", "vocabulary", [32_768, 65_536, 131_072, 262_144], dict(tokens=2048, width=512))):
+    for what, key, values, fixed in (("response tokens", "tokens", [1024, 2048, 4096, 8192], dict(vocabulary=32_768, width=512, chunk=16)),
+                                     ("vocabulary", "vocabulary", [32_768, 65_536, 131_072, 262_144], dict(tokens=2048, width=512, chunk=16))):
         results = measured("loss", {f"{key} {value}": dict(variant="ours", dtype="float32", **fixed, **{key: value}) for value in values}, args)
         rows = list(results.values())
         lines.append((what, ", ".join(f"{v:,}" for v in values), f"{exponent(values, [r['seconds'] for r in rows]):.2f}", ", ".join(f"{r['memory']:,.0f}" for r in rows), f"{exponent(values, [r['memory'] for r in rows]):.2f}"))
     rows = [48, 96, 192, 384]
     results = list(measured("step", {f"rows {count}": dict(variant="ours", model="embedded", count=count) for count in rows}, args).values())
     lines.append(("rows of an update (embedded model)", ", ".join(map(str, rows)), f"{exponent(rows, [r['seconds'] for r in results]):.2f}", ", ".join(f"{r['memory']:,.0f}" for r in results), f"{exponent(rows, [r['memory'] for r in results]):.2f}"))
-    print(f"\nour loss, float32, {args.threads} threads, median of {args.rounds}; in powers: time or memory ~ x^exponent")
+    print(f"\nour loss in chunks of 16 million logits, and a whole update, float32, {args.threads} threads, median of {args.rounds}; in powers: time or memory ~ x^exponent")
     table(["what grows", "values", "exponent of time", "peak memory, MB", "exponent of memory"], lines)
 
 

@@ -87,14 +87,16 @@ def set_up(args):
 
 
 def keep_freed_memory():
-    """For torch on a CPU: freed tensors stay with the process. By default glibc hands a large one back to the system, which zeroes every page of the next."""
+    """For torch on a CPU, before its first tensor: freed tensors below 32 MB stay with the process, and larger ones live in huge pages.
+
+    By default glibc hands a large block back to the system, which zeroes every page of the next one, 4 KB at a time. Larger ones are still handed
+    back: kept, they would leave holes that the next do not fit.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch's own switch
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):                            # elsewhere than with glibc nothing is done
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                       # of malloc.h
+    if hasattr(libc, "mallopt"):                            # glibc's; elsewhere nothing is done
+        libc.mallopt(-3, 2**25)                             # M_MMAP_THRESHOLD, the largest that it takes
+        libc.mallopt(-1, -1)                                # M_TRIM_THRESHOLD: never
 
 
 def load_tokenizer(path):

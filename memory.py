@@ -41,7 +41,7 @@ def sizes(config):
     return count(model), max(map(count, blocks)), count(model.base_model) - sum(map(count, blocks)), count(model.get_output_embeddings())
 
 
-def estimate(config, gpus, tokens, read=0, chunk=128, dtype="bfloat16", teacher="frozen", checkpointing=False, offload=False, sampler=True, pieces=True):
+def estimate(config, gpus, tokens, read=0, chunk=64, dtype="bfloat16", teacher="frozen", checkpointing=False, offload=False, sampler=True, pieces=True):
     """Bytes on each GPU at the peak of a training step, by part; their sum is the peak.
 
     tokens: of the longest micro-batch, padding included. read: response tokens of the whole step, at which the teacher's states are kept. chunk: millions of logits.

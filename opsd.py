@@ -62,7 +62,7 @@ def parse_args(argv=None):
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm")
     group.add_argument("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
     group.add_argument("--teacher-tokens", type=int, default=0, help="padded tokens of a batch of the teacher's pass, which keeps nothing for a backward pass; 0 = as --micro-tokens")
-    group.add_argument("--chunk", type=float, default=128, help="millions of logits (tokens x vocabulary) of each model that exist at once; changes memory and speed, not the gradient")
+    group.add_argument("--chunk", type=float, default=64, help="millions of logits (tokens x vocabulary) of each model that exist at once; changes memory and speed, not the gradient")
     group.add_argument("--kl-by-position", type=int, default=0, help="write kl_by_position.jsonl in bins of this many tokens (figure 2); 0 = off")
     group.add_argument("--give-up", type=int, default=10, help="stop after this many steps in a row of which the filter keeps nothing")
     group.add_argument("--save-every", type=int, default=0, help="also save the model after every so many steps, as step-N in the run directory; 0 = only at the end")
@@ -166,7 +166,7 @@ def chunk_loss(logits, teacher_logits, ids, correct, weights, divergence, beta):
     return torch.stack(losses).sum().item(), torch.cat(measures, 1)
 
 
-def opsd_loss(student, teacher, rollouts, teacher_hidden, weights, divergence="reverse_kl", beta=0.5, chunk=128):
+def opsd_loss(student, teacher, rollouts, teacher_hidden, weights, divergence="reverse_kl", beta=0.5, chunk=64):
     """The loss of one micro-batch, its gradient added to the student's: (loss, measures (5, R), see `measure`).
 
     student, teacher: models. rollouts: the student's rows. teacher_hidden: (R, D), the teacher's states at the same response ids, see read_rows.
