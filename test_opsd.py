@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -772,21 +771,6 @@ def test_summary_keeps_the_groups_apart():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The scripts, end to end
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
-def test_on_a_cpu_freed_memory_stays_with_the_process():
-    code = """if True:
-        import resource, sys, types, torch, common
-        if sys.argv[1] == "set up":
-            common.set_up(types.SimpleNamespace(device="cpu", dtype="float32", threads=1, seed=0))
-        faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(5_000_000)
-        before = faults()
-        torch.ones(5_000_000)
-        print(faults() - before)"""
-    kept, given_back = (int(subprocess.run([sys.executable, "-c", code, mode], cwd=HERE, capture_output=True, text=True, check=True).stdout) for mode in ("set up", "by itself"))
-    assert kept < 20 < given_back                                                       # pages that the second tensor has to get from the system
-
 
 SMALL = ["--batch", "6", "--max-new-tokens", "90", "--eval-problems", "8", "--threads", "1"]
 
