@@ -152,16 +152,21 @@ def saved_model(name):
     return load_model(path, cpu)
 
 
-def step_rollouts(model, config, count):
-    """Rollouts of random ids and their teacher rows. embedded: `count`, prompts of 60 tokens, the teacher's of 120, responses of 20 to 120, mixed.
-    smollm2: 8, prompts of 80 tokens, the teacher's of 280, responses of 40 to 640, mixed."""
+def step_rollouts(name, model, tokenizer, count):
+    """(rollouts, teacher rows) of mixed lengths. embedded: what the main job trains on, `count` responses of its model to its problems, and their worked solutions.
+    smollm2: 8 of random ids, prompts of 80 tokens, the teacher's of 280, responses of 40 to 640."""
     import numpy as np
-    from rollout import Rollout
+    import opsd
+    from data import CONTEXTS, load_problems
+    from rollout import Rollout, make_rollouts, make_sampler
+    if name == "embedded":
+        args = opsd.parse_args([])
+        rollouts = make_rollouts(make_sampler(model, tokenizer, args), tokenizer, load_problems(args, count), args, args.seed)
+        return opsd.teacher_rows(tokenizer, rollouts, CONTEXTS[args.context](rollouts, None), args, None)[:2]
     rng = np.random.default_rng(0)
-    ids = lambda n: rng.integers(5, config.vocab_size, n).tolist()
-    prompt, context, lengths = (60, 60, rng.integers(20, 121, count)) if model == "embedded" else (80, 200, rng.permutation([round(40 * 16 ** (i / 7)) for i in range(8)]))
-    rollouts = [Rollout(None, ids(prompt), ids(int(n))) for n in lengths]
-    return rollouts, [(ids(context) + r.prompt_ids, r.response_ids) for r in rollouts]
+    ids = lambda n: rng.integers(5, model.config.vocab_size, n).tolist()
+    rollouts = [Rollout(None, ids(80), ids(round(40 * 16 ** (i / 7)))) for i in rng.permutation(8)]
+    return rollouts, [(ids(200) + r.prompt_ids, r.response_ids) for r in rollouts]
 
 
 def matrix_flops(config, rollouts, rows):
@@ -195,7 +200,7 @@ def measure_step(variant, model, count=96):
     import torch
     from common import optimizer_step
     student, tokenizer = saved_model(model)
-    rollouts, rows = step_rollouts(model, student.config, count)
+    rollouts, rows = step_rollouts(model, student, tokenizer, count)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
     if variant == "ours":
         import opsd

@@ -400,16 +400,18 @@ def response_hidden(model, rows):
     (prompt, response part, insertion, response part, ...). A scored token is predicted at the position before it. Padding stands on
     the right, where causal attention never looks, so it changes nothing; the mask comes from lengths, never from ids (pad may equal eos).
     """
+    import numpy as np
     import torch
-    width = max(sum(map(len, row)) for row in rows) - 1
-    ids = torch.zeros(len(rows), width, dtype=torch.long)                               # (B, T)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)                              # (B, T)
+    width = max(sum(map(len, row)) for row in rows)
+    ids, scored = np.zeros((len(rows), width), dtype=np.int64), np.zeros((len(rows), width), dtype=bool)
     for i, row in enumerate(rows):
-        flat = [token for piece in row for token in piece]
-        scored = [number % 2 == 1 for number, piece in enumerate(row) for _ in piece]
-        ids[i, :len(flat) - 1] = torch.tensor(flat[:-1])                                # the last token predicts nothing here
-        mask[i, :len(flat) - 1] = torch.tensor(scored[1:])
-    ids, mask = ids.to(ranks.device_of(model)), mask.to(ranks.device_of(model))
+        start = 0
+        for number, piece in enumerate(row):
+            ids[i, start:start + len(piece)] = piece
+            scored[i, start:start + len(piece)] = number % 2
+            start += len(piece)
+    ids = torch.from_numpy(ids[:, :-1]).to(ranks.device_of(model))                      # (B, T): the last token predicts nothing here
+    mask = torch.from_numpy(scored[:, 1:]).to(ranks.device_of(model))                   # (B, T)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state         # (B, T, D)
     return hidden[mask]                                                                 # (R, D)
 
