@@ -7,8 +7,7 @@
     python bench.py job             # where the time of `python opsd.py --filter correct` goes
 
 Memory is the peak of the process during one pass, above what it held before (weights and inputs); time is that of the next pass. All variants of one
-question get the same numbers and must give the same gradient, which is checked; all of them treat freed memory as our scripts do
-(common.keep_freed_memory), where not said otherwise.
+question get the same numbers and must give the same gradient, which is checked.
 """
 import argparse
 import ctypes
@@ -20,7 +19,7 @@ import sys
 import time
 from statistics import median
 
-from common import HERE, keep_freed_memory
+from common import HERE
 
 QWEN = dict(vocabulary=151_936, width=1024)                     # Qwen3-0.6B's head; the 1.7B's is twice as wide
 SMOL = dict(vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
@@ -386,7 +385,6 @@ def step(args):
         for batch in dict(smollm2=(8, 1), embedded=(8, 32))[model]:                     # its default is 8
             cases[f"TRL SDFTTrainer, batches of {batch}"] = dict(variant=f"trl {batch}", model=model)
         cases[f"TRL SDFTTrainer, batches of {batch}, sampled by themselves"] = dict(variant=f"trl {batch} alone", model=model)
-        cases |= {f"{name}, freed memory not kept": case | dict(keep=False) for name, case in list(cases.items())[:2]}
         results = measured("step", cases, args)
         same_gradient(results, 1e-2)
         first, floor = results["ours"], min(r["floor"] for r in results.values())     # by the best rate that any of the processes saw
@@ -440,8 +438,6 @@ def main():
     if not args.case:
         return globals()[args.what](args)
     case = json.loads(args.case)
-    if case.pop("keep", True):
-        keep_freed_memory()
     import torch
     torch.set_num_threads(args.threads)
     print(json.dumps(MEASURES[args.what](**case)))

@@ -3,7 +3,6 @@
 Nothing of the method is in here. Imports of torch and transformers are late, so that `--help` and a wrong flag answer at once.
 """
 import argparse
-import ctypes
 import glob
 import json
 import math
@@ -73,8 +72,6 @@ def set_up(args):
     except Exception as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0][:150]}")
     device = torch.device(name)
-    if device.type == "cpu":
-        keep_freed_memory()
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     if "WORLD_SIZE" in os.environ:                          # set by torchrun
@@ -84,19 +81,6 @@ def set_up(args):
     if getattr(args, "offload", False):
         fail("--offload: needs torchrun, also on one card (torchrun --nproc-per-node 1)")
     return device
-
-
-def keep_freed_memory():
-    """For torch on a CPU, before its first tensor: freed tensors below 32 MB stay with the process, and larger ones live in huge pages.
-
-    By default glibc hands a large block back to the system, which zeroes every page of the next one, 4 KB at a time. Larger ones are still handed
-    back: kept, they would leave holes that the next do not fit.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch's own switch
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):                            # glibc's; elsewhere nothing is done
-        libc.mallopt(-3, 2**25)                             # M_MMAP_THRESHOLD, the largest that it takes
-        libc.mallopt(-1, -1)                                # M_TRIM_THRESHOLD: never
 
 
 def load_tokenizer(path):
