@@ -67,8 +67,8 @@ def set_up(args):
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
+    try:                                                    # under torchrun on this rank's own card: a touch takes memory on it
+        torch.empty(1, device=f"cuda:{os.environ['LOCAL_RANK']}" if "WORLD_SIZE" in os.environ and name == "cuda" else name)
     except Exception as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0][:150]}")
     device = torch.device(name)
@@ -110,6 +110,10 @@ def load_model(path, device, dtype="float32"):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
     except Exception as error:                              # a wrong id, no network, pickle-only weights, custom code: one line is enough
         fail(f"--model {path}: {' '.join(str(error).split())[:300]}")
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:                                      # often a temperature without do_sample: it loads, but could not be saved
+        model.generation_config.do_sample = True
     if stop_ids(model, tokenizer) == []:
         fail(f"--model {path}: neither generation config nor tokenizer names an end-of-sequence token")
     for name, weight in model.named_parameters():
@@ -179,7 +183,7 @@ def write_json(path, record):
 
 
 def check_out(args):
-    """Fails early if --out exists, or with --resume if there is nothing to resume. Nothing is created yet: that is `Run`'s, after everything loaded."""
+    """Fails early if --out exists, or with --resume if there is nothing to resume. Nothing is created or deleted yet: that is `Run`'s, after everything loaded."""
     if getattr(args, "resume", False):
         if not args.out or not os.path.isfile(os.path.join(args.out, "metrics.jsonl")):
             fail(f"--resume: --out {args.out or '(missing)'} is not the directory of a run")
@@ -187,11 +191,16 @@ def check_out(args):
             fail(f"--resume: the run in {args.out} is finished")
     elif args.out and os.path.exists(args.out) and not args.overwrite:
         fail(f"--out {args.out}: exists already; choose another or add --overwrite")
+    elif args.out and os.path.isdir(args.out):
+        if not {"metrics.jsonl", "model.safetensors"} & set(os.listdir(args.out)) and os.listdir(args.out):
+            fail(f"--out {args.out} --overwrite: not the directory of a run")
+        if os.path.realpath(args.out) == os.path.realpath(str(getattr(args, "model", ""))):
+            fail(f"--out {args.out} --overwrite: is --model as well")
 
 
 # A state holds everything that --resume needs, in one file: state-STEP-CHECKSUM.pt. The checksum in the name tells a damaged file.
 
-HARMLESS = {"overwrite", "resume", "state_every", "save_every", "eval_every", "give_up", "threads", "device", "micro_tokens", "teacher_tokens", "chunk", "sample_batch", "checkpointing", "offload", "dry_run", "vllm_memory", "vllm_eager"}
+HARMLESS = {"out", "overwrite", "resume", "state_every", "save_every", "eval_every", "give_up", "threads", "device", "micro_tokens", "teacher_tokens", "chunk", "sample_batch", "checkpointing", "offload", "dry_run", "vllm_memory", "vllm_eager"}
 
 
 def find_states(path):
@@ -231,9 +240,9 @@ class Run:
                     number += 1
         self.path = args.out = ranks.gather([args.out])[0]
         if self.first and not args.resume:
-            for stale in os.listdir(self.path):             # with --overwrite: logs and states of the run before
-                if stale.endswith(".jsonl") or stale.startswith("state-"):
-                    os.remove(os.path.join(self.path, stale))
+            for pattern in ("metrics.jsonl", "samples.jsonl", "not_finite.jsonl", "kl_by_position.jsonl", "state-*", "model*.safetensors*", "step-*"):
+                for stale in glob.glob(os.path.join(glob.escape(self.path), pattern)):              # with --overwrite: the run before
+                    shutil.rmtree(stale) if os.path.isdir(stale) else os.remove(stale)
             self.log("metrics", dict(script=os.path.basename(sys.argv[0]), args=vars(args), **provenance()))
 
     def log(self, file, record):
@@ -271,14 +280,14 @@ class Run:
         state = {}
         for name in find_states(self.path):
             if name == f"{name[:13]}-{checksum(os.path.join(self.path, name))}.pt":
-                state = torch.load(os.path.join(self.path, name), map_location="cpu", weights_only=True)
+                state = torch.load(os.path.join(self.path, name), map_location="cpu", weights_only=True, mmap=ranks.distributed())      # several ranks read one copy
                 break
             print(f"{os.path.join(self.path, name)} is damaged: not used")
+        before, now = state.get("args") or self.first_args(), vars(self.args)
+        other = [f"--{key.replace('_', '-')} {before.get(key)} then, {now.get(key)} now" for key in sorted({*before, *now} - HARMLESS) if before.get(key) != now.get(key)]
+        if other:
+            fail(f"--resume: the run in {self.path} is another experiment: {'; '.join(other)}")
         if state:
-            before, now = state["args"], vars(self.args)
-            other = [f"--{key.replace('_', '-')} {before.get(key)} then, {now.get(key)} now" for key in sorted({*before, *now} - HARMLESS) if before.get(key) != now.get(key)]
-            if other:
-                fail(f"--resume: the run in {self.path} is another experiment: {'; '.join(other)}")
             if state["problems"] != fingerprint(problems):
                 fail(f"--resume: the run in {self.path} was on other problems")
             ranks.load_full_state(model, state["model"])
@@ -291,6 +300,14 @@ class Run:
                 self.cut(log, state.get("step", 0))
         print(f"resumed after step {state.get('step', 0)}" + " (no whole state: from the start)" * (not state))
         return state
+
+    def first_args(self):
+        """The settings in line 0 of the metrics, for a run that has no whole state."""
+        with open(os.path.join(self.path, "metrics.jsonl")) as stream:
+            try:
+                return json.loads(stream.readline())["args"]
+            except (ValueError, KeyError):
+                fail(f"--resume: {self.path}/metrics.jsonl does not begin with the run's settings, and there is no whole state")
 
     @staticmethod
     def cut(path, step):
@@ -332,7 +349,10 @@ def provenance():
 
     import torch
     import transformers
-    commit = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except OSError:                                         # no git here
+        commit = None
     return dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
                 threads=torch.get_num_threads(), ranks=ranks.rank_and_world()[1], commit=commit or None, started=time.strftime("%Y-%m-%dT%H:%M:%S"))
 

@@ -53,7 +53,7 @@ def add_data_flags(parser, several=False):
 
 def add_held_out_flags(parser):
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval-data", help="like --data: held-out problems of a real run, evaluated before and after; without it none are")
+    group.add_argument("--eval-data", help="like --data: held-out problems of a real run, evaluated before and after; --split and the field flags hold for it too; without it none are")
     group.add_argument("--eval-problems", type=int, default=512, help="held-out problems to evaluate, one response each; 0 = no evaluation")
     group.add_argument("--eval-every", type=int, default=0, help="evaluate after every so many steps too (figure 3); 0 = only before and after")
 

@@ -50,9 +50,9 @@ def parse_args(argv=None):
     group.add_argument("--divergence", default="reverse_kl", choices=list(DIVERGENCES), help="formulas above")
     group.add_argument("--beta", type=float, default=0.5, help="of jsd, between 0 and 1: weight of the teacher in the mixture")
     group.add_argument("--mean", default="response", choices=["response", "token"], help="response: mean over responses of their token means (eq. 1); token: mean over all tokens of the step")
-    group.add_argument("--teacher", default="frozen", choices=list(TEACHERS), help="frozen at the initial weights; ema of the student; every --refresh steps; current")
+    group.add_argument("--teacher", default="frozen", choices=list(TEACHERS), help="frozen at the initial weights; ema of the student; every --refresh updates; current")
     group.add_argument("--ema", type=float, default=0.99, help="share of the old teacher kept at each step, with --teacher ema")
-    group.add_argument("--refresh", type=int, default=10, help="steps between copies, with --teacher every")
+    group.add_argument("--refresh", type=int, default=10, help="updates between copies, with --teacher every")
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=40, help="optimizer steps")
     group.add_argument("--batch", type=int, default=96, help="rollouts drawn at once, one a problem; with --resample: rollouts kept")
@@ -263,7 +263,7 @@ def accumulate_gradients(student, teacher, rollouts, teacher_rows, args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Teachers: function (teacher, student, step, args) called after each optimizer step. The teacher is always its own copy.
+# Teachers: function (teacher, student, updates so far, args) called after each update. The teacher is always its own copy.
 
 def copy_weights(teacher, student, keep=0.0):
     import torch
@@ -273,10 +273,10 @@ def copy_weights(teacher, student, keep=0.0):
 
 
 TEACHERS = {
-    "frozen": lambda teacher, student, step, args: None,
-    "ema": lambda teacher, student, step, args: copy_weights(teacher, student, args.ema),
-    "every": lambda teacher, student, step, args: copy_weights(teacher, student) if (step + 1) % args.refresh == 0 else None,
-    "current": lambda teacher, student, step, args: copy_weights(teacher, student),
+    "frozen": lambda teacher, student, updates, args: None,
+    "ema": lambda teacher, student, updates, args: copy_weights(teacher, student, args.ema),
+    "every": lambda teacher, student, updates, args: copy_weights(teacher, student) if updates % args.refresh == 0 else None,
+    "current": lambda teacher, student, updates, args: copy_weights(teacher, student),
 }
 
 
@@ -352,9 +352,9 @@ def main(argv=None):
             # 5. step
             norm, updated = optimizer_step(model, optimizer, args.clip) if kept else (0.0, False)
             if updated:
-                TEACHERS[args.teacher](teacher, model, step, args)
-                sampler.push(model)
                 updates, skipped = updates + 1, 0
+                TEACHERS[args.teacher](teacher, model, updates, args)
+                sampler.push(model)
             else:
                 skipped += 1
             log_step(run, step, args, loss, measures, norm, seen, kept, failed, sampled - start, time.time() - sampled, device)

@@ -297,7 +297,7 @@ def check_room(prompts, max_new_tokens, limit):
 def drop_long(problems, tokenizer, args, limit, context="none"):
     """The problems whose prompts, the student's and the teacher's, leave room for the response. Says how many it drops; ends the program if none is left.
 
-    Embedded problems are all of one size: only the first is looked at.
+    Embedded problems differ by a few tokens only: just the first is looked at.
     """
     look_at = problems if args.data else problems[:1]
     contexts = CONTEXTS[context]([Rollout(problem, []) for problem in look_at], lambda prompts: [""] * len(prompts))      # written ones: their frame

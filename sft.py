@@ -16,6 +16,7 @@ import time
 from common import Run, add_run_flags, check_out, deal, fail, load_model, load_tokenizer, make_parser, optimizer_step, peak_memory, positive, response_hidden, response_targets, save_model, set_up, stop_ids
 from data import CONTEXTS, EMBEDDED_CONTEXTS, add_data_flags, load_problems, reference_trace, render_prompt
 from ranks import gather, load_device, open_head, prepare
+from rollout import Rollout, opened_think
 
 
 def parse_args(argv=None):
@@ -33,7 +34,7 @@ def parse_args(argv=None):
     group.add_argument("--give-up", type=int, default=10, help="stop after this many steps in a row whose loss or gradient is not finite")
     group.add_argument("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch; changes memory and speed, not the gradient")
     args = parser.parse_args(argv)
-    positive(parser, args, "steps", "batch", "lr", "micro_tokens", "give_up")
+    positive(parser, args, "steps", "batch", "lr", "clip", "micro_tokens", "give_up")
     return args
 
 
@@ -51,7 +52,6 @@ MIXTURE = [
 def embedded_row(tokenizer, problem, rng):
     """(prompt ids, response ids) of one draw from the mixture."""
     import numpy as np
-    from rollout import Rollout
     _, context, thinking = MIXTURE[rng.choice(len(MIXTURE), p=np.array([share for share, _, _ in MIXTURE]))]
     prompt = render_prompt(tokenizer, problem, CONTEXTS[context]([Rollout(problem, [])], None)[0], thinking)
     return prompt, tokenizer(reference_trace(problem, rng, context, thinking) + tokenizer.eos_token, add_special_tokens=False).input_ids
@@ -59,8 +59,9 @@ def embedded_row(tokenizer, problem, rng):
 
 def real_row(tokenizer, problem, end):
     """The same of a real problem; `end` is the id that ends a response."""
-    text = f"<think>\n{problem.solution}\n</think>\n\n\\boxed{{{problem.answer}}}"
-    return render_prompt(tokenizer, problem), tokenizer(text, add_special_tokens=False).input_ids + [end]
+    prompt = render_prompt(tokenizer, problem)
+    text = f"<think>\n{problem.solution}\n</think>\n\n\\boxed{{{problem.answer}}}".removeprefix(opened_think(tokenizer, prompt))
+    return prompt, tokenizer(text, add_special_tokens=False).input_ids + [end]
 
 
 def sft_loss(model, rows, tokens):
@@ -89,7 +90,6 @@ def build_tiny(seed):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from data import INSTRUCTION, embedded_problems
-    from rollout import Rollout
     rng = np.random.default_rng(seed)
     corpus = []
     for problem in embedded_problems(400, seed):
@@ -145,7 +145,7 @@ def main(argv=None):
     run = Run(args, "sft")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(problems):,} problems, device {device}, run directory {run.path}")
     state = run.resume(problems, model, optimizer)
-    skipped = state.get("skipped", 0)
+    skipped, updates = state.get("skipped", 0), state.get("updates", 0)
     for step in range(state.get("step", 0), args.steps):
         start = time.time()
         rng = np.random.default_rng([args.seed, 1, step])
@@ -160,7 +160,7 @@ def main(argv=None):
             total += sft_loss(model, [rows[i] for i in group], tokens if counts else math.inf)
         total = sum(gather([total]))
         norm, updated = optimizer_step(model, optimizer, args.clip)
-        skipped = 0 if updated else skipped + 1
+        updates, skipped = updates + updated, 0 if updated else skipped + 1
         if not updated:
             run.log("not_finite", dict(step=step + 1, loss=total, grad_norm=norm, rows=[dict(prompt_ids=p, response_ids=r) for p, r in rows]))
         seconds = time.time() - start
@@ -170,7 +170,9 @@ def main(argv=None):
             print(f"step {step + 1}/{args.steps}  loss {total:.4f}  gradient norm {norm:.2f}  {tokens / seconds:,.0f} tokens/s", flush=True)
         if skipped == args.give_up:
             fail(f"loss or gradient not finite in {skipped} steps in a row (--give-up): see {run.path}/not_finite.jsonl")
-        run.save_state(step + 1, problems, model, optimizer, skipped=skipped)
+        run.save_state(step + 1, problems, model, optimizer, skipped=skipped, updates=updates)
+    if not updates:
+        fail("no step was taken, the model is unchanged")
     save_model(run.path, model, tokenizer)
     run.finish()
     print(f"saved {run.path}")

@@ -77,30 +77,30 @@ def markdown(records):
 
 # The paper's tables and figures: (place in the paper, part and branch of ours, flags, the paper's result on Qwen3-8B / AceReason-7B unless named).
 EXPERIMENTS = [
-    ("figure 1, tables 2 and 6 (after RLVR): correct only", "filters", "correct", "opsd.py --filter correct", "-1.0 pp, -29% / +3.5 pp, -18%"),
-    ("figure 1, tables 2 and 6 (after RLVR): incorrect only", "filters", "incorrect", "opsd.py --filter incorrect", "-6.6 pp, -20% / -10.0 pp, -17%"),
-    ("table 2: all rollouts", "filters", "all", "opsd.py --filter all", "-1.2 pp, -27% / -2.0 pp, -18%"),
-    ("table 2: split direction", "filters", "split", "opsd.py --filter all --divergence split", "+0.5 pp, -26% / +0.0 pp, -21%"),
-    ("table 2: JSD", "filters", "jsd", "opsd.py --filter all --divergence jsd", "-1.4 pp, -27% / +2.4 pp, -20%"),
-    ("table 4: only the answer as context, correct", "contexts", "answer-correct", "opsd.py --filter correct --context answer", "not run"),
-    ("the same, incorrect", "contexts", "answer-incorrect", "opsd.py --filter incorrect --context answer", "not run"),
-    ("table 4: conciseness instruction, correct", "contexts", "instruction-correct", "opsd.py --filter correct --context instruction", "-2.5 pp, -23% (all rollouts)"),
-    ("the same, incorrect", "contexts", "instruction-incorrect", "opsd.py --filter incorrect --context instruction", "not run"),
-    ("table 4: reflections, re-solve", None, "the embedded model cannot write them", "opsd.py --model MODEL --data DATA --context reflection (reflection-demo, four-line, two-line, resolve)",
+    ("figure 1, tables 2 and 6 (after RLVR): correct only", "filters", "correct", "python opsd.py --filter correct", "-1.0 pp, -29% / +3.5 pp, -18%"),
+    ("figure 1, tables 2 and 6 (after RLVR): incorrect only", "filters", "incorrect", "python opsd.py --filter incorrect", "-6.6 pp, -20% / -10.0 pp, -17%"),
+    ("table 2: all rollouts", "filters", "all", "python opsd.py --filter all", "-1.2 pp, -27% / -2.0 pp, -18%"),
+    ("table 2: split direction", "filters", "split", "python opsd.py --filter all --divergence split", "+0.5 pp, -26% / +0.0 pp, -21%"),
+    ("table 2: JSD", "filters", "jsd", "python opsd.py --filter all --divergence jsd", "-1.4 pp, -27% / +2.4 pp, -20%"),
+    ("table 4: only the answer as context, correct", "contexts", "answer-correct", "python opsd.py --filter correct --context answer", "not run"),
+    ("the same, incorrect", "contexts", "answer-incorrect", "python opsd.py --filter incorrect --context answer", "not run"),
+    ("table 4: conciseness instruction, correct", "contexts", "instruction-correct", "python opsd.py --filter correct --context instruction", "-2.5 pp, -23% (all rollouts)"),
+    ("the same, incorrect", "contexts", "instruction-incorrect", "python opsd.py --filter incorrect --context instruction", "not run"),
+    ("table 4: reflections; likewise reflection-demo, four-line, two-line, resolve", None, "the embedded model cannot write them", "python opsd.py --model MODEL --data DATA --context reflection",
      "-1.2 pp, -27%; -2.4, -26%; +2.0, -10%; +0.5, -6%; -6.6, -46%"),
-    ("table 5: reinjection, correct", "contexts", "reinject-correct", "opsd.py --filter correct --reinject 32", "-2.6 pp, -33%"),
-    ("table 5: reinjection, all", "contexts", "reinject-all", "opsd.py --filter all --reinject 32", "-4.2 pp, -33%"),
-    ("table 6: before RLVR, correct (against tiny/sft)", "order", "sft-correct", "opsd.py --filter correct --model tiny/sft", "+1.9 pp, -20% (R1-Distill-7B)"),
-    ("table 6: before RLVR, incorrect (against tiny/sft)", "order", "sft-incorrect", "opsd.py --filter incorrect --model tiny/sft", "-3.9 pp, -16% (R1-Distill-7B)"),
-    ("RLVR alone (against tiny/sft)", "order", "tiny/rlvr", "rlvr.py", "published checkpoints"),
-    ("prompt only: the student reads the reference", "filters", "tiny/rlvr reading solution", "eval.py --model tiny/rlvr --context solution", "not run"),
-    ("baseline: rejection-sampling fine-tuning", "baselines", "rft-correct", "opsd.py --filter correct --divergence rft", "not run"),
-    ("baseline: length-penalised RLVR (20 steps of 256 rollouts)", "baselines", "length-penalty", "rlvr.py --model tiny/rlvr --length-penalty 0.5 --steps 20", "not run"),
-    ("thinking off, correct", "off", "off-correct", "opsd.py --filter correct --thinking off", "not run"),
-    ("thinking off, incorrect", "off", "off-incorrect", "opsd.py --filter incorrect --thinking off", "not run"),
+    ("table 5: reinjection, correct", "contexts", "reinject-correct", "python opsd.py --filter correct --reinject 32", "-2.6 pp, -33%"),
+    ("table 5: reinjection, all", "contexts", "reinject-all", "python opsd.py --filter all --reinject 32", "-4.2 pp, -33%"),
+    ("table 6: before RLVR, correct (against tiny/sft)", "order", "sft-correct", "python opsd.py --filter correct --model tiny/sft", "+1.9 pp, -20% (R1-Distill-7B)"),
+    ("table 6: before RLVR, incorrect (against tiny/sft)", "order", "sft-incorrect", "python opsd.py --filter incorrect --model tiny/sft", "-3.9 pp, -16% (R1-Distill-7B)"),
+    ("RLVR alone (against tiny/sft)", "order", "tiny/rlvr", "python rlvr.py", "published checkpoints"),
+    ("prompt only: the student reads the reference", "filters", "tiny/rlvr reading solution", "python eval.py --model tiny/rlvr --context solution", "not run"),
+    ("baseline: rejection-sampling fine-tuning", "baselines", "rft-correct", "python opsd.py --filter correct --divergence rft", "not run"),
+    ("baseline: length-penalised RLVR (20 steps of 256 rollouts)", "baselines", "length-penalty", "python rlvr.py --model tiny/rlvr --length-penalty 0.5 --steps 20", "not run"),
+    ("thinking off, correct", "off", "off-correct", "python opsd.py --filter correct --thinking off", "not run"),
+    ("thinking off, incorrect", "off", "off-incorrect", "python opsd.py --filter incorrect --thinking off", "not run"),
     ("table 7: three seeds", None, "every row here", "SEEDS=\"101 102 103\" bash reproduce.sh", "correct -1.6 +- 1.6 pp, incorrect -7.9 +- 2.1 / +3.5 +- 1.0, -12.9 +- 3.3"),
-    ("figure 2: KL by position", None, "results/figure2.png", "opsd.py --filter all --kl-by-position 8 --out R; plot.py position R/kl_by_position.jsonl --out F", "0.15 to 0.25 nats in the first 300 tokens, then 0.02 to 0.05"),
-    ("figure 3: trajectory", None, "results/figure3.png", "opsd.py --filter correct --eval-every 10 --out R; plot.py trajectory R/metrics.jsonl --out F", "length settles within 25 steps"),
+    ("figure 2: KL by position", None, "results/figure2.png", "python opsd.py --filter all --kl-by-position 8 --out R; python plot.py position R/kl_by_position.jsonl --out F", "0.15 to 0.25 nats in the first 300 tokens, then 0.02 to 0.05"),
+    ("figure 3: trajectory", None, "results/figure3.png", "python opsd.py --filter correct --eval-every 10 --out R; python plot.py trajectory R/metrics.jsonl --out F", "length settles within 25 steps"),
 ]
 MARKERS = {"correct": "10.6 to 8.2 / 12.2 to 10.5", "incorrect": "10.6 to 9.4 / 12.2 to 11.0"}               # table 3
 SHIFTS = {"correct": "net +0.2 / +14.8", "incorrect": "net -24.9 / -77.5"}                                  # figure 4
@@ -110,18 +110,18 @@ def experiments(records):
     """Markdown: experiment of the paper, command, our result as mean and 95% interval over seeds, the paper's result."""
     found = {(r["part"], r["branch"]): r for r in records if r["group"] == "all"}
     change = lambda value: f"{value[0]:+.1f}" + ("" if value[1] is None else f" [{value[1]:+.1f}, {value[2]:+.1f}]")
-    lines = ["| experiment of the paper | command (after `python`) | embedded model: accuracy, points; length, % | the paper: Qwen3-8B / AceReason-7B unless named |", "|---|---|---|---|"]
+    lines = ["| experiment of the paper | command | embedded model: accuracy, points; length, % | the paper: Qwen3-8B / AceReason-7B unless named |", "|---|---|---|---|"]
     for place, part, branch, command, paper in EXPERIMENTS:
         record = found[part, branch] if part else None
         ours = f"{change(record['accuracy_change'])}; {change(record['length_change'])}" if part else branch
         lines.append(f"| {place} | `{command}` | {ours} | {paper} |")
     before = found["filters", "tiny/rlvr"]["markers"][0]
     for branch, paper in MARKERS.items():
-        lines.append(f"| table 3: markers per 1,000 tokens, {branch} only | `eval.py --model tiny/rlvr RUN` | {before:.1f} to {found['filters', branch]['markers'][0]:.1f} | {paper} |")
+        lines.append(f"| table 3: markers per 1,000 tokens, {branch} only | `python eval.py --model tiny/rlvr RUN` | {before:.1f} to {found['filters', branch]['markers'][0]:.1f} | {paper} |")
     for branch, paper in SHIFTS.items():
         shift = found["filters", branch]["shift"]
         ours = ", ".join(f"{key} {shift[key][0]:.1f}" for key in ("repaired", "damaged")) + f", net {change(shift['net'])}"
-        lines.append(f"| figure 4: shift, {branch} only, expected problems of 1,024 | `eval.py --model tiny/rlvr RUN --out E; plot.py shift E --out F` | {ours} | {paper} |")
+        lines.append(f"| figure 4: shift, {branch} only, expected problems of 1,024 | `python eval.py --model tiny/rlvr RUN --problems 1024 --samples 2 --out E; python plot.py shift E --out F` | {ours} | {paper} |")
     return "\n".join(lines)
 
 

@@ -16,7 +16,6 @@ import types
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 
 import common
@@ -279,11 +278,11 @@ def test_teachers_move_as_named(model):
         with torch.no_grad():
             for p in student.parameters():
                 p.add_(1.0)
-        opsd.TEACHERS[name](teacher, student, 0, args)
+        opsd.TEACHERS[name](teacher, student, 1, args)
         for t, start in zip(teacher.parameters(), model.parameters()):
             torch.testing.assert_close(t - start, torch.full_like(t, weight), rtol=1e-4, atol=1e-5)
         if name == "every":
-            opsd.TEACHERS[name](teacher, student, 1, args)
+            opsd.TEACHERS[name](teacher, student, 2, args)
             assert all(torch.equal(t, s) for t, s in zip(teacher.parameters(), student.parameters()))
 
 
@@ -813,12 +812,19 @@ def test_sft_trains_the_embedded_model_and_a_given_one(tmp_path):
     assert losses[-1] < losses[0] and (weights(tmp_path / "b") - weights(TINY)).abs().max() > 0
 
 
-def test_kinds_adds_up_to_the_whole_kl(tmp_path, capsys):
+def test_kinds_adds_up_to_the_whole_kl(tokenizer, tmp_path, capsys):
     out = str(tmp_path / "k.json")
     kinds.main(["--problems", "10", "--threads", "1", "--max-new-tokens", "90", "--out", out])
     saved = json.load(open(out))
     assert sum(saved["count"].values()) == 10 and "easy: check or go on" in capsys.readouterr().out
     assert all(value > -1e-3 and tokens > 0 for outcome in saved["table"].values() for value, tokens in outcome.values())
+    rollouts = some_rollouts(tokenizer, 6)
+    measures = [torch.rand(5, len(r.response_ids)) for r in rollouts]
+    table = kinds.by_kind(tokenizer, rollouts, measures)
+    for outcome in ("correct", "truncated"):
+        rows = [m[0] for r, m in zip(rollouts, measures) if r.outcome == outcome]
+        assert sum(value for value, _ in table[outcome].values()) == pytest.approx(sum(row.sum().item() for row in rows), rel=1e-5)
+        assert sum(count for _, count in table[outcome].values()) == sum(map(len, rows))
 
 
 def test_eval_writes_a_table_and_json(tmp_path, capsys):
@@ -972,7 +978,10 @@ def test_resume_skips_damaged_states_and_refuses_another_experiment(tmp_path, cr
         run.resume(problems[1:], model, torch.optim.AdamW(model.parameters()))
     assert "on other problems" in capsys.readouterr().err
     os.remove(older), os.remove(newer)
-    opsd.main(argv + ["--resume", "--threads", "1"])
+    with pytest.raises(SystemExit):
+        opsd.main(argv + ["--resume", "--lr", "1e-5"])
+    assert "--lr 0.0001 then, 1e-05 now" in capsys.readouterr().err
+    opsd.main(argv + ["--resume", "--threads", "1", "--out", os.path.join(out, "")])
     assert "from the start" in capsys.readouterr().out and [row["step"] for row in metrics(out)[1:]] == [1, 2, 3, 4, 5, 6]
 
 
@@ -1347,6 +1356,52 @@ def test_hostile_model_directories_are_refused_by_name(tmp_path, capsys):
     assert "end-of-sequence" in refused(endless)
 
 
+def test_a_temperature_without_do_sample_can_be_saved(tmp_path):
+    path = changed_model(tmp_path / "model")
+    file = os.path.join(path, "generation_config.json")
+    json.dump({**json.load(open(file)), "temperature": 0.6}, open(file, "w"))
+    common.save_model(str(tmp_path / "saved"), *load_model(path, CPU))
+    assert load_model(str(tmp_path / "saved"), CPU)[0].generation_config.temperature == 0.6
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    (out / "step-1").mkdir(parents=True)
+    for name in ("train.jsonl", "notes.txt"):
+        write(out / name, "x")
+    with pytest.raises(SystemExit):
+        opsd.main([*SMALL, "--overwrite", "--out", str(out)])
+    assert "not the directory of a run" in capsys.readouterr().err and len(os.listdir(out)) == 3
+    write(out / "metrics.jsonl", "{}"), write(out / "model.safetensors", "x")
+    with pytest.raises(SystemExit):
+        opsd.main([*SMALL, "--overwrite", "--out", str(out), "--model", os.path.join(out, "")])
+    assert "is --model as well" in capsys.readouterr().err and len(os.listdir(out)) == 5
+    monkeypatch.setattr(opsd, "accumulate_gradients", lambda *args: opsd.fail("stop"))
+    with pytest.raises(SystemExit):
+        opsd.main([*SMALL, "--filter", "all", "--eval-problems", "0", "--overwrite", "--out", str(out)])
+    assert sorted(os.listdir(out)) == ["metrics.jsonl", "notes.txt", "samples.jsonl", "train.jsonl"]                  # no model of another run beside this one's log
+
+
+def test_a_machine_without_git_trains(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert common.provenance()["commit"] is None
+
+
+def test_sft_does_not_open_a_think_block_twice(tokenizer, monkeypatch):
+    problem = Problem("1+1?", "2", "1+1=2")
+    prompt, response = sft.real_row(tokenizer, problem, 2)
+    assert tokenizer.decode(response[:-1]) == "<think>\n1+1=2\n</think>\n\n\\boxed{2}"
+    monkeypatch.setattr(sft, "render_prompt", lambda *args: prompt + tokenizer("<think>\n").input_ids)
+    assert tokenizer.decode(sft.real_row(tokenizer, problem, 2)[1][:-1]) == "1+1=2\n</think>\n\n\\boxed{2}"
+
+
+def test_sft_without_one_update_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sft, "optimizer_step", lambda *args: (math.nan, False))
+    with pytest.raises(SystemExit):
+        sft.main(["--batch", "2", "--threads", "1", "--steps", "2", "--out", str(tmp_path / "run")])
+    assert "no step was taken" in capsys.readouterr().err and not os.path.exists(tmp_path / "run" / "model.safetensors")
+
+
 def test_a_tokenizer_without_eos_or_pad_trains_and_one_without_thinking_is_told(tmp_path, capsys):
     path = changed_model(tmp_path / "model", eos_token=None, pad_token=None)                 # the generation config still names the eos
     tokenizer = load_model(path, CPU)[1]
@@ -1389,7 +1444,7 @@ def test_a_filter_that_keeps_nothing_is_logged_and_then_ends_the_run(tmp_path, m
 
 
 def test_every_readme_command_parses():
-    commands = re.findall(r"(?:python|torchrun --nproc-per-node \d+) (\w+)\.py([^\n&|#`]*)", open(os.path.join(HERE, "README.md")).read())
+    commands = re.findall(r"(?:python|torchrun --nproc-per-node \d+) (\w+)\.py([^\n&|#`;]*)", open(os.path.join(HERE, "README.md")).read())
     assert len(commands) > 5
     for script, line in commands:
         argv = shlex.split(line)
