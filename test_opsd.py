@@ -876,7 +876,7 @@ def test_figures_and_tables_from_the_runs_own_files(tmp_path, monkeypatch, capsy
     table.main()
     readme = open(tmp_path / "README.md").read()
     assert "old" not in readme and readme.startswith("before\n") and readme.endswith("<!-- end -->\nafter\n")
-    assert "| table 5: reinjection, all | `opsd.py --filter all --reinject 32` | +25.0 [+25.0, +25.0]; -21.5 [-27.9, -15.1] | -4.2 pp, -33% |" in readme
+    assert "| table 5: reinjection, all | `python opsd.py --filter all --reinject 32` | +25.0 [+25.0, +25.0]; -21.5 [-27.9, -15.1] | -4.2 pp, -33% |" in readme
     row = next(line for line in capsys.readouterr().out.split("\n") if line.startswith("| correct"))
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[3] == "100.0" and cells[4].startswith("+25.0") and cells[5] == "78.5" and cells[6].startswith("-21.5 [-27.9, -15.1]") and cells[9:11] == ["6.0", "120"]
