@@ -243,7 +243,10 @@ class Run:
             for pattern in ("metrics.jsonl", "samples.jsonl", "not_finite.jsonl", "kl_by_position.jsonl", "state-*", "model*.safetensors*", "step-*"):
                 for stale in glob.glob(os.path.join(glob.escape(self.path), pattern)):              # with --overwrite: the run before
                     shutil.rmtree(stale) if os.path.isdir(stale) else os.remove(stale)
-            self.log("metrics", dict(script=os.path.basename(sys.argv[0]), args=vars(args), **provenance()))
+            self.log_settings()
+
+    def log_settings(self):
+        self.log("metrics", dict(script=os.path.basename(sys.argv[0]), args=vars(self.args), **provenance()))
 
     def log(self, file, record):
         if not self.first:
@@ -284,7 +287,7 @@ class Run:
                 break
             print(f"{os.path.join(self.path, name)} is damaged: not used")
         before, now = state.get("args") or self.first_args(), vars(self.args)
-        other = [f"--{key.replace('_', '-')} {before.get(key)} then, {now.get(key)} now" for key in sorted({*before, *now} - HARMLESS) if before.get(key) != now.get(key)]
+        other = [f"--{key.replace('_', '-')} {before.get(key)} then, {now.get(key)} now" for key in sorted({*before, *now} - HARMLESS) if before and before.get(key) != now.get(key)]
         if other:
             fail(f"--resume: the run in {self.path} is another experiment: {'; '.join(other)}")
         if state:
@@ -298,16 +301,18 @@ class Run:
                 shutil.rmtree(leftover) if os.path.isdir(leftover) else os.remove(leftover)
             for log in glob.glob(os.path.join(self.path, "*.jsonl")):
                 self.cut(log, state.get("step", 0))
+            if not before:                                  # that run died before it had written a line
+                self.log_settings()
         print(f"resumed after step {state.get('step', 0)}" + " (no whole state: from the start)" * (not state))
         return state
 
     def first_args(self):
-        """The settings in line 0 of the metrics, for a run that has no whole state."""
+        """The settings in line 0 of the metrics, for a run that has no whole state; none where that line is not whole."""
         with open(os.path.join(self.path, "metrics.jsonl")) as stream:
             try:
                 return json.loads(stream.readline())["args"]
             except (ValueError, KeyError):
-                fail(f"--resume: {self.path}/metrics.jsonl does not begin with the run's settings, and there is no whole state")
+                return {}
 
     @staticmethod
     def cut(path, step):

@@ -985,6 +985,14 @@ def test_resume_skips_damaged_states_and_refuses_another_experiment(tmp_path, cr
     assert "from the start" in capsys.readouterr().out and [row["step"] for row in metrics(out)[1:]] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_that_died_before_its_first_line_was_whole_begins_anew(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"script": "op')
+    opsd.main([*SMALL, "--filter", "all", "--eval-problems", "0", "--steps", "1", "--resume", "--out", str(out)])
+    assert metrics(out)[0]["args"]["filter"] == "all" and [row["step"] for row in metrics(out)[1:]] == [1]
+
+
 def test_a_full_disk_ends_the_run_with_one_line_and_leaves_the_last_state_whole(tmp_path, monkeypatch, capsys):
     out, own, calls = str(tmp_path / "run"), torch.save, []
 
