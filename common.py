@@ -192,7 +192,8 @@ def check_out(args):
     elif args.out and os.path.exists(args.out) and not args.overwrite:
         fail(f"--out {args.out}: exists already; choose another or add --overwrite")
     elif args.out and os.path.isdir(args.out):
-        if not {"metrics.jsonl", "model.safetensors"} & set(os.listdir(args.out)) and os.listdir(args.out):
+        names = set(os.listdir(args.out))
+        if names and not names & {"metrics.jsonl", "model.safetensors"}:
             fail(f"--out {args.out} --overwrite: not the directory of a run")
         if os.path.realpath(args.out) == os.path.realpath(str(getattr(args, "model", ""))):
             fail(f"--out {args.out} --overwrite: is --model as well")
