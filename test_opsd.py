@@ -76,6 +76,11 @@ def loss_and_gradient(model, teacher, rollouts, prompts, divergence="reverse_kl"
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+def apart(value, other):
+    """Norm of the difference over the norm of `other`. Bounds on single elements would measure the rounding of the smallest ones, which differs between machines."""
+    return ((value - other).norm() / other.norm()).item()
+
+
 def teacher_prompts(tokenizer, rollouts, context="solution"):
     return [render_prompt(tokenizer, r.problem, c) for r, c in zip(rollouts, CONTEXTS[context](rollouts, None))]
 
@@ -150,7 +155,7 @@ def test_chunks_pieces_micro_batches_padding_and_order_change_nothing(model, tok
         monkeypatch.setattr(opsd, "PIECE", piece * model.config.vocab_size / 1e6)
         other, other_gradient = loss_and_gradient(model, teacher, *rows, divergence, mean, budget, chunk, teacher_budget)
         assert other == pytest.approx(loss, rel=1e-5)
-        torch.testing.assert_close(other_gradient, gradient, rtol=1e-3, atol=1e-6)
+        assert apart(other_gradient, gradient) < 1e-5
 
 
 @pytest.mark.parametrize("mean", ["response", "token"])
@@ -175,7 +180,7 @@ def test_loss_equals_a_dense_loop_over_full_logits(model, tokenizer, mean):
     dense = torch.cat(per_response).mean() if mean == "token" else torch.stack([row.mean() for row in per_response]).mean()
     dense.backward()
     assert loss == pytest.approx(dense.item(), rel=1e-4)
-    torch.testing.assert_close(gradient, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-3, atol=1e-6)
+    assert apart(gradient, torch.cat([p.grad.flatten() for p in model.parameters()])) < 1e-5
 
 
 def test_tenth_response_token_is_the_same_id_at_the_right_offset(model, tokenizer):
@@ -339,7 +344,7 @@ def test_on_policy_grpo_gradient_is_the_policy_gradient(model, tokenizer):
         logprobs = model(torch.tensor([r.prompt_ids + r.response_ids])).logits[0, len(r.prompt_ids) - 1:-1].log_softmax(-1)
         parts.append(logprobs.gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0])
     (-(torch.cat(parts) * advantages).sum() / 100).backward()
-    torch.testing.assert_close(gradient, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-3, atol=1e-6)
+    assert apart(gradient, torch.cat([p.grad.flatten() for p in model.parameters()])) < 1e-5
     assert loss == pytest.approx(-advantages.sum().item() / 100, abs=1e-6) and measures.shape == (2, len(advantages))       # ratio 1
     for logprobs in (rlvr.sampled_logprobs(model, rollouts, 7), measures[1]):
         torch.testing.assert_close(logprobs, torch.cat(parts).detach(), rtol=1e-4, atol=1e-5)
@@ -1161,7 +1166,7 @@ def test_two_ranks_train_as_one(name, pair):
     if name == "tied":
         assert os.path.getsize(folder / "two-tied" / "model.safetensors") == os.path.getsize(folder / "one-tied" / "model.safetensors")
     if name in LEAN:                                                                    # memory is saved, and nothing else changes
-        assert torch.allclose(weights(folder / f"lean-{name}"), weights(folder / f"two-{name}"), rtol=0, atol=1e-6 + 1e-3 * moved.abs().max().item())
+        assert (weights(folder / f"lean-{name}") - weights(folder / f"two-{name}")).norm() < 1e-3 * moved.norm()
     if name == "opsd":                                                                  # step 1: three micro-batches here and two there, and one for show
         assert sorted(counts.count(True) for counts in (seen[0][name][0], seen[1][name][0])) == [2, 3] and False in seen[1][name][0]
     if name == "lone":
