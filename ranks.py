@@ -9,12 +9,13 @@
 
 Run: two ranks of gloo on CPUs. Not run: CUDA with NCCL, several machines.
 """
+
 import os
 import sys
 import types
 from itertools import zip_longest
 
-joined = False          # not torch.distributed.is_initialized(): an engine of vLLM in this process initialises it as well
+joined = False  # not torch.distributed.is_initialized(): an engine of vLLM in this process initialises it as well
 
 
 def distributed():
@@ -25,6 +26,7 @@ def distributed():
 def rank_and_world():
     """(this rank's number, how many there are): (0, 1) without torchrun."""
     import torch.distributed as dist
+
     return (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
 
 
@@ -33,12 +35,16 @@ def start(device):
     import datetime
     import torch
     import torch.distributed as dist
+
     global joined
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():                           # the time that one rank may sample, or wait for one that does; a rank that dies is noticed at once
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=3))
+    if not dist.is_initialized():  # the time that one rank may sample, or wait for one that does; a rank that dies is noticed at once
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(hours=3),
+        )
     joined = True
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
@@ -50,6 +56,7 @@ def stop():
     global joined
     if joined:
         import torch.distributed as dist
+
         dist.destroy_process_group()
         joined = False
 
@@ -66,14 +73,21 @@ def gather(items):
     if world == 1:
         return items
     import torch.distributed as dist
+
     shares = [None] * world
     dist.all_gather_object(shares, items)
     nothing = object()
-    return [item for turn in zip_longest(*shares, fillvalue=nothing) for item in turn if item is not nothing]
+    return [
+        item
+        for turn in zip_longest(*shares, fillvalue=nothing)
+        for item in turn
+        if item is not nothing
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensors in pieces
+
 
 def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
@@ -82,6 +96,7 @@ def is_sharded(tensor):
 def device_of(model):
     """Where the model computes; with --offload its weights are elsewhere."""
     import torch
+
     weight = next(model.parameters())
     return torch.device(weight.device_mesh.device_type) if is_sharded(weight) else weight.device
 
@@ -97,6 +112,7 @@ def full_state(state):
         return state
     import torch
     from torch.utils._pytree import tree_map_only
+
     keep = lambda whole: whole.detach().cpu() if rank_and_world()[0] == 0 else None
     return tree_map_only(torch.Tensor, lambda tensor: keep(full(tensor)), state)
 
@@ -106,15 +122,26 @@ def piece(value, like):
     if not is_sharded(like):
         return value
     from torch.distributed.tensor import DTensor
+
     rank, world = rank_and_world()
-    pieces = value.chunk(world)                             # along the first axis, as FSDP2 cuts; fewer than ranks where it is short
+    pieces = value.chunk(
+        world
+    )  # along the first axis, as FSDP2 cuts; fewer than ranks where it is short
     mine = (pieces[rank] if rank < len(pieces) else value[:0]).clone().to(like.to_local().device)
-    return DTensor.from_local(mine, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return DTensor.from_local(
+        mine,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
 
 def load_full_state(model, state):
     """load_state_dict of a state that `full_state` made, on any number of ranks."""
     import torch
+
     own = model.state_dict()
     assert own.keys() == state.keys()
     with torch.no_grad():
@@ -124,16 +151,28 @@ def load_full_state(model, state):
 
 def load_full_optimizer(optimizer, state):
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    cut = lambda value, like: piece(value, like) if value.shape == like.shape else value            # moments; the step counter is a number
-    optimizer.load_state_dict(dict(state, state={i: {name: cut(value, weights[i]) for name, value in row.items()} for i, row in state["state"].items()}))
+    cut = lambda value, like: (
+        piece(value, like) if value.shape == like.shape else value
+    )  # moments; the step counter is a number
+    optimizer.load_state_dict(
+        dict(
+            state,
+            state={
+                i: {name: cut(value, weights[i]) for name, value in row.items()}
+                for i, row in state["state"].items()
+            },
+        )
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A model that trains, or teaches
 
+
 def load_device(device):
     """Where to load a model that `prepare` gets next: several ranks cut it up in host memory and move the pieces."""
     import torch
+
     return torch.device("cpu") if distributed() else device
 
 
@@ -144,9 +183,12 @@ def recomputed(block, *args, **kwargs):
     """
     import torch
     from torch.utils.checkpoint import checkpoint
+
     if not torch.is_grad_enabled():
         return type(block).forward(block, *args, **kwargs)
-    return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return checkpoint(
+        type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+    )
 
 
 def prepare(model, args, device, low=False):
@@ -156,39 +198,65 @@ def prepare(model, args, device, low=False):
     low: the weights are frozen or overwritten, never added to, so they are stored in the computation dtype.
     """
     import torch
+
     body, head, dtype = model.base_model, model.get_output_embeddings(), getattr(torch, args.dtype)
-    blocks = [module for module in body.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    blocks = [
+        module
+        for module in body.modules()
+        if type(module).__name__ in (model._no_split_modules or ())
+    ]
     if args.checkpointing:
         for block in blocks:
-            block.forward = types.MethodType(recomputed, block)                         # a bound method, so that a deep copy has one of its own
+            block.forward = types.MethodType(
+                recomputed, block
+            )  # a bound method, so that a deep copy has one of its own
     if not distributed():
         if dtype != torch.float32:
             for module in (body, head):
-                module.forward = types.MethodType(torch.autocast(device.type, dtype)(type(module).forward), module)
-            for module in body.modules() if low else ():                                # autocast rounds no others, and a teacher must compute as its student
+                module.forward = types.MethodType(
+                    torch.autocast(device.type, dtype)(type(module).forward), module
+                )
+            for module in (
+                body.modules() if low else ()
+            ):  # autocast rounds no others, and a teacher must compute as its student
                 if isinstance(module, torch.nn.Linear):
                     module.to(dtype)
         return
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-    for weight in model.parameters() if low else ():                                    # not model.to: the frequencies of rotary embeddings stay float32
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
+    for weight in (
+        model.parameters() if low else ()
+    ):  # not model.to: the frequencies of rotary embeddings stay float32
         weight.data = weight.data.to(dtype)
     settings = dict(
-        mesh=init_device_mesh(device.type, (rank_and_world()[1],)), reshard_after_forward=True,
+        mesh=init_device_mesh(device.type, (rank_and_world()[1],)),
+        reshard_after_forward=True,
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if args.offload else OffloadPolicy())
+        offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        if args.offload
+        else OffloadPolicy(),
+    )
     embedding = model.get_input_embeddings()
     tied = head.weight is embedding.weight
     if tied:
-        head.weight = None                                                              # or it would be cut twice
+        head.weight = None  # or it would be cut twice
     for module in (*blocks, body, *([head] if list(head.parameters()) else [])):
         fully_shard(module, **settings)
     if tied:
-        head.weight = embedding.weight                                                  # now the piece; FSDP2 makes whole only the embedding's
+        head.weight = embedding.weight  # now the piece; FSDP2 makes whole only the embedding's
     for module in model.modules():
-        if isinstance(module, FSDPModule):                                              # sum gradients over ranks: the weights of the loss have the denominator
+        if isinstance(
+            module, FSDPModule
+        ):  # sum gradients over ranks: the weights of the loss have the denominator
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)                              # gloo knows no scaled sum
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
 
 
 def open_head(model):
@@ -199,15 +267,20 @@ def open_head(model):
     """
     import torch
     import torch.nn.functional as F
+
     head = model.get_output_embeddings()
     if not is_sharded(head.weight):
         return head, lambda: None
     from torch.distributed.tensor import Partial
+
     weights = [weight for weight in (head.weight, head.bias) if weight is not None]
-    gathered = [weight.to(device_of(model)).full_tensor(grad_placements=[Partial()]) for weight in weights]         # (V, D), (V,)
+    gathered = [
+        weight.to(device_of(model)).full_tensor(grad_placements=[Partial()]) for weight in weights
+    ]  # (V, D), (V,)
     leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in gathered]
 
     def hand_back():
         torch.autograd.backward(gathered, [leaf.grad for leaf in leaves])
-        gathered.clear(), leaves.clear()                                                # the body's backward pass has the memory
+        gathered.clear(), leaves.clear()  # the body's backward pass has the memory
+
     return lambda hidden: F.linear(hidden, *(leaf.to(hidden.dtype) for leaf in leaves)), hand_back

@@ -56,7 +56,9 @@ def extract(text: str) -> str | None:
     return text[start:end].strip() or None if start >= 0 else None
 
 
-def grade_responses(verifier: "Verifier", texts: list[str], finished: list[bool], golds: list[str]) -> list[tuple[str, str]]:
+def grade_responses(
+    verifier: "Verifier", texts: list[str], finished: list[bool], golds: list[str]
+) -> list[tuple[str, str]]:
     """(outcome, reason) of each response text, in order. `finished[i]` says that response i ended with a stop token of its own.
 
     outcome: correct, incorrect or truncated. reason: correct, wrong, no_answer, timeout or truncated.
@@ -79,13 +81,17 @@ class Verifier:
 
     def __init__(self, workers: int = 2, seconds: float = 3.0, memory_mb: int = 1024):
         if workers < 1 or seconds <= 0 or memory_mb < 1:
-            raise ValueError(f"Verifier needs workers >= 1, seconds > 0, memory_mb >= 1; got {workers}, {seconds}, {memory_mb}")
+            raise ValueError(
+                f"Verifier needs workers >= 1, seconds > 0, memory_mb >= 1; got {workers}, {seconds}, {memory_mb}"
+            )
         self.seconds, self.memory_mb = seconds, memory_mb
         self._workers = [_Worker(seconds, memory_mb) for _ in range(workers)]
         self._idle = list(self._workers)
         self._cache: dict[tuple[str, str], str] = {}
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _stop_all, self._workers)  # runs at exit too, or when the object is dropped
+        self._finalizer = weakref.finalize(
+            self, _stop_all, self._workers
+        )  # runs at exit too, or when the object is dropped
 
     def __enter__(self):
         return self
@@ -164,10 +170,25 @@ class _Worker:
         self.process = None
 
     def start(self):
-        command = [sys.executable, os.path.abspath(__file__), "--worker", str(self.seconds), str(self.memory_mb)]
-        environment = {**os.environ, "PYTHONHASHSEED": "0"}  # sympy's paths follow the order of sets: same answer, same verdict
+        command = [
+            sys.executable,
+            os.path.abspath(__file__),
+            "--worker",
+            str(self.seconds),
+            str(self.memory_mb),
+        ]
+        environment = {
+            **os.environ,
+            "PYTHONHASHSEED": "0",
+        }  # sympy's paths follow the order of sets: same answer, same verdict
         # A session of its own: Ctrl-C ends the caller in good order, and nothing outlives a kill of the group.
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
         self.ready, self.used = False, False
 
     def stop(self):
@@ -190,9 +211,13 @@ class _Worker:
             self.ready = bool(self.read(START_SECONDS))
         if not self.ready:
             self.stop()
-            raise RuntimeError("a worker of verify.py did not start; its own message is above (is math-verify installed?)")
+            raise RuntimeError(
+                "a worker of verify.py did not start; its own message is above (is math-verify installed?)"
+            )
         try:
-            self.process.stdin.write(json.dumps(pair).encode() + b"\n")  # ASCII escapes: lone surrogates and control characters pass
+            self.process.stdin.write(
+                json.dumps(pair).encode() + b"\n"
+            )  # ASCII escapes: lone surrogates and control characters pass
             self.process.stdin.flush()
         except BrokenPipeError:
             self.used = True  # it died while idle, and the read below returns b""
@@ -214,6 +239,7 @@ def _stop_all(workers):
 def _serve(seconds, memory_mb):
     """The worker process: reads [answer, gold] lines from stdin, writes verdicts to stdout, ends when stdin does."""
     import resource
+
     verdicts = os.fdopen(os.dup(1), "w")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # what a library prints must not be read as a verdict
@@ -222,14 +248,18 @@ def _serve(seconds, memory_mb):
     except (ValueError, OSError):
         pass  # macOS, or a lower limit is set already
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sys.set_int_max_str_digits(4300)  # Python's default, whatever the environment says; the recursion limit stays at its default too
+    sys.set_int_max_str_digits(
+        4300
+    )  # Python's default, whatever the environment says; the recursion limit stays at its default too
     grader = _make_grader()
     grader("1/2", "0.5")  # the first parse builds tables for 0.1 s
     os.dup2(nowhere, 2)  # import errors were for the user, what follows is noise
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     print("ready", file=verdicts, flush=True)
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # should the caller be killed meanwhile, the kernel ends this process
+        signal.setitimer(
+            signal.ITIMER_REAL, seconds + 1
+        )  # should the caller be killed meanwhile, the kernel ends this process
         verdict = grader(*json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(verdict), file=verdicts, flush=True)
@@ -244,6 +274,7 @@ def _make_grader():
     from math_verify import LatexExtractionConfig, verify
     from math_verify.grader import should_treat_as_complex
     from sympy.core.random import seed
+
     logging.disable()
     # boxed="none": the box is off already, and math-verify would pick an inner \fbox{3} out of `5 \fbox{3}`.
     config = replace(LatexExtractionConfig().normalization_config, boxed="none")
@@ -251,7 +282,9 @@ def _make_grader():
     @lru_cache(64)  # the rollouts of one problem share its gold
     def parse(text):
         real = not should_treat_as_complex(text)
-        return latex2sympy(text, is_real=real, convert_degrees=False, normalization_config=config)  # as in math_verify.parser
+        return latex2sympy(
+            text, is_real=real, convert_degrees=False, normalization_config=config
+        )  # as in math_verify.parser
 
     def grader(answer, gold):
         seed(0)  # sympy tests some identities at random points: same answer, same verdict
@@ -278,7 +311,9 @@ def main(argv):
         print(__doc__)
         return 0
     if len(argv) != 2:  # no argparse: answers begin with a minus sign
-        print('usage: python verify.py "response with \\boxed{answer}" "gold answer"', file=sys.stderr)
+        print(
+            'usage: python verify.py "response with \\boxed{answer}" "gold answer"', file=sys.stderr
+        )
         return 2
     text, gold = argv
     sys.stdout.reconfigure(errors="backslashreplace")
