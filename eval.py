@@ -1,16 +1,20 @@
 """Accuracy and length of one or several checkpoints against a baseline, with intervals.
 
-1. average@k accuracy: k samples a problem, graded by verify.py; a response that hits the token cap counts as not correct, and is
-   counted apart (truncated), as is a response without an answer (no answer) from one with a wrong answer.
-2. Length in tokens, eos included, over all responses and over the correct ones: truncation alone can look like compression.
-3. Changes are against the first checkpoint: points (pp) of accuracy, percent of mean length, with 95% paired bootstrap intervals
-   over problems (the same problems for both; k samples of one problem stay together).
-4. Shift: expected number of problems repaired and damaged. Several --data: one table each, then the mean over benchmarks, each counting alike.
-5. --context NAME evaluates the prompt-only row as well: the same model reading the teacher's prompt. The student is pulled towards it.
+1. average@k accuracy: k samples a problem, graded by verify.py. A response that hits the token cap
+   is not correct and counted apart (truncated), as is one without an answer from a wrong one.
+2. Length in tokens, eos included, over all responses and over the correct ones: truncation alone
+   can look like compression.
+3. Changes are against the first checkpoint: points of accuracy, percent of mean length, with 95%
+   paired bootstrap intervals over problems (k samples of one problem stay together).
+4. Shift: expected number of problems repaired and damaged (figure 4). Several --data: one table
+   each, then the mean over benchmarks, each counting alike.
+5. --context NAME evaluates the prompt-only row as well: the first model reading the teacher's
+   prompt. The student is pulled towards it.
 
     python eval.py --model tiny/rlvr runs/opsd-correct-001 runs/opsd-incorrect-001
     python eval.py --model tiny/rlvr --context solution
-    python eval.py --model Qwen/Qwen3-1.7B runs/qwen --data math500.jsonl aime24.jsonl aime25.jsonl --samples 8 --temperature 0.6 --max-new-tokens 30000
+    python eval.py --model Qwen/Qwen3-1.7B runs/qwen --data math500.jsonl aime24.jsonl \\
+        --samples 8 --temperature 0.6 --max-new-tokens 30000
 """
 
 import os
@@ -18,35 +22,15 @@ import re
 
 import numpy as np
 
+import data
 import ranks
-from common import (
-    add_run_flags,
-    check_out,
-    fail,
-    load_model,
-    make_parser,
-    positive,
-    provenance,
-    set_up,
-    write_json,
-)
-from data import (
-    CONTEXTS,
-    add_data_flags,
-    embedded_problems,
-    load_file,
-    read_trace,
-    require_thinking_switch,
-)
-from rollout import (
-    add_context_flags,
-    add_sampling_flags,
-    choose_backend,
-    grade_rollouts,
-    make_rollouts,
-    make_sampler,
-    make_writer,
-)
+import rollout
+import samplers
+import toy
+from cli import Parser, add_run_flags, fail, provenance, set_up, start
+from data import CONTEXTS
+from model import load_model
+from run import check_out, write_json
 from verify import Verifier
 
 # Table 3 of the paper: words that mark hesitation.
@@ -54,58 +38,53 @@ MARKERS = re.compile(
     r"\b(wait|hmm|perhaps|maybe|actually|alternatively|seems|might|likely|check)\b", re.IGNORECASE
 )
 EVALUATION_SEED = 1_000_003  # keeps evaluation draws apart from the draws of training steps
+DRAWS = 10_000  # of the bootstrap
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--model",
-        nargs="+",
-        required=True,
-        help="checkpoints; the first is the baseline of the changes",
-    )
-    add_run_flags(
-        parser,
-        out="JSON file for the table and every response's outcome and length (else only the screen)",
-    )
-    add_data_flags(parser, several=True)
-    add_sampling_flags(parser)
-    group = parser.add_argument_group("evaluation")
-    group.add_argument(
-        "--problems", type=int, default=512, help="embedded task: number of held-out problems"
-    )
-    group.add_argument("--samples", type=int, default=4, help="samples a problem (k of average@k)")
-    group.add_argument(
-        "--context",
-        nargs="*",
-        default=[],
-        choices=list(CONTEXTS),
-        help="also evaluate the first model reading this context",
-    )
-    add_context_flags(group)
-    args = parser.parse_args(argv)
-    positive(parser, args, "problems", "samples", "max_new_tokens", "sample_batch")
-    return args
+    parser = Parser(__doc__)
+    parser.add_argument("--model", nargs="+", required=True, help="checkpoints; first: baseline")
+    add = add_run_flags(parser)
+    add("--out", help="JSON file for the table and every response's outcome and length")
+    data.add_data_flags(parser, several=True)
+    samplers.add_sampling_flags(parser)
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--problems", type=int, default=512, help="embedded task: number of held-out problems")
+    add("--samples", type=int, default=4, help="samples a problem (k of average@k)")
+    add("--context", nargs="*", default=[], choices=list(CONTEXTS), help="prompt-only rows")
+    rollout.add_context_flags(add)
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------
+# Measures and intervals
 
 
 def evaluate(sampler, tokenizer, problems, verifier, args, samples=1, contexts=None):
-    """`samples` graded rollouts a problem, problem after problem. The same seed each time: checkpoints are compared like with like."""
+    """`samples` graded rollouts a problem, problem after problem.
+
+    The same seed each time: checkpoints are compared like with like.
+    """
     repeated = [problem for problem in problems for _ in range(samples)]
-    rollouts = make_rollouts(
-        sampler, tokenizer, repeated, args, EVALUATION_SEED + args.seed, contexts
-    )
-    grade_rollouts(verifier, rollouts)
+    seed = EVALUATION_SEED + args.seed
+    rollouts = rollout.make_rollouts(sampler, tokenizer, repeated, args, seed, contexts)
+    rollout.grade_rollouts(verifier, rollouts)
     return rollouts
 
 
 def summarise(rollouts):
-    """The measures of one set of rollouts: rates in percent, lengths in tokens, markers per 1,000 tokens."""
+    """The measures of a set of rollouts: rates in percent, lengths in tokens, markers per 1,000."""
     lengths = np.array([len(r.response_ids) for r in rollouts])
     outcomes = np.array([r.outcome for r in rollouts])
-    length = lambda outcome: (
-        float(lengths[outcomes == outcome].mean()) if outcome in outcomes else None
-    )
-    rate = lambda reason: 100 * float(np.mean([r.reason == reason for r in rollouts]))
+    reasons = np.array([r.reason for r in rollouts])
+
+    def length(outcome):
+        return float(lengths[outcomes == outcome].mean()) if outcome in outcomes else None
+
+    def rate(*names):
+        return 100 * float(np.isin(reasons, names).mean())
+
+    markers = sum(len(MARKERS.findall(r.text)) for r in rollouts)
     return dict(
         responses=len(rollouts),
         accuracy=100 * float((outcomes == "correct").mean()),
@@ -114,39 +93,32 @@ def summarise(rollouts):
         length_incorrect=length("incorrect"),
         truncated=rate("truncated"),
         no_answer=rate("no_answer"),
-        wrong=rate("wrong") + rate("timeout"),
-        markers=1000
-        * sum(len(MARKERS.findall(r.text)) for r in rollouts)
-        / max(1, int(lengths.sum())),
+        wrong=rate("wrong", "timeout"),
+        markers=1000 * markers / max(1, int(lengths.sum())),
     )
 
 
 def per_problem(rollouts, samples):
     """(accuracy, length), each the mean over a problem's samples: (problems,)."""
-    correct = np.array([r.outcome == "correct" for r in rollouts], float).reshape(-1, samples)
-    lengths = np.array([len(r.response_ids) for r in rollouts], float).reshape(-1, samples)
-    return correct.mean(1), lengths.mean(1)
+    correct = np.array([r.outcome == "correct" for r in rollouts], float)
+    lengths = np.array([len(r.response_ids) for r in rollouts], float)
+    return correct.reshape(-1, samples).mean(1), lengths.reshape(-1, samples).mean(1)
 
 
-def paired_bootstrap(before, after, draws=10_000, seed=0):
-    """Change of accuracy (points) and of mean length (percent), resampling problems in pairs: each (estimate, draws of it).
-
-    `before` and `after` are what `per_problem` returns, over the same problems in the same order.
+def paired_bootstrap(before, after, seed=0):
+    """Change of accuracy (points) and of mean length (percent), resampling problems in pairs: each
+    (estimate, draws of it). `before` and `after` are what `per_problem` returns, over the same
+    problems in the same order.
     """
     (accuracy0, length0), (accuracy1, length1) = before, after
-    rows = np.random.default_rng(seed).integers(
-        len(accuracy0), size=(draws, len(accuracy0))
-    )  # (draws, problems)
+    gained = 100 * (accuracy1 - accuracy0)  # (problems,)
+    problems = len(gained)
+    rows = np.random.default_rng(seed).integers(problems, size=(DRAWS, problems))
+    shorter = length1[rows].mean(1) / length0[rows].mean(1)  # (DRAWS,)
     return dict(
-        accuracy=(
-            100 * (accuracy1 - accuracy0).mean(),
-            100 * (accuracy1 - accuracy0)[rows].mean(1),
-        ),  # (), (draws,)
-        length=(
-            100 * (length1.mean() / length0.mean() - 1),
-            100 * (length1[rows].mean(1) / length0[rows].mean(1) - 1),
-        ),
-    )  # (), (draws,)
+        accuracy=(gained.mean(), gained[rows].mean(1)),
+        length=(100 * (length1.mean() / length0.mean() - 1), 100 * (shorter - 1)),
+    )
 
 
 def interval(estimate, draws):
@@ -155,7 +127,9 @@ def interval(estimate, draws):
 
 
 def shift(before, after):
-    """Expected number of problems repaired (wrong before and right after, one response each) and damaged (the reverse), and the net: figure 4."""
+    """Expected number of problems repaired (wrong before and right after, one response each) and
+    damaged (the reverse), and the net: figure 4.
+    """
     (old, _), (new, _) = before, after
     return dict(
         repaired=float(((1 - old) * new).sum()),
@@ -164,61 +138,60 @@ def shift(before, after):
     )
 
 
+# ------------------------------------------------------------------------------------------------
+# Comparisons
+
+
 def compare(named, samples, benchmark=""):
-    """One record a (name, rollouts) pair and difficulty: `summarise`, plus the change against the first pair."""
-    records, groups = [], ["all"]
-    difficulties = sorted({r.problem.difficulty for r in named[0][1]} - {""})
-    groups += difficulties if len(difficulties) > 1 else []
+    """One record a (name, rollouts) pair and difficulty: `summarise`, and the change against the
+    first pair.
+    """
+    _, first = named[0]
+    difficulties = sorted({r.problem.difficulty for r in first} - {""})
+    groups = ["all", *(difficulties if len(difficulties) > 1 else [])]
+    records = []
     for name, rollouts in named:
         for group in groups:
-            select = lambda rows: [r for r in rows if group in ("all", r.problem.difficulty)]
-            mine, base = (
-                per_problem(select(rollouts), samples),
-                per_problem(select(named[0][1]), samples),
-            )
-            record = dict(
-                name=name,
-                benchmark=benchmark,
-                group=group,
-                **summarise(select(rollouts)),
-                change=None,
-            )
-            if rollouts is not named[0][1]:
-                record["change"] = {
-                    key: interval(*value) for key, value in paired_bootstrap(base, mine).items()
-                }
-                record["shift"] = shift(base, mine)
+            mine, base = of_group(rollouts, group), of_group(first, group)
+            record = dict(name=name, benchmark=benchmark, group=group, **summarise(mine))
+            record["change"] = None
+            if rollouts is not first:
+                pair = per_problem(base, samples), per_problem(mine, samples)
+                changes = paired_bootstrap(*pair)
+                record["change"] = {key: interval(*value) for key, value in changes.items()}
+                record["shift"] = shift(*pair)
             records.append(record)
     return records
 
 
+def of_group(rollouts, group):
+    return [r for r in rollouts if group in ("all", r.problem.difficulty)]
+
+
 def compare_mean(benchmarks, samples):
-    """The same over several benchmarks, as in the paper: measures and changes are means over benchmarks, each counting alike, shifts are sums."""
+    """The same over several benchmarks, as in the paper: measures and changes are means over
+    benchmarks, each counting alike, shifts are sums.
+    """
     records = []
-    for i, (name, _) in enumerate(next(iter(benchmarks.values()))):
+    names = [name for name, _ in next(iter(benchmarks.values()))]
+    for i, name in enumerate(names):
         parts = [summarise(named[i][1]) for named in benchmarks.values()]
-        mean = lambda key: (
-            None if None in (values := [part[key] for part in parts]) else float(np.mean(values))
-        )
-        record = dict(
-            name=name,
-            benchmark="mean",
-            group="all",
-            **{key: mean(key) for key in parts[0]},
-            change=None,
-        )
+        record = dict(name=name, benchmark="mean", group="all")
+        for key in parts[0]:
+            values = [part[key] for part in parts]
+            record[key] = None if None in values else float(np.mean(values))
+        record["change"] = None
         if i:
             pairs = [
                 (per_problem(named[0][1], samples), per_problem(named[i][1], samples))
                 for named in benchmarks.values()
             ]
-            changes = [
-                paired_bootstrap(*pair, seed=seed) for seed, pair in enumerate(pairs)
-            ]  # a seed each: draws are independent
-            record["change"] = {
-                key: interval(*(np.mean([change[key][k] for change in changes], 0) for k in (0, 1)))
-                for key in changes[0]
-            }
+            # A seed each: draws are independent.
+            changes = [paired_bootstrap(*pair, seed=seed) for seed, pair in enumerate(pairs)]
+            record["change"] = {}
+            for key in changes[0]:
+                estimates, draws = zip(*(change[key] for change in changes), strict=True)
+                record["change"][key] = interval(np.mean(estimates), np.mean(draws, 0))
             shifts = [shift(*pair) for pair in pairs]
             record["shift"] = {key: sum(part[key] for part in shifts) for key in shifts[0]}
         records.append(record)
@@ -227,188 +200,171 @@ def compare_mean(benchmarks, samples):
 
 def print_table(records):
     """The records of `compare` as an aligned table."""
-    show = lambda interval, unit: (
-        f"{interval[0]:+.1f}{unit} [{interval[1]:+.1f}, {interval[2]:+.1f}]"
-    )
-    rows = [
-        (
-            "",
-            "",
-            "accuracy",
-            "change, points",
-            "length",
-            "change, percent",
-            "correct's",
-            "incorrect's",
-            "truncated",
-            "no answer",
-            "markers/1k",
-        )
-    ]
+
+    def changed(record, key):
+        if not record["change"]:
+            return ""
+        estimate, low, high = record["change"][key]
+        unit = "%" if key == "length" else ""
+        return f"{estimate:+.1f}{unit} [{low:+.1f}, {high:+.1f}]"
+
+    def number(value):
+        return f"{value:.1f}" if value else "-"
+
+    # Columns that say nothing are left out; the line below the table says it.
+    rates = [key for key in ("truncated", "no_answer") if any(r[key] for r in records)]
+    header = ["", "", "accuracy", "change, points", "length", "change, percent", "correct", "wrong"]
+    rows = [[*header, *(key.replace("_", " ") for key in rates), "markers"]]
     for r in records:
-        change = r["change"]
-        rows.append(
-            (
-                r["name"] if r["group"] == "all" else "",
-                r["group"],
-                f"{r['accuracy']:.1f}",
-                show(change["accuracy"], "") if change else "",
-                f"{r['length']:.1f}",
-                show(change["length"], "%") if change else "",
-                *(
-                    f"{r[key]:.1f}" if r[key] else "-"
-                    for key in ("length_correct", "length_incorrect")
-                ),
-                f"{r['truncated']:.1f}%",
-                f"{r['no_answer']:.1f}%",
-                f"{r['markers']:.1f}",
-            )
-        )
+        first = r["group"] == "all"
+        row = [r["name"] if first else "", r["group"], f"{r['accuracy']:.1f}"]
+        row += [changed(r, "accuracy"), f"{r['length']:.1f}", changed(r, "length")]
+        row += [number(r["length_correct"]), number(r["length_incorrect"])]
+        rows.append(row + [f"{r[key]:.1f}%" for key in rates] + [f"{r['markers']:.1f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        print(
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths))
-            )
-        )
-
-
-def trace_table(rollouts):
-    """Embedded task: what the traces do on easy and hard steps, in percent of such steps (see data.read_trace)."""
-    table = {}
-    for kind in (False, True):
-        steps = [s for r in rollouts for s in read_trace(r.problem, r.text) if s["hard"] == kind]
-        checked = [s for s in steps if s["checked"]]
-        conflicts = [s for s in checked if s["conflict"]]
-        share = lambda rows, key: 100 * sum(s[key] for s in rows) / max(1, len(rows))
-        table["hard" if kind else "easy"] = dict(
-            steps=len(steps),
-            first_right=share(steps, "first_right"),
-            checked=share(steps, "checked"),
-            right_if_checked=share(checked, "right"),
-            conflict=share(checked, "conflict"),
-            careful_in_conflict=share(conflicts, "careful"),
-            right=share(steps, "right"),
-        )
-    return table
-
-
-def log_evaluation(run, step, before, after):
-    """The table of a training run's held-out problems, one response each, on the screen and in metrics.jsonl."""
-    records = compare([("before", before), ("after", after)], samples=1)
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[:2] = row[0].ljust(widths[0]), row[1].ljust(widths[1])
+        print("  ".join(cells))
     print(
-        f"\n{len(after)} held-out problems, one response each, after step {step}; change with 95% interval"
+        "length in tokens: of all, of correct and of wrong responses; markers per 1,000 tokens",
+        end="",
     )
-    print_table(records)
-    run.log("metrics", dict(step=step, evaluation=records))
+    zero = [key.replace("_", " ") for key in ("truncated", "no_answer") if key not in rates]
+    print(f"; {' and '.join(zero)}: 0.0%" if zero else "")
+
+
+class HeldOut:
+    """The held-out problems of a training run: evaluated now, on its way and after it."""
+
+    def __init__(self, sampler, tokenizer, problems, verifier, args):
+        if problems:
+            problems = rollout.drop_long(problems, tokenizer, args, sampler.limit)
+        self.inputs, self.args = (sampler, tokenizer, problems, verifier, args), args
+        self.problems = problems
+        self.before = self.respond() if problems else None
+
+    def respond(self):
+        print(f"evaluating {len(self.problems)} held-out problems", flush=True)
+        return evaluate(*self.inputs)
+
+    def evaluate(self, run, step, last=False):
+        """Prints and logs the table after `step` steps, at the end or if --eval-every says so."""
+        every = self.args.eval_every
+        due = last or every and step % every == 0 and step < self.args.steps
+        if not self.problems or not due:
+            return
+        records = compare([("before", self.before), ("after", self.respond())], samples=1)
+        print(
+            f"\n{len(self.problems)} held-out problems, one response each, after step {step};",
+            end="",
+        )
+        print(" change with 95% interval")
+        print_table(records)
+        run.log("metrics", dict(step=step, evaluation=records))
+
+
+# ------------------------------------------------------------------------------------------------
 
 
 def load_benchmarks(args):
-    """{name: problems}: a benchmark a file or data set of `--data`, or the embedded task's held-out side."""
+    """{name: problems}: one a file or data set of `--data`, or the embedded held-out side."""
     if not args.data:
-        return {"embedded": embedded_problems(args.problems, args.seed, True, args.hard)}
+        return {"embedded": data.embedded_problems(args.problems, args.seed, True, args.hard)}
     names = [os.path.splitext(os.path.basename(path))[0] for path in args.data]
     if len(set(names)) < len(names):
         fail(f"--data {' '.join(args.data)}: two benchmarks of one name")
-    return {
-        name: load_file(
-            path, args.split, args.question_field, args.answer_field, args.solution_field
-        )
-        for name, path in zip(names, args.data)
-    }
+    return {name: data.load_file(path, args) for name, path in zip(names, args.data, strict=True)}
 
 
 def main(argv=None):
     args = parse_args(argv)
-    check_out(args)
+    check_out(args, directory=False)
     device = set_up(args)
-    choose_backend(args, device)
+    samplers.choose_backend(args, device)
     benchmarks = load_benchmarks(args)
-    named, traces, sampler = {benchmark: [] for benchmark in benchmarks}, {}, None
+    for problems in benchmarks.values():
+        for context in args.context:
+            data.require_solutions(problems, context)
+    named = {benchmark: [] for benchmark in benchmarks}
+    traces, sampler = {}, None
     with Verifier() as verifier:
         for path in args.model:
             model, tokenizer = load_model(path, device, args.dtype)
-            require_thinking_switch(tokenizer, args.thinking == "on")
-            sampler = make_sampler(model, tokenizer, args, sampler)
+            data.require_thinking_switch(tokenizer, args.thinking == "on")
+            sampler = samplers.make_sampler(model, tokenizer, args, sampler)
             for benchmark, problems in benchmarks.items():
-                for context in ["none", *(args.context if path == args.model[0] else [])]:
-                    name, contexts = path, None
-                    if (
-                        context != "none"
-                    ):  # written ones reflect on the model's own responses, just sampled
-                        contexts = CONTEXTS[context](
-                            named[benchmark][0][1], make_writer(sampler, tokenizer, args, args.seed)
-                        )
+                contexts = args.context if path == args.model[0] else []
+                for context in ["none", *contexts]:
+                    name, texts = path, None
+                    if context != "none":
+                        # Written ones reflect on the model's own responses, just sampled.
+                        write = rollout.make_writer(sampler, tokenizer, args, args.seed)
+                        texts = CONTEXTS[context](named[benchmark][0][1], write)
                         name = f"{path} reading {context}"
-                        if None in contexts:
-                            print(
-                                f"{name}: {contexts.count(None)} of {len(contexts)} contexts failed; those responses are without one"
-                            )
+                        if None in texts:
+                            failed = f"{texts.count(None)} of {len(texts)} contexts failed"
+                            print(f"{name}: {failed}; those responses are without one")
+                    print(f"evaluating {name} on {benchmark}", flush=True)
                     rollouts = evaluate(
-                        sampler, tokenizer, problems, verifier, args, args.samples, contexts
+                        sampler, tokenizer, problems, verifier, args, args.samples, texts
                     )
                     named[benchmark].append((name, rollouts))
                     if not args.data and args.thinking == "on":
-                        traces[name] = trace_table(rollouts)
-                    print(f"evaluated {name}" + f" on {benchmark}" * bool(args.data), flush=True)
+                        traces[name] = toy.trace_table(rollouts)
+    records = report(benchmarks, named, traces, args)
+    if args.out:
+        responses = {
+            benchmark: dict(
+                questions=[p.question for p in problems],
+                difficulties=[p.difficulty for p in problems],
+                models=[responses_of(name, rows, args.samples) for name, rows in named[benchmark]],
+            )
+            for benchmark, problems in benchmarks.items()
+        }
+        record = dict(args=vars(args), **provenance(), records=records, traces=traces)
+        write_json(args.out, dict(**record, responses=responses))
+        print(f"\nwritten to {args.out}")
+    ranks.leave()
+
+
+def report(benchmarks, named, traces, args):
+    """Prints all tables; returns the records."""
     records = []
+    settings = f"temperature {args.temperature}, cap {args.max_new_tokens} tokens"
     for benchmark, problems in benchmarks.items():
-        records += (table := compare(named[benchmark], args.samples, benchmark))
-        print(
-            f"\n{benchmark}: {len(problems)} problems, {args.samples} responses each, temperature {args.temperature}, cap {args.max_new_tokens} tokens; change with 95% interval"
-        )
+        table = compare(named[benchmark], args.samples, benchmark)
+        counts = f"{len(problems)} problems, {args.samples} responses each"
+        print(f"\n{benchmark}: {counts}, {settings}; change with 95% interval")
         print_table(table)
+        records += table
     if len(benchmarks) > 1:
-        records += (table := compare_mean(named, args.samples))
+        table = compare_mean(named, args.samples)
         print("\nmean over the benchmarks")
         print_table(table)
+        records += table
+    print()
     for r in records:
         if r["change"] and r["group"] == "all":
-            print(
-                f"\nshift of {r['name']} on {r['benchmark']}, expected problems: repaired {r['shift']['repaired']:.1f}, damaged {r['shift']['damaged']:.1f}, net {r['shift']['net']:+.1f}",
-                end="",
-            )
-    print()
+            counts = ", ".join(f"{key} {value:.1f}" for key, value in r["shift"].items())
+            print(f"shift of {r['name']} on {r['benchmark']}, expected problems: {counts}")
     for name, table in traces.items():
         print(f"\nsteps of {name}, percent")
         for kind, row in table.items():
-            print(
-                f"  {kind}  "
-                + "  ".join(
-                    f"{key.replace('_', ' ')} {value:.1f}" if key != "steps" else f"{value} steps"
-                    for key, value in row.items()
-                )
-            )
-    if args.out:
-        grid = lambda rollouts, value: [
-            [value(r) for r in rollouts[i : i + args.samples]]
-            for i in range(0, len(rollouts), args.samples)
-        ]
-        responses = {
-            benchmark: dict(
-                questions=[p.question for p in benchmarks[benchmark]],
-                difficulties=[p.difficulty for p in benchmarks[benchmark]],
-                models=[
-                    dict(
-                        name=name,
-                        reasons=grid(rollouts, lambda r: r.reason),
-                        lengths=grid(rollouts, lambda r: len(r.response_ids)),
-                    )
-                    for name, rollouts in pairs
-                ],
-            )
-            for benchmark, pairs in named.items()
-        }
-        write_json(
-            args.out,
-            dict(
-                args=vars(args), **provenance(), records=records, traces=traces, responses=responses
-            ),
-        )
-        print(f"\nwritten to {args.out}")
-    ranks.stop()
+            shares = [f"{key.replace('_', ' ')} {row[key]:.1f}" for key in row if key != "steps"]
+            print(f"  {kind}  {row['steps']} steps  {'  '.join(shares)}")
+    return records
+
+
+def responses_of(name, rollouts, samples):
+    """Every response's reason and length, a list a problem."""
+    rows = [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]
+    return dict(
+        name=name,
+        reasons=[[r.reason for r in row] for row in rows],
+        lengths=[[len(r.response_ids) for r in row] for row in rows],
+    )
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -1,262 +1,154 @@
 """Stage 3, on-policy self-distillation (OPSD): the method of the paper.
 
-The student samples responses; the verifier sorts them into correct, incorrect and truncated; the filter keeps some; the same model,
-frozen and shown a privileged context, scores the very same tokens; the student moves towards it by a masked per-token KL (eq. 1):
+The student samples responses; the verifier sorts them into correct, incorrect and truncated; the
+filter keeps some; the same model, frozen and shown a privileged context c, scores the very same
+tokens; the student moves towards it by a masked per-token KL (eq. 1):
 
-    L = mean over kept responses y of 1/|y| sum_t KL( student(. | x, y_<t) || teacher(. | x, c, y_<t) )
+    L = mean over kept y of 1/|y| sum_t KL( student(. | x, y_<t) || teacher(. | x, c, y_<t) )
 
 Divergences, per token over the whole vocabulary v (S student, T teacher):
     reverse_kl   sum_v S log(S/T)           the paper's
     forward_kl   sum_v T log(T/S)
     jsd          beta KL(T||M) + (1-beta) KL(S||M), M = beta T + (1-beta) S
     split        reverse_kl on correct rollouts, forward_kl on the others
-    rft          -log S(y_t): rejection-sampling fine-tuning on the same rollouts, the baseline that the paper argues against
+    rft          -log S(y_t): rejection-sampling fine-tuning on the same rollouts, a baseline
 
 Where this code departs from the paper, or fills in what it left open:
-1. Truncated rollouts are a third group beside correct and incorrect: only the filter `all` keeps them, unless --truncated incorrect.
-2. --resample N draws again until --batch rollouts are kept, so that filters are compared at equal update size; 0 is the paper's single draw.
+1. Truncated rollouts are a third group beside correct and incorrect: the filters `all` and
+   `not-correct` keep them.
+2. --resample N draws again until --batch rollouts are kept, so that filters are compared at equal
+   update size; 0 is the paper's single draw.
 3. Sampling is at temperature 1, the student's own distribution (the paper: 0.7).
 4. No clipping, no top-k, no loss temperature: the full distribution in float32.
-5. The default context is the worked solution; the defaults are the embedded task's. The paper's: --lr 1e-6 --batch 32 --steps 100
-   --temperature 0.7 --max-new-tokens 8192.
+5. The default context is the worked solution; the defaults are the embedded task's. The paper's:
+   --lr 1e-6 --batch 32 --steps 100 --temperature 0.7 --max-new-tokens 8192 --context reflection.
 
-    python opsd.py --filter correct                                                 # the embedded model and task
-    python opsd.py --model MODEL --data train.jsonl --filter correct --lr 1e-6 --batch 32 --max-new-tokens 8192 --out runs/mine
+    python opsd.py --filter correct
+    python opsd.py --filter correct --model MODEL --data train.jsonl --lr 1e-6 --batch 32 \\
+        --max-new-tokens 8192 --out runs/mine
 """
 
 import copy
 import math
 import os
 import time
+from typing import NamedTuple
 
-from common import (
-    HERE,
-    Run,
-    add_run_flags,
-    check_out,
-    deal,
-    fail,
+import torch
+
+import data
+import ranks
+import rollout
+import samplers
+from cli import Parser, add_training_flags, fail, progress, set_up, start, tiny
+from data import CONTEXTS
+from eval import HeldOut
+from model import (
+    backward_in_chunks,
     load_model,
-    load_tokenizer,
-    make_parser,
+    my_micro_batches,
     optimizer_step,
-    peak_memory,
-    positive,
     response_hidden,
     response_targets,
     save_model,
-    set_up,
-    token_chunks,
 )
-from data import (
-    CONTEXTS,
-    add_data_flags,
-    add_held_out_flags,
-    load_held_out,
-    load_problems,
-    plain,
-    problem_batch,
-    render_prompt,
-    require_thinking_switch,
-)
-from ranks import full_state, gather, load_device, load_full_state, open_head, prepare
-from rollout import (
-    Rollout,
-    add_context_flags,
-    add_sampling_flags,
-    choose_backend,
-    drop_long,
-    grade_rollouts,
-    logprob_gap,
-    make_rollouts,
-    make_sampler,
-    make_writer,
-)
+from rollout import rollout_metrics
+from run import Run, check_run_directory
 from verify import Verifier
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__)
-    parser.add_argument("--model", help="Hugging Face directory or id; without it tiny/rlvr")
-    add_run_flags(parser, resume_every=10)
-    add_data_flags(parser)
-    add_sampling_flags(parser)
-    group = parser.add_argument_group("method")
-    group.add_argument(
-        "--filter", default="correct", choices=list(FILTERS), help="rollouts that reach the loss"
-    )
-    group.add_argument(
-        "--truncated",
-        default="apart",
-        choices=["apart", "incorrect"],
-        help="what a response that hit the token cap counts as",
-    )
-    group.add_argument(
-        "--context",
-        default="solution",
-        choices=list(CONTEXTS),
-        help="what the teacher reads besides the problem (table 4)",
-    )
-    add_context_flags(group)
-    group.add_argument(
-        "--reinject",
-        type=int,
-        default=0,
-        help="put the context again into the teacher's copy of the response every this many tokens (table 5: 2048); 0 = off",
-    )
-    group.add_argument(
-        "--divergence", default="reverse_kl", choices=list(DIVERGENCES), help="formulas above"
-    )
-    group.add_argument(
-        "--beta",
-        type=float,
-        default=0.5,
-        help="of jsd, between 0 and 1: weight of the teacher in the mixture",
-    )
-    group.add_argument(
+    parser = Parser(__doc__)
+    parser.add_argument("--model", default=tiny("rlvr"), help="Hugging Face directory or id")
+    add = parser.add_argument_group("method").add_argument
+    add("--filter", default="correct", choices=list(FILTERS), help="rollouts that reach the loss")
+    add("--resample", type=int, default=0, help="further draws until --batch are kept; 0 = none")
+    add("--context", default="solution", choices=list(CONTEXTS), help="what the teacher reads too")
+    rollout.add_context_flags(add)
+    add("--reinject", type=int, default=0, help="tokens between recalls (table 5: 2048); 0 = off")
+    add("--divergence", default="reverse_kl", choices=list(DIVERGENCES), help="formulas above")
+    add("--beta", type=float, default=0.5, help="of jsd: weight of the teacher in the mixture")
+    add("--gate", default="all", choices=list(GATES), help="factor on each token's divergence")
+    add(
         "--mean",
         default="response",
         choices=["response", "token"],
-        help="response: mean over responses of their token means (eq. 1); token: mean over all tokens of the step",
+        help="over responses of their token means (eq. 1), or over all tokens of the step",
     )
-    group.add_argument(
-        "--teacher",
-        default="frozen",
-        choices=list(TEACHERS),
-        help="frozen at the initial weights; ema of the student; every --refresh updates; current",
-    )
-    group.add_argument(
-        "--ema",
-        type=float,
-        default=0.99,
-        help="share of the old teacher kept at each step, with --teacher ema",
-    )
-    group.add_argument(
-        "--refresh", type=int, default=10, help="updates between copies, with --teacher every"
-    )
-    group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=int, default=40, help="optimizer steps")
-    group.add_argument(
-        "--batch",
-        type=int,
-        default=96,
-        help="rollouts drawn at once, one a problem; with --resample: rollouts kept",
-    )
-    group.add_argument(
-        "--resample",
-        type=int,
-        default=0,
-        help="draw again, up to this many times a step, until --batch rollouts are kept; 0 = a single draw",
-    )
-    group.add_argument("--lr", type=float, default=1e-4, help="constant learning rate of AdamW")
-    group.add_argument("--weight-decay", type=float, default=0.0)
-    group.add_argument("--clip", type=float, default=1.0, help="gradient norm")
-    group.add_argument(
-        "--micro-tokens",
-        type=int,
-        default=2048,
-        help="padded tokens of a micro-batch; changes memory and speed, not the gradient",
-    )
-    group.add_argument(
-        "--teacher-tokens",
-        type=int,
-        default=0,
-        help="padded tokens of a batch of the teacher's pass, which keeps nothing for a backward pass; 0 = as --micro-tokens",
-    )
-    group.add_argument(
-        "--chunk",
-        type=float,
-        default=64,
-        help="millions of logits (tokens x vocabulary) of each model that exist at once; changes memory and speed, not the gradient",
-    )
-    group.add_argument(
-        "--kl-by-position",
-        type=int,
-        default=0,
-        help="write kl_by_position.jsonl in bins of this many tokens (figure 2); 0 = off",
-    )
-    group.add_argument(
-        "--give-up",
-        type=int,
-        default=10,
-        help="stop after this many steps in a row of which the filter keeps nothing",
-    )
-    group.add_argument(
-        "--save-every",
-        type=int,
-        default=0,
-        help="also save the model after every so many steps, as step-N in the run directory; 0 = only at the end",
-    )
-    add_held_out_flags(parser)
+    add("--teacher", default="frozen", choices=list(TEACHERS), help="how it follows the student")
+    add("--ema", type=float, default=0.99, help="of --teacher ema: share of the old one kept")
+    add("--refresh", type=int, default=10, help="of --teacher every: updates between copies")
+    add("--kl-by-position", type=int, default=0, help="tokens a bin of figure 2's log; 0 = off")
+    add_training_flags(parser, steps=40, batch=96, lr=1e-4, state_every=10)
+    data.add_data_flags(parser)
+    samplers.add_sampling_flags(parser)
+    data.add_held_out_flags(parser)
     args = parser.parse_args(argv)
-    positive(
-        parser,
-        args,
-        "steps",
-        "batch",
-        "lr",
-        "clip",
-        "micro_tokens",
-        "chunk",
-        "give_up",
-        "max_new_tokens",
-        "sample_batch",
-        "refresh",
-    )
     if not 0 < args.beta < 1:
-        parser.error(
-            f"--beta {args.beta}: strictly between 0 and 1 (jsd tends to 0 at both ends; use forward_kl or reverse_kl)"
-        )
-    if not 0 <= args.ema < 1:
-        parser.error(f"--ema {args.ema}: at least 0 and below 1")
+        fail(f"--beta {args.beta}: strictly between 0 and 1 (jsd tends to 0 at both ends)")
+    if args.ema >= 1:
+        fail(f"--ema {args.ema}: below 1")
+    if args.divergence == "split" and args.filter not in ("all", "not-correct"):
+        fail(f"--divergence split: --filter {args.filter} keeps one outcome only; use --filter all")
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Filters: correctness gates states (whole rollouts), not token targets. A new one is a function and an entry.
+# ------------------------------------------------------------------------------------------------
+# Filters: correctness gates states (whole rollouts), not token targets. A new one is an entry.
 
 FILTERS = {
-    "all": lambda outcome: True,
-    "correct": lambda outcome: outcome == "correct",
-    "incorrect": lambda outcome: outcome == "incorrect",
+    "all": lambda r, args: True,
+    "correct": lambda r, args: r.outcome == "correct",
+    "incorrect": lambda r, args: r.outcome == "incorrect",
+    "not-correct": lambda r, args: r.outcome != "correct",
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Divergences. Axes: R response tokens of the chunk, V vocabulary. Each takes the log-probabilities of student and teacher (R, V), the
-# sampled ids (R,), whether each token's rollout is correct (R,), and beta; each returns nats per token (R,).
+# ------------------------------------------------------------------------------------------------
+# Divergences and gates. Axes: P tokens of a piece, V vocabulary. Each takes the log-probabilities
+# of student and teacher (P, V), the tokens' data and the flags. A divergence returns nats a token
+# (P,), a gate a factor in [0, 1] on it (P,), without gradient. A new one is a function, an entry,
+# and, if it has a parameter, a flag.
 #
-# The KLs are written with the extra terms -P + Q, which sum to zero: where both distributions are equal
-# the value and the gradient are then exactly 0, not a rounding error.
+# The KLs are written with the extra terms -P + Q, which sum to zero: where both distributions are
+# equal the value and the gradient are then exactly 0, not a rounding error.
+
+
+class Tokens(NamedTuple):
+    """What is known of each response token, (P,) each."""
+
+    ids: torch.Tensor  # the sampled ids
+    correct: torch.Tensor  # whether its rollout is correct
+    advantage: torch.Tensor  # its rollout's
+    position: torch.Tensor  # in its response, from 0
+    weight: torch.Tensor  # in the step's loss
 
 
 def kl(p, q):
-    """KL(P || Q) = sum_v P log(P/Q) of log-probabilities p and q."""
-    return (p.exp() * (p - q - 1) + q.exp()).sum(-1)  # (R,)
+    """KL(P || Q) = sum_v P log(P/Q) of log-probabilities p and q (P, V): (P,)."""
+    return (p.exp() * (p - q - 1) + q.exp()).sum(-1)
 
 
-def reverse_kl(student, teacher, ids, correct, beta):
-    return kl(student, teacher)
+def reverse_kl(student_logps, teacher_logps, tokens, args):
+    return kl(student_logps, teacher_logps)
 
 
-def forward_kl(student, teacher, ids, correct, beta):
-    return kl(teacher, student)
+def forward_kl(student_logps, teacher_logps, tokens, args):
+    return kl(teacher_logps, student_logps)
 
 
-def jsd(student, teacher, ids, correct, beta):
-    import torch
-
-    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))  # (R, V)
-    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
-
-
-def split(student, teacher, ids, correct, beta):
-    import torch
-
-    return torch.where(correct, kl(student, teacher), kl(teacher, student))
+def jsd(student_logps, teacher_logps, tokens, args):
+    of_teacher, of_student = math.log(args.beta), math.log(1 - args.beta)
+    mixture = torch.logaddexp(teacher_logps + of_teacher, student_logps + of_student)  # (P, V)
+    return args.beta * kl(teacher_logps, mixture) + (1 - args.beta) * kl(student_logps, mixture)
 
 
-def rft(student, teacher, ids, correct, beta):
-    return -student.gather(-1, ids[:, None])[:, 0]
+def split(student_logps, teacher_logps, tokens, args):
+    reverse, forward = kl(student_logps, teacher_logps), kl(teacher_logps, student_logps)
+    return torch.where(tokens.correct, reverse, forward)
+
+
+def rft(student_logps, teacher_logps, tokens, args):
+    return -student_logps.gather(-1, tokens.ids[:, None])[:, 0]
 
 
 DIVERGENCES = {
@@ -268,493 +160,291 @@ DIVERGENCES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def every_token(student_logps, teacher_logps, tokens, args):
+    return torch.ones_like(tokens.weight)
+
+
+GATES = {"all": every_token}
+
+# ------------------------------------------------------------------------------------------------
 # The loss
 
 
 def token_weights(rollouts, mean):
-    """Weight of each response token in the step's loss, one list a rollout. They sum to 1 over the step, however it is cut up.
+    """Weight of each response token in the step's loss, a list a rollout. They sum to 1.
 
-    response: 1 / (responses x tokens of this response), eq. 1. token: 1 / (tokens of all responses).
+    response: 1 / (responses x tokens of this response), eq. 1. token: 1 / (tokens of all).
     """
-    total = sum(len(r.response_ids) for r in rollouts)
-    return [
-        [1 / (len(rollouts) * len(r.response_ids)) if mean == "response" else 1 / total]
-        * len(r.response_ids)
-        for r in rollouts
-    ]
+    lengths = [len(r.response_ids) for r in rollouts]
+    if mean == "token":
+        return [[1 / sum(lengths)] * length for length in lengths]
+    return [[1 / (len(rollouts) * length)] * length for length in lengths]
 
 
-def measure(s, t, ids):
-    """Reverse KL, forward KL, student entropy, teacher entropy, log-probability of the sampled id, of log-probabilities (P, V): (5, P), in nats, for the log."""
-    import torch
+MEASURES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "logp")
 
+
+def measure(student_logps, teacher_logps, ids):
+    """The MEASURES of each token, (5, P), in nats; logp: the student's of the sampled id."""
+    s, t = student_logps, teacher_logps
     p, q, dot = s.exp(), t.exp(), torch.linalg.vecdot
     ps, pt, qs, qt = dot(p, s), dot(p, t), dot(q, s), dot(q, t)
     return torch.stack([ps - pt, qt - qs, -ps, -qt, s.gather(-1, ids[:, None])[:, 0]])
 
 
-PIECE = 1  # million logits
+def opsd_loss(student, teacher, rollouts, args):
+    """The loss of one micro-batch, its gradient added to the student's: (loss, measures (5, R)).
 
-
-def chunk_loss(logits, teacher_logits, ids, correct, weights, divergence, beta):
-    """Sum over the C tokens of a chunk of weight x divergence: (loss, measures (5, C)). `logits` (C, V) then hold its gradient in themselves.
-
-    Everything elementwise is done in pieces, P tokens each: a chunk's worth of logits exists twice, not ten times, and a piece fits a CPU's cache.
+    Each rollout carries its weights and the teacher's hidden states, see `read_by_teacher`.
     """
-    import torch
+    rows = [r.row for r in rollouts]
+    ids = response_targets(student, rows)  # (R,)
 
-    size = max(1, int(PIECE * 1e6) // logits.shape[1])
-    losses, measures = [], []
-    for piece, teacher_piece, i, c, w in zip(
-        *(tensor.split(size) for tensor in (logits.detach(), teacher_logits, ids, correct, weights))
-    ):
-        leaf = piece.detach().requires_grad_()  # (P, V)
-        s = torch.log_softmax(leaf.float(), -1)  # (P, V)
+    def of_tokens(values):
+        return torch.tensor([v for row in values for v in row], device=ids.device)  # (R,)
+
+    tokens = Tokens(
+        ids=ids,
+        correct=of_tokens([r.outcome == "correct"] * len(r.response_ids) for r in rollouts),
+        advantage=of_tokens([r.advantage] * len(r.response_ids) for r in rollouts),
+        position=of_tokens(range(len(r.response_ids)) for r in rollouts),
+        weight=of_tokens(r.weights for r in rollouts),
+    )
+
+    def token_loss(student_logps, teacher_logps, piece):
+        part = Tokens(*(column[piece] for column in tokens))
         with torch.no_grad():
-            t = torch.log_softmax(teacher_piece.float(), -1)  # (P, V)
-            measures.append(measure(s, t, i))  # (5, P)
-        loss = (DIVERGENCES[divergence](s, t, i, c, beta) * w).sum()
-        piece.copy_(torch.autograd.grad(loss, leaf)[0])
-        losses.append(loss.detach())
-    return torch.stack(losses).sum().item(), torch.cat(measures, 1)
+            measures = measure(student_logps, teacher_logps, part.ids)  # (5, P)
+            gate = GATES[args.gate](student_logps, teacher_logps, part, args)  # (P,)
+        divergence = DIVERGENCES[args.divergence](student_logps, teacher_logps, part, args)  # (P,)
+        return divergence * gate * part.weight, measures
+
+    teacher_hidden = torch.cat([r.teacher_hidden for r in rollouts])  # (R, D)
+    return backward_in_chunks(student, rows, token_loss, teacher, teacher_hidden)
 
 
-def opsd_loss(
-    student, teacher, rollouts, teacher_hidden, weights, divergence="reverse_kl", beta=0.5, chunk=64
-):
-    """The loss of one micro-batch, its gradient added to the student's: (loss, measures (5, R), see `measure`).
+def accumulate_gradients(student, teacher, rollouts, args):
+    """The whole step's loss; gradients add up over micro-batches and ranks.
 
-    student, teacher: models. rollouts: the student's rows. teacher_hidden: (R, D), the teacher's states at the same response ids, see read_rows.
-    weights: see token_weights. At most `chunk` million logits of each model exist at a time: every chunk of tokens runs backward at once, into the head and
-    into its hidden states, whose gradients then go through the student's body together. Nothing is computed twice.
+    Each rollout gets its measures, (5, tokens).
     """
-    import torch
-
-    rows = [(r.prompt_ids, r.response_ids) for r in rollouts]
-    hidden, ids = response_hidden(student, rows), response_targets(student, rows)  # (R, D), (R,)
-    correct = torch.tensor(
-        [r.outcome == "correct" for r in rollouts for _ in r.response_ids], device=ids.device
-    )  # (R,)
-    flat = torch.tensor([w for row in weights for w in row], device=ids.device)  # (R,)
-    (student_head, hand_back), (teacher_head, _) = open_head(student), open_head(teacher)
-    total, gradients, measures = 0.0, [], []
-    for part in token_chunks(len(ids), student, chunk):
-        leaf = hidden[part].detach().requires_grad_()  # (C, D): C tokens of the chunk
-        logits = student_head(leaf)  # (C, V)
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher_hidden[part])  # (C, V)
-        loss, measured = chunk_loss(
-            logits, teacher_logits, ids[part], correct[part], flat[part], divergence, beta
-        )
-        logits.backward(logits.detach())  # which are their gradient now
-        total += loss
-        gradients.append(leaf.grad)
-        measures.append(measured)
-    hand_back()
-    hidden.backward(torch.cat(gradients))
-    return total, torch.cat(measures, 1)
+    for r, weights in zip(rollouts, token_weights(rollouts, args.mean), strict=True):
+        r.weights = weights  # one denominator, before the loop
+    loss, measures = 0.0, {}
+    groups = my_micro_batches(teacher_lengths(rollouts), args.micro_tokens)
+    for group, counts in progress(groups, "training"):
+        part = [rollouts[i] for i in group]
+        if not counts:  # this rank runs along with the others
+            part = [copy.copy(r) for r in part]
+            for r in part:
+                r.weights = [0.0] * len(r.response_ids)
+        part_loss, part_measures = opsd_loss(student, teacher, part, args)
+        if counts:
+            loss += part_loss
+            lengths = [len(r.response_ids) for r in part]
+            measures.update(zip(group, part_measures.cpu().split(lengths, 1), strict=True))
+    everyone = ranks.gather([(loss, measures)])  # an entry a rank
+    for _, part in everyone:
+        for i, value in part.items():
+            rollouts[i].measures = value
+    for r in rollouts:
+        r.teacher_hidden = None  # memory
+    return sum(part for part, _ in everyone)
 
 
-def read_rows(teacher, rows, budget):
-    """The teacher's hidden states at the scored ids of this rank's `rows` (see teacher_row): {row number: (tokens, D)}, in batches of `budget` padded tokens.
-
-    All of the step's rows are read before any is trained on. Nothing is kept for a backward pass, so the batches may be larger than the student's.
-    """
-    import torch
-
-    states = {}
-    with torch.inference_mode():
-        for group, _ in deal([sum(map(len, row)) for row in rows], budget):
-            hidden = response_hidden(teacher, [rows[i] for i in group])  # (R, D)
-            states.update(zip(group, hidden.split([sum(map(len, rows[i][1::2])) for i in group])))
-    return states
-
+# ------------------------------------------------------------------------------------------------
+# The teacher
 
 RECALL = "\n\nActually, I recall:\n{context}\nContinuing from this.\n\n"
 
 
 def teacher_row(prompt, response, recall=(), every=0):
-    """The teacher's row (see response_hidden): its prompt and the response; with `every` the ids `recall` stand again before each further
-    `every` response tokens (reinjection, table 5). They are read, not scored: the response tokens are the same, none is moved or added."""
-    row = [prompt, response[:every] if every else response]
-    for start in range(every, len(response), every) if every else ():
-        row += [list(recall), response[start : start + every]]
+    """The teacher's row (see response_hidden): its prompt and the response.
+
+    With `every` the ids `recall` stand again before each further `every` response tokens
+    (reinjection, table 5). They are read, not scored: no response token is moved or added.
+    """
+    if not every:
+        return [prompt, response]
+    row = [prompt, response[:every]]
+    for first in range(every, len(response), every):
+        row += [list(recall), response[first : first + every]]
     return row
 
 
-def teacher_rows(tokenizer, rollouts, contexts, args, limit):
-    """(rollouts, teacher rows, failed): without the rollouts whose context failed or whose teacher row exceeds the model's context; nothing is cut."""
-    rows = []
-    for rollout, context in zip(rollouts, contexts):
-        if context is not None:
-            recall = (
-                plain(tokenizer, RECALL.format(context=context))
-                if context and args.reinject
-                else ""
-            )
-            rows.append(
-                (
-                    rollout,
-                    teacher_row(
-                        render_prompt(tokenizer, rollout.problem, context, args.thinking == "on"),
-                        rollout.response_ids,
-                        tokenizer(recall, add_special_tokens=False).input_ids,
-                        args.reinject,
-                    ),
-                )
-            )
-    rows = [(rollout, row) for rollout, row in rows if not limit or sum(map(len, row)) <= limit]
-    return [rollout for rollout, _ in rows], [row for _, row in rows], len(rollouts) - len(rows)
+def add_teacher_rows(rollouts, contexts, tokenizer, args, limit):
+    """(the rollouts that now have a teacher row, the number of those that failed): a context that
+    is None, or a row that exceeds the model's context of `limit` tokens; nothing is cut.
+    """
+    kept = []
+    for r, context in zip(rollouts, contexts, strict=True):
+        if context is None:
+            continue
+        prompt = data.render_prompt(tokenizer, r.problem, context, args.thinking == "on")
+        recall = data.plain(tokenizer, RECALL.format(context=context)) if context else ""
+        recall = tokenizer(recall, add_special_tokens=False).input_ids
+        r.teacher_row = teacher_row(prompt, r.response_ids, recall, args.reinject)
+        if not limit or sum(map(len, r.teacher_row)) <= limit:
+            kept.append(r)
+    return kept, len(rollouts) - len(kept)
 
 
-def show_prompts(run, tokenizer, rollout, row, step):
-    """Prints and logs what student and teacher really read, once."""
-    texts = dict(
-        student_prompt=tokenizer.decode(rollout.prompt_ids), teacher_prompt=tokenizer.decode(row[0])
-    )
-    if len(row) > 2:
-        texts["reinjected"] = tokenizer.decode(row[2])
-    run.log("samples", dict(step=step + 1, **texts))
-    for name, text in texts.items():
-        print(f"\n{name.replace('_prompt', chr(39) + 's prompt')}:\n{text}", flush=True)
-    print()
+def teacher_lengths(rollouts):
+    return [sum(map(len, r.teacher_row)) for r in rollouts]
 
 
-def accumulate_gradients(student, teacher, rollouts, teacher_rows, args):
-    """The whole step's loss, with gradients added up over micro-batches and ranks: (loss, measures: one (5, tokens) a rollout, see `measure`)."""
-    import torch
+def read_by_teacher(teacher, rollouts, args):
+    """Gives this rank's rollouts the teacher's hidden states at the response tokens, (tokens, D).
 
-    weights = token_weights(rollouts, args.mean)  # one denominator, before the loop
-    states = read_rows(teacher, teacher_rows, args.teacher_tokens or args.micro_tokens)
-    loss, measures = 0.0, {}
-    for group, counts in deal([sum(map(len, row)) for row in teacher_rows], args.micro_tokens):
-        pick = lambda rows: [rows[i] for i in group]
-        mine = [[w * counts for w in row] for row in pick(weights)]
-        part, part_measures = opsd_loss(
-            student,
-            teacher,
-            pick(rollouts),
-            torch.cat(pick(states)),
-            mine,
-            args.divergence,
-            args.beta,
-            args.chunk,
-        )
-        loss += part
-        for i, row in zip(
-            group if counts else (),
-            part_measures.cpu().split([len(rollouts[i].response_ids) for i in group], 1),
-        ):
-            measures[i] = row
-    everyone = gather([(loss, measures)])  # one entry a rank
-    measures = {i: row for _, rows in everyone for i, row in rows.items()}
-    return sum(part for part, _ in everyone), [measures[i] for i in range(len(rollouts))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Teachers: function (teacher, student, updates so far, args) called after each update. The teacher is always its own copy.
-
-
-def copy_weights(teacher, student, keep=0.0):
-    import torch
-
-    with torch.no_grad():
-        for old, new in zip(teacher.parameters(), student.parameters()):
-            old.lerp_(new.to(old.dtype), 1 - keep)
-
-
-TEACHERS = {
-    "frozen": lambda teacher, student, updates, args: None,
-    "ema": lambda teacher, student, updates, args: copy_weights(teacher, student, args.ema),
-    "every": lambda teacher, student, updates, args: (
-        copy_weights(teacher, student) if updates % args.refresh == 0 else None
-    ),
-    "current": lambda teacher, student, updates, args: copy_weights(teacher, student),
-}
+    All of the step's rows are read before any is trained on.
+    """
+    with torch.inference_mode():
+        for group, _ in my_micro_batches(teacher_lengths(rollouts), args.micro_tokens):
+            part = [rollouts[i] for i in group]
+            hidden = response_hidden(teacher, [r.teacher_row for r in part])  # (R, D)
+            parts = hidden.split([len(r.response_ids) for r in part])
+            for r, states in zip(part, parts, strict=True):
+                r.teacher_hidden = states
 
 
 def frozen_copy(model):
-    teacher = copy.deepcopy(model).eval()
-    teacher.requires_grad_(False)
-    return teacher
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def plan(args, device, problems):
-    """--dry-run."""
-    from memory import dry_run
+def move_weights(teacher, student, keep=0.0):
+    with torch.no_grad():
+        for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
+            old.lerp_(new.to(old.dtype), 1 - keep)
 
-    config, tokenizer = load_tokenizer(args.model)
-    rollout = Rollout(problem_batch(problems, 0, 1, args.seed)[0], [])
-    context = CONTEXTS[args.context](
-        [rollout], lambda prompts: ["(what the teacher will have written)"] * len(prompts)
-    )[0]
-    prompts = {
-        f"{who}'s prompt": render_prompt(tokenizer, rollout.problem, text, args.thinking == "on")
-        for who, text in (("student", ""), ("teacher", context))
-    }
-    dry_run(
-        args,
-        config,
-        device,
-        tokenizer,
-        prompts,
-        len(prompts["teacher's prompt"]) + args.max_new_tokens,
-        "ema" if args.teacher == "ema" else "frozen",
-        args.batch * args.max_new_tokens,
-    )
+
+# Called after each update with the number of updates so far. The teacher is always its own copy.
+TEACHERS = {
+    "frozen": lambda teacher, student, updates, args: None,
+    "current": lambda teacher, student, updates, args: move_weights(teacher, student),
+    "ema": lambda teacher, student, updates, args: move_weights(teacher, student, args.ema),
+    "every": lambda teacher, student, updates, args: (
+        move_weights(teacher, student) if updates % args.refresh == 0 else None
+    ),
+}
+
+# ------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
     args = parse_args(argv)
-    check_out(args)
     device = set_up(args)
-    choose_backend(args, device)
-    import torch
-    from eval import evaluate, log_evaluation
-
-    args.model = args.model or os.path.relpath(os.path.join(HERE, "tiny", "rlvr"))
-    problems = load_problems(args, args.steps * args.batch * (args.resample + 1))
-    problems, held_out = load_held_out(args, problems)
-    if args.dry_run:
-        return plan(args, device, problems)
-    model, tokenizer = load_model(args.model, load_device(device))  # in float32
-    require_thinking_switch(tokenizer, args.thinking == "on")
+    samplers.choose_backend(args, device)
+    state = check_run_directory(args)
+    planned = state.get("planned", args.steps)  # a longer run goes on with the same problems
+    problems = data.load_problems(args, planned * args.batch * (args.resample + 1))
+    problems, held_out = data.load_held_out(args, problems)
+    data.require_solutions(problems, args.context)
+    model, tokenizer = load_model(args.model, ranks.load_device(device))  # in float32
+    data.require_thinking_switch(tokenizer, args.thinking == "on")
     teacher = frozen_copy(model)
-    prepare(model, args, device)
-    prepare(
-        teacher, args, device, low=args.teacher != "ema"
-    )  # an average in bfloat16 would stand still
-    sampler = make_sampler(model, tokenizer, args)
-    teacher_sampler = make_sampler(teacher, tokenizer, args, sampler)
-    problems = drop_long(problems, tokenizer, args, sampler.limit, args.context)
-    held_out = held_out and drop_long(held_out, tokenizer, args, sampler.limit)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
-    )
-    run = Run(args, f"opsd-{args.filter}")
-    print(f"{len(problems):,} problems, device {device}, run directory {run.path}")
-    with Verifier() as verifier:
-        before = evaluate(sampler, tokenizer, held_out, verifier, args) if held_out else None
-        state = run.resume(problems, model, optimizer)
-        drawn, skipped, updates = (state.get(name, 0) for name in ("drawn", "skipped", "updates"))
+    ranks.prepare(model, args, device)
+    # An average in bfloat16 would stand still.
+    ranks.prepare(teacher, args, device, low=args.teacher != "ema")
+    sampler = samplers.make_sampler(model, tokenizer, args)
+    teacher_sampler = samplers.make_sampler(teacher, tokenizer, args, sampler)
+    problems = rollout.drop_long(problems, tokenizer, args, sampler.limit, args.context)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    verifier = Verifier()
+    held_out = HeldOut(sampler, tokenizer, held_out, verifier, args)
+    with verifier, Run(args, f"opsd-{args.filter}", problems, state) as run:
+        print(f"{len(problems):,} problems, device {device}, run directory {run.path}")
+        first, drawn = run.resume(model, optimizer), state.get("drawn", 0)
         if state.get("teacher"):
-            load_full_state(teacher, state["teacher"])
+            ranks.load_full_state(teacher, state["teacher"])
         if state:
             sampler.push(model)
-        for step in range(state.get("step", 0), args.steps):
-            # 1. sample, 2. verify, 3. filter: until the batch is full or the draws are used up
-            start, seen, kept = time.time(), [], []
+        for step in range(first, args.steps):
+            begun, seen, kept = time.time(), [], []
             for _ in range(args.resample + 1):
-                rollouts = make_rollouts(
-                    sampler,
-                    tokenizer,
-                    problem_batch(problems, drawn, args.batch, args.seed),
-                    args,
-                    args.seed + drawn,
-                )
-                drawn += args.batch
-                grade_rollouts(verifier, rollouts, args.truncated)
+                # 1. sample, 2. verify
+                batch = data.problem_batch(problems, drawn, args.batch, args.seed)
+                draw = sampler, tokenizer, batch, args, args.seed + drawn
+                rollouts = rollout.make_rollouts(*draw, logps=True)
+                rollout.grade_rollouts(verifier, rollouts)
+                # 3. filter: correctness gates whole rollouts
                 seen += rollouts
-                kept += [r for r in rollouts if FILTERS[args.filter](r.outcome)]
+                kept += [r for r in rollouts if FILTERS[args.filter](r, args)]
+                drawn += args.batch
                 if len(kept) >= args.batch:
                     break
-            kept = kept[: args.batch]
-            sampled = time.time()
-
-            # 4. loss: the teacher scores the same tokens behind its own prompt
-            contexts = CONTEXTS[args.context](
-                kept, make_writer(teacher_sampler, tokenizer, args, args.seed + drawn)
-            )
-            kept, rows, failed = teacher_rows(tokenizer, kept, contexts, args, sampler.limit)
-            if kept and not updates:
-                show_prompts(run, tokenizer, kept[0], rows[0], step)
-            loss, measures = accumulate_gradients(model, teacher, kept, rows, args)
-
-            # 5. step
-            norm, updated = optimizer_step(model, optimizer, args.clip) if kept else (0.0, False)
+            kept, sampled = kept[: args.batch], time.time()
+            # 4. the teacher reads the same tokens behind its own prompt
+            write = rollout.make_writer(teacher_sampler, tokenizer, args, args.seed + drawn)
+            contexts = CONTEXTS[args.context](kept, write)
+            kept, failed = add_teacher_rows(kept, contexts, tokenizer, args, sampler.limit)
+            if kept and not run.updates:
+                rollout.show_prompts(run, tokenizer, kept[0], step + 1)
+            read_by_teacher(teacher, kept, args)
+            # 5. loss: gradients add up over micro-batches and ranks
+            loss = accumulate_gradients(model, teacher, kept, args)
+            # 6. step
+            norm, updated = optimizer_step(model, optimizer) if kept else (0.0, False)
             if updated:
-                updates, skipped = updates + 1, 0
-                TEACHERS[args.teacher](teacher, model, updates, args)
+                TEACHERS[args.teacher](teacher, model, run.updates + 1, args)
                 sampler.push(model)
-            else:
-                skipped += 1
-            log_step(
-                run,
-                step,
-                args,
-                loss,
-                measures,
-                norm,
-                seen,
-                kept,
-                failed,
-                sampled - start,
-                time.time() - sampled,
-                device,
-            )
-            if kept and not updated:
-                run.log(
-                    "not_finite",
-                    dict(step=step + 1, loss=loss, grad_norm=norm, rows=not_finite(kept, measures)),
-                )
-            if args.kl_by_position and updated:
-                run.log(
-                    "kl_by_position",
-                    dict(
-                        step=step + 1,
-                        bin=args.kl_by_position,
-                        **kl_by_position(kept, measures, args.kl_by_position),
-                    ),
-                )
-            if (
-                held_out
-                and args.eval_every
-                and (step + 1) % args.eval_every == 0
-                and step + 1 < args.steps
-            ):
-                log_evaluation(
-                    run, step + 1, before, evaluate(sampler, tokenizer, held_out, verifier, args)
-                )
+            seconds = sampled - begun, time.time() - sampled
+            log_step(run, step + 1, args, loss, norm, seen, kept, failed, seconds, device)
+            run.count_update(updated, "" if kept else f"--filter {args.filter} kept nothing")
+            held_out.evaluate(run, step + 1)
             if args.save_every and (step + 1) % args.save_every == 0:
                 save_model(os.path.join(run.path, f"step-{step + 1}"), model, tokenizer)
-            if skipped == args.give_up:
-                fail(
-                    f"--filter {args.filter}: kept nothing in {skipped} steps in a row (--give-up)"
-                    if not kept
-                    else f"loss or gradient not finite, or nothing kept, in {skipped} steps in a row (--give-up): see {run.path}/not_finite.jsonl"
-                )
-            run.save_state(
-                step + 1,
-                problems,
-                model,
-                optimizer,
-                drawn=drawn,
-                skipped=skipped,
-                updates=updates,
-                teacher=None if args.teacher == "frozen" else full_state(teacher.state_dict()),
-            )
-        if not updates:
+            follows = None if args.teacher == "frozen" else ranks.full_state(teacher.state_dict())
+            run.save_state(step + 1, model, optimizer, drawn=drawn, teacher=follows)
+        if not run.updates:
             fail(f"--filter {args.filter}: no step was taken, the model is unchanged")
         save_model(run.path, model, tokenizer)
-        if held_out:
-            log_evaluation(
-                run, args.steps, before, evaluate(sampler, tokenizer, held_out, verifier, args)
-            )
-    run.finish()
-    print(
-        f"\nrun directory {run.path}: the trained model, metrics.jsonl (a line a step), samples.jsonl (some rollouts)"
-    )
+        held_out.evaluate(run, args.steps, last=True)
+        run.finish()
+    print(f"\nrun directory {run.path}: the trained model, metrics.jsonl, samples.jsonl")
 
 
-def kl_by_position(rollouts, measures, width):
-    """Figure 2: reverse KL (nats) by position in the response. Per outcome the sum over tokens, the tokens and the rollouts in each bin of `width` tokens."""
-    bins = {
-        name: dict(kl=[], tokens=[], rollouts=[]) for name in ("correct", "incorrect", "truncated")
-    }
-    for rollout, (kl, *_) in zip(rollouts, measures):
-        row = bins[rollout.outcome]
-        for t, value in enumerate(kl.tolist()):
-            if t // width == len(row["kl"]):
-                for column in row.values():
-                    column.append(0)
-            row["kl"][t // width] += value
-            row["tokens"][t // width] += 1
-            row["rollouts"][t // width] += t % width == 0
-    return bins
+# ------------------------------------------------------------------------------------------------
 
 
-def not_finite(rollouts, measures):
-    """The rollouts whose KLs or entropies are not finite, or all of them if it was only the gradient."""
-    import torch
-
-    bad = [r for r, row in zip(rollouts, measures) if not torch.isfinite(row).all()]
-    return [
-        dict(question=r.problem.question, prompt_ids=r.prompt_ids, response_ids=r.response_ids)
-        for r in bad or rollouts
-    ]
-
-
-def log_step(
-    run,
-    step,
-    args,
-    loss,
-    measures,
-    norm,
-    seen,
-    kept,
-    failed,
-    sampling_seconds,
-    training_seconds,
-    device,
-):
-    """One line of metrics.jsonl. Lengths in tokens; KLs and entropies in nats, means over the tokens that reached the loss."""
-    import torch
-
-    count = {
-        name: sum(r.outcome == name for r in seen) for name in ("correct", "incorrect", "truncated")
-    }
-    length = lambda rows: sum(len(r.response_ids) for r in rows) / len(rows) if rows else None
-    measures = torch.cat(measures, 1) if kept else None  # (5, R)
-    means = measures.mean(1).tolist() if kept else [None] * 4
+def log_step(run, step, args, loss, norm, seen, kept, failed, seconds, device):
+    """One line of metrics.jsonl, and one on the screen. Means are over the tokens of the loss."""
+    measures = torch.cat([r.measures for r in kept], 1) if kept else None  # (5, R)
+    means = measures.mean(1).tolist() if kept else [None] * len(MEASURES)
+    gap = samplers.logp_gap([r.sampler_logps for r in kept], measures[4]) if kept else None
+    lengths = [len(r.response_ids) for r in kept]
     record = dict(
-        step=step + 1,
+        step=step,
         loss=loss,
-        reverse_kl=means[0],
-        forward_kl=means[1],
-        student_entropy=means[2],
-        teacher_entropy=means[3],
+        **dict(zip(MEASURES[:4], means, strict=False)),
         grad_norm=norm,
-        logprob_gap=logprob_gap([r.logprobs for r in kept], measures[4]) if kept else None,
-        sampled=len(seen),
-        **count,
-        no_answer=sum(r.reason == "no_answer" for r in seen),
+        logprob_gap=gap,
         context_failed=failed,
-        kept=len(kept),
-        loss_tokens=sum(len(r.response_ids) for r in kept),
-        length=length(seen),
-        length_correct=length([r for r in seen if r.outcome == "correct"]),
-        length_kept=length(kept),
-        sampling_seconds=sampling_seconds,
-        sampled_tokens_per_second=sum(len(r.response_ids) for r in seen) / sampling_seconds,
-        training_seconds=training_seconds,
-        trained_tokens_per_second=sum(len(r.response_ids) for r in kept) / training_seconds,
-        peak_memory_mb=peak_memory(device),
+        length_kept=sum(lengths) / len(lengths) if kept else None,
+        **rollout_metrics(seen, kept, *seconds, device),
     )
     run.log("metrics", record)
-    for r in seen[:2]:
-        run.log(
-            "samples",
-            dict(
-                step=step + 1,
-                question=r.problem.question,
-                gold=r.problem.answer,
-                response=r.text,
-                outcome=r.outcome,
-                reason=r.reason,
-                kept=any(r is k for k in kept),
-            ),
-        )
+    for line in rollout.sample_lines(step, seen, kept):
+        run.log("samples", line)
+    begin = f"step {step}/{args.steps}  "
     if not kept:
-        print(
-            f"step {step + 1}/{args.steps}  nothing kept: --filter {args.filter} left none of {len(seen)} rollouts"
-            + f", {failed} contexts failed" * bool(failed)
-            + "; no update",
-            flush=True,
-        )
+        reasons = f"--filter {args.filter} left none of {len(seen)} rollouts"
+        if failed:
+            reasons += f", {failed} contexts failed"
+        print(f"{begin}nothing kept: {reasons}; no update", flush=True)
     elif not math.isfinite(norm):
-        print(
-            f"step {step + 1}/{args.steps}  loss {loss}, gradient norm {norm}: no update; the rollouts are in not_finite.jsonl",
-            flush=True,
-        )
+        print(f"{begin}loss {loss}, gradient norm {norm}: no update, see not_finite.jsonl")
+        run.log("not_finite", rollout.not_finite_line(step, loss, norm, kept))
     else:
         print(
-            f"step {step + 1}/{args.steps}  loss {loss:.4f}  KL {means[0]:.4f}  correct {count['correct']}/{len(seen)}  truncated {count['truncated']}  "
-            f"kept {len(kept)}  length {record['length']:.1f}  {sampling_seconds + training_seconds:.1f} s",
+            f"{begin}loss {loss:.4f}  KL {means[0]:.4f}  correct {record['correct']}/{len(seen)}  "
+            f"truncated {record['truncated']}  kept {len(kept)}  length {record['length']:.1f}  "
+            f"{sum(seconds):.1f} s",
             flush=True,
         )
+        if args.kl_by_position:
+            bins = rollout.kl_by_position(kept, args.kl_by_position)
+            run.log("kl_by_position", dict(step=step, bin=args.kl_by_position, **bins))
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

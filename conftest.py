@@ -1,0 +1,62 @@
+"""Fixtures of several test files."""
+
+import gc
+import importlib.util
+
+import pytest
+import torch
+
+import opsd
+import samplers
+from model import load_model
+from run import Run
+from tests.helpers import CPU, TINY
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.set_num_threads(1)
+    return load_model(TINY, CPU)
+
+
+@pytest.fixture
+def model(tiny):
+    """A student that a test may change."""
+    return opsd.frozen_copy(tiny[0]).requires_grad_(True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return tiny[1]
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """The flags for it; skips where there is none."""
+    if not importlib.util.find_spec("vllm"):
+        pytest.skip("vllm is not installed")
+    # GB; the CPU build would take a share of the machine's memory.
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    if not samplers.import_vllm().platforms.current_platform.device_type:
+        pytest.skip("vllm has no device here")
+    yield ["--backend", "vllm", "--vllm-eager", "--dtype", "float32"]
+    gc.collect()  # the engine's memory
+
+
+@pytest.fixture
+def crash(monkeypatch):
+    """Makes the next run die in its fifth step, after its line was logged, before its state is."""
+
+    class Crash(Exception):
+        pass
+
+    own = Run.save_state
+
+    def save_state(self, step, *rest, **kwargs):
+        if step == 5:
+            raise Crash
+        own(self, step, *rest, **kwargs)
+
+    monkeypatch.setattr(Run, "save_state", save_state)
+    yield Crash
+    monkeypatch.undo()

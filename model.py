@@ -1,0 +1,286 @@
+"""The model: loading and saving, rows of token ids -> hidden states, the backward pass, the step.
+
+Axes: B rows, T tokens of a row, D width, V vocabulary, R response tokens of a micro-batch,
+C those of a chunk, P those of a piece.
+"""
+
+import math
+import os
+import shutil
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import ranks
+from cli import fail, one_line
+from ranks import device_of, open_head
+from run import write_whole
+
+CLIP = 1.0  # gradient norm, the paper's
+
+# Logits of each model that exist at once, and those whose loss is computed at once. On a CPU a
+# piece fits the cache; on a GPU each costs kernel launches, so there they are few.
+CHUNK = {"cpu": 64e6, "cuda": 256e6}
+PIECE = {"cpu": 1e6, "cuda": 64e6}
+
+# ------------------------------------------------------------------------------------------------
+# Loading and saving
+
+
+def load_tokenizer(path):
+    """(configuration, tokenizer) of a Hugging Face directory or id; no remote code."""
+    if not os.path.isdir(path) and path.count("/") != 1:
+        fail(f"--model {path}: no such directory (a Hugging Face id has the form owner/name)")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        fail(f"--model {path}: {one_line(error, 300)}")
+    if tokenizer.chat_template is None:
+        fail(f"--model {path}: its tokenizer has no chat template")
+    try:
+        turn = [{"role": "user", "content": "x"}]
+        tokenizer.apply_chat_template(turn, add_generation_prompt=True, enable_thinking=True)
+    except Exception as error:  # templates are programs, and may raise what they like
+        kind = type(error).__name__
+        fail(f"--model {path}: its chat template fails on a user turn ({kind}: {one_line(error)})")
+    return config, tokenizer
+
+
+def load_model(path, device, dtype="float32"):
+    """(model, tokenizer) of a Hugging Face directory or id; safetensors only, no remote code."""
+    _, tokenizer = load_tokenizer(path)
+    options = dict(dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+    except Exception as error:  # a wrong id, no network, pickled weights, code: one line is enough
+        fail(f"--model {path}: {one_line(error, 300)}")
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # often a temperature without do_sample: it loads, but could not be saved
+        model.generation_config.do_sample = True
+    if not stop_ids(model, tokenizer):
+        fail(f"--model {path}: generation config and tokenizer name no end-of-sequence token")
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            fail(f"--model {path}: {name} holds values that are not finite")
+    model.to(device).eval()  # eval for the whole run: no dropout, in the student or the teacher
+    check_head(model)
+    return model, tokenizer
+
+
+def stop_ids(model, tokenizer):
+    """Every id that ends a response: chat models have several; the base's eos may be another."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
+
+
+def check_head(model):
+    """Refuses a model whose logits are not lm_head(last hidden state): the losses rely on it."""
+    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size  # (1, T)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits.float()  # (1, T, V)
+        hidden = model.base_model(input_ids=ids).last_hidden_state  # (1, T, D)
+        ours = model.get_output_embeddings()(hidden).float()  # (1, T, V)
+    if not torch.allclose(logits, ours, rtol=1e-2, atol=1e-2):
+        fail("--model: its logits are not lm_head(hidden states) (capped or scaled logits?)")
+
+
+def save_model(path, model, tokenizer):
+    """Writes a plain Hugging Face directory, in float32; each file whole or not at all.
+
+    On several ranks all must call it, rank 0 writes.
+    """
+    temporary = os.path.join(path, ".saving")
+    # A tied matrix once.
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in names}
+    state = ranks.full_state(state)
+    if ranks.rank_and_world()[0]:
+        return
+    try:
+        model.save_pretrained(temporary, state_dict=state)
+        tokenizer.save_pretrained(temporary)
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        fail(f"{path}: the model cannot be written ({one_line(error)})")
+    umask = os.umask(0)
+    os.umask(umask)
+    for name in sorted(os.listdir(temporary)):
+        source = os.path.join(temporary, name)
+        os.chmod(source, 0o666 & ~umask)  # safetensors writes files that others cannot read
+        write_whole(
+            os.path.join(path, name), lambda target, source=source: os.replace(source, target)
+        )
+    os.rmdir(temporary)
+
+
+# ------------------------------------------------------------------------------------------------
+# Micro-batches
+
+
+def micro_batches(lengths, budget):
+    """Groups of rows of similar length, each at most `budget` padded tokens, or a single row.
+
+    Returns lists of row indices, the longest rows first, so that a run that does not fit in memory
+    fails in its first group.
+    """
+    groups, longest = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not groups or (len(groups[-1]) + 1) * longest > budget:
+            groups.append([])
+            longest = lengths[i]
+        groups[-1].append(i)
+    return groups
+
+
+def my_micro_batches(lengths, budget):
+    """Those of this rank, on one rank all: [(row indices, whether they count), ...].
+
+    Rows are shared out by length, so that ranks have about equal work. A rank that gets fewer
+    micro-batches than another runs its shortest row again instead, or if it has none the shortest
+    of all, not counted, since all ranks must run equally many.
+    """
+    rank, world = ranks.rank_and_world()
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    shares = [order[r::world] for r in range(world)]
+    groups = []
+    for rows in shares:
+        own = micro_batches([lengths[i] for i in rows], budget)
+        groups.append([[rows[i] for i in group] for group in own])
+    missing = max(map(len, groups)) - len(groups[rank])
+    idle = [((shares[rank] or order)[-1:], False)] * missing
+    return [(group, True) for group in groups[rank]] + idle
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows -> hidden states at the response positions
+
+
+def response_hidden(model, rows):
+    """Hidden states that predict the response tokens of `rows`: (R, D), row after row.
+
+    A row alternates ids that are given and ids that are scored: (prompt, response), or, where the
+    teacher's copy has insertions, (prompt, response part, insertion, response part, ...). A scored
+    token is predicted at the position before it. Padding stands on the right, where causal
+    attention never looks, so it changes nothing; the mask comes from lengths, never from ids (pad
+    may equal eos).
+    """
+    width = max(sum(map(len, row)) for row in rows)
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    scored = np.zeros((len(rows), width), dtype=bool)
+    for i, row in enumerate(rows):
+        end = 0
+        for number, part in enumerate(row):
+            start, end = end, end + len(part)
+            ids[i, start:end] = part
+            scored[i, start:end] = number % 2
+    device = device_of(model)
+    ids = torch.from_numpy(ids[:, :-1]).to(device)  # (B, T): a last token predicts nothing here
+    mask = torch.from_numpy(scored[:, 1:]).to(device)  # (B, T)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+    return hidden[mask]  # (R, D)
+
+
+def response_targets(model, rows):
+    """The scored ids of `rows` in the order of `response_hidden`: (R,)."""
+    ids = [token for row in rows for part in row[1::2] for token in part]
+    return torch.tensor(ids, device=device_of(model))
+
+
+def slices(count, vocabulary, logits):
+    """Slices of `count` tokens with at most `logits` logits each, or a single token."""
+    size = max(1, int(logits) // vocabulary)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def chunks_of(hidden, model):
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    return slices(len(hidden), vocabulary, CHUNK[hidden.device.type])
+
+
+def sampled_logps(model, rows):
+    """Log-probabilities of the response tokens: (R,), without gradient, chunk by chunk."""
+    with torch.no_grad():
+        hidden, ids = response_hidden(model, rows), response_targets(model, rows)  # (R, D), (R,)
+        head, _ = open_head(model)
+        parts = []
+        for chunk in chunks_of(hidden, model):
+            logps = torch.log_softmax(head(hidden[chunk]).float(), -1)  # (C, V)
+            parts.append(logps.gather(-1, ids[chunk, None])[:, 0])  # (C,)
+        return torch.cat(parts)
+
+
+# ------------------------------------------------------------------------------------------------
+# The backward pass of all three losses, and the step
+
+
+def backward_in_chunks(student, rows, token_loss, teacher=None, teacher_hidden=None):
+    """Adds the gradient of the sum of a per-token loss to the student's: (loss, measures (M, R)).
+
+    rows: see response_hidden. teacher_hidden: (R, D), the teacher's states at the same tokens.
+    token_loss(student_logps (P, V), teacher_logps (P, V) or None, piece) -> (losses (P,), measures
+    (M, P)): the loss of tokens `piece`, a slice of the R, from log-probabilities in float32.
+
+    A full (R, V) tensor is 0.6 GB per 1,000 tokens at Qwen's vocabulary. So the head runs forward
+    and backward chunk by chunk, which adds up gradients of the head and of the hidden states; those
+    then go through the student's body together. Nothing is computed twice.
+    """
+    hidden = response_hidden(student, rows)  # (R, D)
+    head, close = open_head(student)
+    teacher_head = open_head(teacher)[0] if teacher else None
+    total, gradients, measures = 0.0, [], []
+    for chunk in chunks_of(hidden, student):
+        leaf = hidden[chunk].detach().requires_grad_()  # (C, D)
+        logits = head(leaf)  # (C, V)
+        with torch.no_grad():
+            teacher_logits = teacher_head(teacher_hidden[chunk]) if teacher else None  # (C, V)
+        loss, measured = replace_by_gradient(logits.detach(), teacher_logits, token_loss, chunk)
+        logits.backward(logits.detach())  # which hold their own gradient now
+        total += loss
+        gradients.append(leaf.grad)
+        measures.append(measured)
+    close()
+    hidden.backward(torch.cat(gradients))
+    return total, torch.cat(measures, 1)
+
+
+def replace_by_gradient(logits, teacher_logits, token_loss, chunk):
+    """Overwrites a chunk's logits (C, V) by the gradient of its loss: (loss, measures (M, C)).
+
+    The one trick of this file. Autograd over the whole chunk would keep ten tensors of its size
+    (log-probabilities, their exponentials, each one's gradient). Here a piece's loss is
+    differentiated at once, its gradient takes its logits' place, and all else is freed: a chunk
+    exists once for each model, and on a CPU a piece stays in the cache.
+    """
+    losses, measures = [], []
+    for part in slices(*logits.shape, PIECE[logits.device.type]):
+        leaf = logits[part].detach().requires_grad_()  # (P, V)
+        student_logps = torch.log_softmax(leaf.float(), -1)  # (P, V)
+        teacher_logps = None
+        if teacher_logits is not None:
+            with torch.no_grad():
+                teacher_logps = torch.log_softmax(teacher_logits[part].float(), -1)  # (P, V)
+        piece = slice(chunk.start + part.start, chunk.start + part.stop)
+        loss, measured = token_loss(student_logps, teacher_logps, piece)  # (P,), (M, P)
+        loss = loss.sum()
+        logits[part] = torch.autograd.grad(loss, leaf)[0]
+        losses.append(loss.detach())
+        measures.append(measured)
+    return torch.stack(losses).sum().item(), torch.cat(measures, 1)
+
+
+def optimizer_step(model, optimizer):
+    """(gradient norm before clipping, whether a step was taken): none where it is not finite.
+
+    Gradients are cleared.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    norm = ranks.full(norm).item()  # over all ranks, so all agree
+    finite = math.isfinite(norm)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm, finite

@@ -1,0 +1,339 @@
+"""A run's directory: logs, states, resuming; files that appear whole or not at all."""
+
+import atexit
+import glob
+import importlib
+import json
+import os
+import shutil
+import sys
+import zlib
+from importlib.util import find_spec
+
+import torch
+
+import ranks
+from cli import fail, one_line, provenance
+
+GIVE_UP = 10  # steps in a row without an update after which a run ends
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_whole(path, write):
+    """Calls write(temporary path), then renames it to `path`: whole or not at all, and synced."""
+    temporary = os.path.join(os.path.dirname(path), ".saving-" + os.path.basename(path))
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        fail(f"{path}: cannot be written ({one_line(error)})")
+
+
+def write_json(path, record):
+    """Writes the file whole, its folder too if need be; on several ranks rank 0 does."""
+    if ranks.rank_and_world()[0]:
+        return
+
+    def write(target):
+        with open(target, "w") as stream:
+            json.dump(record, stream)
+
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    write_whole(path, write)
+
+
+def checksum(path):
+    value = 0
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def check_out(args, directory=True):
+    """Ends the program where --out cannot be written, or exists. Nothing is created yet."""
+    out = args.out
+    if not out:
+        return
+    if os.path.lexists(out) and not args.overwrite:
+        fail(f"--out {out}: exists already; choose another or add --overwrite")
+    above = os.path.abspath(out if directory else os.path.dirname(os.path.abspath(out)))
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above) or not os.access(above, os.W_OK):
+        fail(f"--out {out}: {above} is not a directory that can be written to")
+    if not directory and os.path.isdir(out):
+        fail(f"--out {out}: is a directory, not a file")
+
+
+def check_run_directory(args):
+    """`check_out` for a run: with --overwrite only a run is replaced, with --resume gone on with.
+
+    With --resume returns the newest whole state of the run, empty if there is none; ends the
+    program where its settings were others, naming them.
+    """
+    if args.track and not find_spec(args.track):
+        fail(f"--track {args.track}: not installed (pip install {args.track})")
+    if not args.resume:
+        check_out(args)
+        names = set(os.listdir(args.out)) if args.out and os.path.isdir(args.out) else set()
+        if names and not names & {"metrics.jsonl", "model.safetensors"}:
+            fail(f"--out {args.out} --overwrite: not the directory of a run")
+        if names and os.path.realpath(args.out) == os.path.realpath(str(args.model)):
+            fail(f"--out {args.out} --overwrite: is --model as well")
+        return {}
+    if not args.out or not os.path.isfile(os.path.join(args.out, "metrics.jsonl")):
+        fail(f"--resume: --out {args.out or '(missing)'} is not the directory of a run")
+    state = load_state(args.out)
+    finished = os.path.isfile(os.path.join(args.out, "model.safetensors"))
+    if finished and state.get("step", args.steps) >= args.steps:
+        longer = "with more --steps it goes on" if state else "its state is gone"
+        fail(f"--resume: the run in {args.out} is finished ({longer})")
+    before, now = state.get("args") or first_args(args.out), vars(args)
+    free = HARMLESS - ({"steps"} if "warmup" in now else set())  # sft.py's rates follow --steps
+    names = sorted({*before, *now} - free) if before else []
+    others = [
+        f"--{name.replace('_', '-')} {before.get(name)} then, {now.get(name)} now"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+    if others:
+        fail(f"--resume: the run in {args.out} is another experiment: {'; '.join(others)}")
+    return state
+
+
+# ------------------------------------------------------------------------------------------------
+# States: everything that --resume needs, in one file, state-STEP-CHECKSUM.pt. The checksum in its
+# name tells a damaged file.
+
+# Flags that may differ when a run is resumed.
+HARMLESS = {
+    *("out", "overwrite", "resume", "steps", "state_every", "save_every", "eval_every"),
+    *("threads", "device", "track", "micro_tokens", "sample_batch", "checkpointing", "offload"),
+    *("vllm_memory", "vllm_eager"),
+}
+
+
+def find_states(path):
+    """File names, the newest first."""
+    return sorted((name for name in os.listdir(path) if name.startswith("state-")), reverse=True)
+
+
+def load_state(path):
+    """The newest state in the run directory `path` that is whole; empty if there is none."""
+    for name in find_states(path):
+        file = os.path.join(path, name)
+        if name == f"{name[:13]}-{checksum(file)}.pt":
+            # Several ranks map one copy.
+            mapped = ranks.distributed()
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        print(f"{file} is damaged: not used")
+    return {}
+
+
+def first_args(path):
+    """The settings in line 0 of the metrics; none where that line is not whole."""
+    with open(os.path.join(path, "metrics.jsonl")) as stream:
+        try:
+            return json.loads(stream.readline())["args"]
+        except (ValueError, KeyError):
+            return {}
+
+
+def fingerprint(problems):
+    texts = [text for p in problems for text in (p.question, p.answer, p.solution)]
+    return zlib.crc32("\0".join(texts).encode())
+
+
+class Run:
+    """A run directory: its logs (metrics.jsonl: settings, then a line a step) and its states.
+
+    With --resume the directory is the one of the run before, and nothing in it changes until
+    `resume` is called. On several ranks every one has a Run and calls its methods, and rank 0
+    alone writes. A context manager: Ctrl-C inside it ends the program with one line.
+    """
+
+    def __init__(self, args, name, problems, state):
+        """`state`: what check_run_directory returned. Fails where it was made on other problems."""
+        self.args, self.state, self.problems = args, state, fingerprint(problems)
+        self.first = ranks.rank_and_world()[0] == 0
+        self.updates, self.skipped = state.get("updates", 0), state.get("skipped", 0)
+        if state and state["problems"] != self.problems:
+            fail(f"--resume: the run in {args.out} was on other problems")
+        if self.first:
+            args.out = make_directory(args.out, name)
+        self.path = args.out = ranks.gather([args.out])[0]
+        if self.first and not args.resume:
+            self.remove_old_run()
+        self.track = make_tracker(args) if args.track and self.first else None
+        if self.first and not args.resume:
+            self.log_settings()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is KeyboardInterrupt:
+            print(f"\ninterrupted; --out {self.path} --resume goes on", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    def remove_old_run(self):
+        """With --overwrite: logs, states and weights of the run before, and no other files."""
+        logs = ("metrics.jsonl", "samples.jsonl", "not_finite.jsonl", "kl_by_position.jsonl")
+        for pattern in (*logs, "state-*", "model*.safetensors*", "step-*", "events.out.tfevents*"):
+            for stale in glob.glob(os.path.join(glob.escape(self.path), pattern)):
+                remove(stale)
+
+    def log_settings(self):
+        script = os.path.basename(sys.argv[0])
+        self.log("metrics", dict(script=script, args=vars(self.args), **provenance()))
+
+    def log(self, file, record):
+        """Adds a line to FILE.jsonl."""
+        if not self.first:
+            return
+        try:
+            with open(os.path.join(self.path, file + ".jsonl"), "a") as stream:
+                stream.write(json.dumps(record) + "\n")
+        except OSError as error:
+            fail(f"{self.path}: cannot write {file}.jsonl ({error})")
+        if self.track and file == "metrics" and "step" in record:
+            self.track(numbers_of(record), record["step"])
+
+    def count_update(self, updated, nothing=""):
+        """After each step. Ends the program after GIVE_UP steps in a row without an update.
+
+        nothing: why the step had no loss; empty where its gradient was not finite.
+        """
+        self.updates += updated
+        self.skipped = 0 if updated else self.skipped + 1
+        if self.skipped == GIVE_UP:
+            reason = nothing or f"loss or gradient not finite (see {self.path}/not_finite.jsonl)"
+            fail(f"{reason}, in the last of {GIVE_UP} steps in a row without an update")
+
+    def save_state(self, step, model, optimizer, **rest):
+        """Everything after `step` steps, and `rest`, if --state-every says so. Two are kept."""
+        every, last = self.args.state_every, step == self.args.steps
+        if not every or step % every and not last:
+            return
+        state = dict(
+            step=step,
+            planned=self.state.get("planned", self.args.steps),
+            args=vars(self.args),
+            problems=self.problems,
+            updates=self.updates,
+            skipped=self.skipped,
+            model=ranks.full_state(model.state_dict()),
+            optimizer=ranks.full_state(optimizer.state_dict()),
+            generator=torch.get_rng_state(),
+            **rest,
+        )
+        if not self.first:
+            return
+        unnamed = os.path.join(self.path, ".saving-state")
+        write_whole(unnamed, lambda target: torch.save(state, target))
+        name = f"state-{step:07d}-{checksum(unnamed)}.pt"
+        os.replace(unnamed, os.path.join(self.path, name))
+        for old in find_states(self.path)[2:]:
+            os.remove(os.path.join(self.path, old))
+
+    def resume(self, model, optimizer):
+        """With --resume: loads the state into model and optimizer, cuts the logs back to its step.
+
+        Returns the number of steps done.
+        """
+        step = self.state.get("step", 0)
+        if not self.args.resume:
+            return step
+        if self.state:
+            ranks.load_full_state(model, self.state["model"])
+            ranks.load_full_optimizer(optimizer, self.state["optimizer"])
+            torch.set_rng_state(self.state["generator"])
+        if self.first:
+            # What a crash left half-written.
+            for leftover in glob.glob(os.path.join(glob.escape(self.path), ".saving*")):
+                remove(leftover)
+            for log in glob.glob(os.path.join(glob.escape(self.path), "*.jsonl")):
+                drop_later_lines(log, step)
+            if not first_args(self.path):  # that run died before it had written a line
+                self.log_settings()
+        print(f"resumed after step {step}" + ("" if self.state else " (no whole state)"))
+        return step
+
+    def finish(self):
+        """The run is complete. Its last state stays: --resume with more --steps goes on with it."""
+        for name in find_states(self.path)[1:] if self.first else ():
+            os.remove(os.path.join(self.path, name))
+        ranks.leave()
+
+
+def make_tracker(args):
+    """A function (numbers, step) that sends a line of the metrics to --track."""
+    if args.track == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(args.out)
+
+        def add_scalars(numbers, step):
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
+
+        return add_scalars
+    tracker = importlib.import_module(args.track)
+    name = os.path.basename(os.path.normpath(args.out))
+    tracker.init(project="opsd", name=name, config=vars(args), resume="allow")
+    atexit.register(tracker.finish)
+    return lambda numbers, step: tracker.log(numbers, step=step)
+
+
+def numbers_of(record):
+    """{name: number} of a line of the metrics; an evaluation gives one a checkpoint and group."""
+    numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
+    for row in record.get("evaluation", ()):
+        for key in ("accuracy", "length", "markers"):
+            numbers[f"{row['name']}/{row['group']}/{key}"] = row[key]
+    return numbers
+
+
+def make_directory(out, name):
+    """Makes --out, or the first free runs/NAME-001, -002, ...; returns it."""
+    number = 0
+    while True:
+        number += 1
+        path = out or os.path.join("runs", f"{name}-{number:03d}")
+        try:  # mkdir decides who gets a number, should two runs start at once
+            os.makedirs(path, exist_ok=bool(out))
+            return path
+        except FileExistsError:
+            continue
+        except OSError as error:
+            fail(f"--out {path}: {one_line(error)}")
+
+
+def remove(path):
+    shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
+def drop_later_lines(path, step):
+    """Drops the lines of a log that are later than `step`, and what a crash left half-written."""
+    kept = []
+    with open(path, "rb") as stream:
+        for line in stream:
+            try:
+                if line.endswith(b"\n") and json.loads(line).get("step", 0) <= step:
+                    kept.append(line)
+            except ValueError:
+                continue
+
+    def write(target):
+        with open(target, "wb") as stream:
+            stream.writelines(kept)
+
+    write_whole(path, write)

@@ -1,0 +1,145 @@
+"""What several test files use."""
+
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import torch
+import transformers
+
+import opsd
+import rlvr
+import sft
+import toy
+from cli import HERE
+from data import CONTEXTS, Problem, embedded_problems, render_prompt
+from model import load_model, save_model
+from rollout import Rollout
+
+TINY = os.path.join(HERE, "tiny", "rlvr")
+CPU = torch.device("cpu")
+
+SMALL = "--batch 6 --max-new-tokens 90 --eval-problems 8 --threads 1".split()
+STAGES = [
+    (opsd, "--filter all --teacher ema --kl-by-position 8 --eval-every 2".split() + SMALL),
+    (rlvr, ["--hard", "1", *SMALL]),
+    (sft, ["--batch", "4", "--threads", "1"]),
+]
+
+
+def some_rollouts(tokenizer, count=6, seed=0):
+    """Reference responses of different lengths: finished ones, and truncated ones in between."""
+    rng = np.random.default_rng(seed)
+    rollouts = []
+    for i, problem in enumerate(embedded_problems(count, seed)):
+        text = toy.reference_trace(problem, rng) + tokenizer.eos_token
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        finished = i % 3 < 2
+        r = Rollout(problem, render_prompt(tokenizer, problem), ids, finished, outcome="correct")
+        if not finished:
+            r.response_ids, r.outcome = ids[:-7], "truncated"
+        rollouts.append(r)
+    return rollouts
+
+
+def with_teacher_rows(rollouts, prompts):
+    """Puts plain teacher rows into the rollouts; returns them."""
+    for r, prompt in zip(rollouts, prompts, strict=True):
+        r.teacher_row = opsd.teacher_row(prompt, r.response_ids)
+    return rollouts
+
+
+def teacher_prompts(tokenizer, rollouts, context="solution"):
+    texts = CONTEXTS[context](rollouts, None)
+    return [render_prompt(tokenizer, r.problem, c) for r, c in zip(rollouts, texts, strict=True)]
+
+
+def graded(outcomes, length):
+    """One rollout an outcome, each a problem of its own."""
+    rollouts = []
+    for i, outcome in enumerate(outcomes):
+        r = Rollout(Problem(str(i), "1"), [], [0] * length, True)
+        r.outcome = r.reason = outcome
+        rollouts.append(r)
+    return rollouts
+
+
+def apart(value, other):
+    """Norm of the difference over the norm of `other`. Bounds on single elements would measure the
+    rounding of the smallest ones, which differs between machines.
+    """
+    return ((value - other).norm() / other.norm()).item()
+
+
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def make_tied(tokenizer, path):
+    """Saves a random model with tied embeddings."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    save_model(str(path), model, tokenizer)
+
+
+def changed_model(path, **config):
+    """A copy of the embedded model with other entries in tokenizer_config.json; None: without."""
+    shutil.copytree(TINY, path)
+    file = os.path.join(path, "tokenizer_config.json")
+    with open(file) as stream:
+        settings = {**json.load(stream), **config}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    write(path / "tokenizer_config.json", json.dumps(settings))
+    return str(path)
+
+
+def write(path, *lines):
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def read_lines(path):
+    with open(path) as stream:
+        return [json.loads(line) for line in stream]
+
+
+def metrics(path):
+    return read_lines(os.path.join(path, "metrics.jsonl"))
+
+
+def weights(path):
+    return torch.cat([p.flatten() for p in load_model(str(path), CPU)[0].parameters()]).detach()
+
+
+def without_times(row):
+    """A line of a log without what may differ between two runs of one experiment."""
+    return {k: v for k, v in row.items() if "second" not in k and "memory" not in k}
+
+
+def lines_without_times(path):
+    """The logs of a run, without the settings' line."""
+    logs = {}
+    for name in sorted(os.listdir(path)):
+        if name.endswith(".jsonl"):
+            rows = read_lines(os.path.join(path, name))
+            logs[name] = [without_times(row) for row in rows if "args" not in row]
+    return logs
+
+
+def torchrun(*command):
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command]

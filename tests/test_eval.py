@@ -1,0 +1,127 @@
+"""Evaluation: measures, intervals, benchmarks."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import eval as evaluation
+import opsd
+from cli import HERE
+from data import Problem, embedded_problems
+from rollout import Rollout
+from tests.helpers import SMALL, TINY, graded, metrics, weights, write
+
+SFT = os.path.join(HERE, "tiny", "sft")
+
+# ------------------------------------------------------------------------------------------------
+# Measures and intervals
+
+
+def test_bootstrap_intervals_cover_and_pair():
+    def intervals(before, after):
+        changes = evaluation.paired_bootstrap(before, after)
+        return {key: evaluation.interval(*value) for key, value in changes.items()}
+
+    rng = np.random.default_rng(0)
+    base, length = rng.random(400), np.full(400, 100.0)
+    change = intervals((base, length), (base + 0.05, 0.8 * length))
+    assert change["accuracy"] == pytest.approx((5, 5, 5))  # paired: no width
+    assert change["length"] == pytest.approx((-20, -20, -20))
+    noisy = intervals((base, length), (rng.permutation(base), length))["accuracy"]
+    expected = 100 * 1.96 * (2 * base.var() / 400) ** 0.5
+    assert noisy[1] < noisy[0] < noisy[2]
+    assert noisy[2] - noisy[0] == pytest.approx(expected, rel=0.15)
+
+
+def test_shift_counts_expected_repairs_and_damages():
+    pairs = ((np.array([0.0, 1.0, 0.5]), None), (np.array([1.0, 0.75, 0.5]), None))
+    assert evaluation.shift(*pairs) == dict(repaired=1.25, damaged=0.5, net=0.75)
+
+
+def test_mean_over_benchmarks_weighs_benchmarks_alike_and_adds_shifts():
+    outcomes = ["correct"] * 30 + ["incorrect"] * 10
+    big = [("a", graded(outcomes, 100)), ("b", graded(outcomes, 80))]
+    small = [("a", graded(["correct", "incorrect"], 10)), ("b", graded(["correct", "correct"], 10))]
+    before, after = evaluation.compare_mean(dict(big=big, small=small), samples=1)
+    assert (before["accuracy"], before["length"], before["change"]) == (62.5, 55, None)
+    assert after["accuracy"] == 87.5
+    assert after["change"]["accuracy"][0] == 25
+    assert after["change"]["length"][0] == pytest.approx(-10)
+    assert after["shift"]["net"] == 1
+    assert after["length_incorrect"] is None  # one benchmark has none
+
+
+def test_summary_keeps_the_groups_apart():
+    def row(outcome, reason, n, text=""):
+        ids = [0] * n
+        return Rollout(Problem("q", "1"), [], ids, True, text, outcome=outcome, reason=reason)
+
+    rows = [
+        row("correct", "correct", 10, "wait, Wait await"),
+        row("incorrect", "wrong", 20),
+        row("incorrect", "no_answer", 30),
+        row("truncated", "truncated", 40),
+    ]
+    s = evaluation.summarise(rows)
+    assert (s["accuracy"], s["wrong"], s["no_answer"], s["truncated"]) == (25, 25, 25, 25)
+    assert (s["length"], s["length_correct"], s["markers"]) == (25, 10, pytest.approx(20))
+
+
+# ------------------------------------------------------------------------------------------------
+# The script, and evaluations of a training run
+
+
+def test_eval_writes_a_table_and_json(tmp_path, capsys):
+    out = tmp_path / "e.json"
+    flags = "--context solution --problems 12 --samples 2 --max-new-tokens 90".split()
+    evaluation.main(["--model", TINY, SFT, *flags, "--out", str(out)])
+    printed, saved = capsys.readouterr().out, json.loads(out.read_text())
+    assert "accuracy" in printed and len({r["name"] for r in saved["records"]}) == 3
+    for m in saved["responses"]["embedded"]["models"]:
+        assert len(m["reasons"]) == len(m["lengths"]) == 12 and len(m["reasons"][0]) == 2
+
+
+def test_eval_averages_several_files_of_the_shapes_that_benchmarks_have(tmp_path, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    row = dict(problem="12 +3, result?", solution="12+3=15", answer="15", subject="Algebra")
+    rows = pyarrow.Table.from_pylist([dict(**row, level=level) for level in (1, 2)])
+    math500 = str(tmp_path / "math500.parquet")
+    pyarrow.parquet.write_table(rows, math500)
+    row = dict(problem="20 -4, result?", solution="20-4=16", answer="016", url="x", year="2024")
+    aime = write(tmp_path / "aime24.jsonl", json.dumps(dict(id=60, **row)))
+    out = tmp_path / "e.json"
+    flags = "--samples 4 --max-new-tokens 60".split()
+    argv = ["--model", TINY, SFT, "--data", math500, aime, *flags, "--out", str(out)]
+    evaluation.main(argv)
+    records = json.loads(out.read_text())["records"]
+    groups = [(r["benchmark"], r["group"]) for r in records[:3]]
+    assert groups == [("math500", "all"), ("math500", "1"), ("math500", "2")]
+    mean = records[-1]
+    parts = [r for r in records[:-2] if r["group"] == "all" and r["name"] == mean["name"]]
+    assert mean["benchmark"] == "mean"
+    assert mean["accuracy"] == pytest.approx(sum(r["accuracy"] for r in parts) / 2)
+    changes = [r["change"]["length"][0] for r in parts]
+    assert mean["change"]["length"][0] == pytest.approx(sum(changes) / 2)
+    assert "mean over the benchmarks" in capsys.readouterr().out
+
+
+def test_a_run_on_real_data_is_evaluated_on_held_out_problems_on_its_way(tmp_path, capsys):
+    rows = [
+        json.dumps(dict(prompt=p.question, answer=p.answer, solution=p.solution))
+        for p in embedded_problems(12, 7)
+    ]
+    train = write(tmp_path / "train.jsonl", *rows)
+    held_out = write(tmp_path / "held-out.jsonl", *rows[:4])
+    out = str(tmp_path / "run")
+    flags = "--eval-every 1 --save-every 2 --steps 3 --filter all".split()
+    files = ["--data", train, "--eval-data", held_out, "--out", out]
+    opsd.main(["--model", TINY, *files, *flags, *SMALL])
+    lines = [(row["step"], "evaluation" in row) for row in metrics(out)[1:]]
+    assert lines == [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
+    assert "dropped 4 of 12 training problems" in capsys.readouterr().out
+    assert sorted(name for name in os.listdir(out) if name.startswith("step")) == ["step-2"]
+    assert len(weights(os.path.join(out, "step-2")))

@@ -1,0 +1,388 @@
+"""Several ranks, computation dtype, checkpointing. The fixture `pair` starts this file as a script
+under torchrun, on two ranks.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+
+import eval as evaluation
+import model as modelling
+import opsd
+import ranks
+import rlvr
+import rollout
+import run
+import sft
+from cli import HERE
+from data import embedded_problems
+from model import load_model, response_hidden
+from samplers import make_sampler
+from tests.helpers import (
+    CPU,
+    TINY,
+    flat_gradient,
+    lines_without_times,
+    make_tied,
+    metrics,
+    some_rollouts,
+    teacher_prompts,
+    torchrun,
+    weights,
+    with_teacher_rows,
+)
+
+BARE = "--threads 1 --device cpu --steps 2 --overwrite".split()
+SHORT = [*BARE, "--eval-problems", "3"]
+GREEDY = SHORT + "--filter all --temperature 0 --max-new-tokens 100 --batch 5 --lr 1e-3".split()
+RANKS = {
+    # Other numbers of micro-batches on the two ranks.
+    "opsd": (opsd, GREEDY + "--teacher ema --micro-tokens 300 --kl-by-position 8".split()),
+    # Nothing to sample, write or score for one of them.
+    "lone": (opsd, GREEDY + "--batch 1 --context reflection --context-tokens 200".split()),
+    "tied": (opsd, GREEDY + "--model TIED --teacher current --max-new-tokens 20".split()),
+    "rlvr": (
+        rlvr,
+        SHORT
+        + "--temperature 0 --batch 3 --group 4 --updates 2 --kl 0.1".split()
+        + "--micro-tokens 500 --lr 1e-3".split(),
+    ),
+    "sft": (sft, BARE + "--batch 5 --micro-tokens 300".split()),
+}
+LEAN = {
+    "opsd": ["--checkpointing", "--offload"],
+    "tied": ["--offload"],
+    "rlvr": ["--checkpointing"],
+}
+LOW = GREEDY + "--dtype bfloat16 --lr 1e-6 --eval-problems 0".split()
+UNDISTURBED = GREEDY + "--temperature 1 --teacher ema --steps 5 --state-every 2".split()
+RESUMED = [flag for flag in UNDISTURBED if flag != "--overwrite"] + ["--resume"]
+EVALUATION = "--problems 5 --samples 1 --temperature 0".split()
+
+
+def loss_and_gradient(model, teacher, rollouts, prompts):
+    """The step's loss as opsd.py adds it up in one micro-batch, and the flat gradient."""
+    args = opsd.parse_args(["--micro-tokens", str(10**9)])
+    model.zero_grad()
+    with_teacher_rows(rollouts, prompts)
+    opsd.read_by_teacher(teacher, rollouts, args)
+    loss = opsd.accumulate_gradients(model, teacher, rollouts, args)
+    return loss, flat_gradient(model)
+
+
+def filled(argv, folder):
+    return [os.path.join(folder, "tied") if flag == "TIED" else flag for flag in argv]
+
+
+def given_rollouts(monkeypatch):
+    """rlvr.py's training rollouts are reference traces of different lengths, right and wrong in
+    turns, on any number of ranks. Its evaluations sample.
+    """
+
+    def make(sampler, tokenizer, problems, args, seed, contexts=None, logps=False):
+        rollouts = some_rollouts(tokenizer, len(problems), seed)
+        for i, r in enumerate(rollouts):
+            r.response_ids = r.response_ids[: 20 + 9 * i]
+            r.outcome = "correct" if i % 3 else "incorrect"
+        return rollouts
+
+    def grade(*args):
+        pass
+
+    own = dict(vars(rollout), make_rollouts=make, grade_rollouts=grade)
+    monkeypatch.setattr(rlvr, "rollout", types.SimpleNamespace(**own))
+
+
+def two_ranks(folder):
+    """What each rank does. The runs go to `folder`, what a rank saw to seen-RANK.json there."""
+    seen = {}
+    monkeypatch = pytest.MonkeyPatch()
+    given_rollouts(monkeypatch)
+    monkeypatch.setattr(ranks, "leave", lambda: None)  # several scripts in one process
+    own, shared = modelling.my_micro_batches, []
+
+    def noted(*args):
+        shared.append(own(*args))
+        return shared[-1]
+
+    monkeypatch.setattr(opsd, "my_micro_batches", noted)
+    for name, (script, argv) in RANKS.items():
+        script.main(filled(argv, folder) + ["--out", os.path.join(folder, "two-" + name)])
+        seen[name] = [[counts for _, counts in groups] for groups in shared]
+        shared.clear()
+        if name in LEAN:
+            lean = ["--out", os.path.join(folder, "lean-" + name)]
+            script.main(filled(argv, folder) + LEAN[name] + lean)
+            shared.clear()
+    opsd.main(LOW + ["--out", os.path.join(folder, "two-low")])
+    argv = ["--threads", "1", "--device", "cpu", *EVALUATION]
+    argv += ["--model", TINY, os.path.join(folder, "two-opsd")]
+    evaluation.main(argv + ["--out", os.path.join(folder, "two.json")])
+
+    # A run that breaks off before the state of its fourth step is saved, resumed; and one that is
+    # not disturbed.
+    class Crash(Exception):
+        pass
+
+    save = run.Run.save_state
+
+    def crashing(self, step, *rest, **kwargs):
+        if step >= 4:
+            raise Crash
+        save(self, step, *rest, **kwargs)
+
+    cut = os.path.join(folder, "cut")
+    monkeypatch.setattr(run.Run, "save_state", crashing)
+    try:
+        opsd.main(UNDISTURBED + ["--out", cut])
+    except Crash:
+        torch.distributed.barrier()
+    monkeypatch.setattr(run.Run, "save_state", save)
+    if ranks.rank_and_world()[0] == 0:
+        shutil.copytree(cut, os.path.join(folder, "cut-one"))  # to be resumed by one rank
+    opsd.main(RESUMED + ["--out", cut])
+    opsd.main(UNDISTURBED + ["--out", os.path.join(folder, "whole")])
+
+    # Responses of a rank's own; equal prompts in bfloat16; a gradient that is not finite on one.
+    args = opsd.parse_args(["--dtype", "bfloat16", "--device", "cpu"])
+    model, tokenizer = load_model(TINY, CPU)
+    sampler = make_sampler(model, tokenizer, args)
+    problems = embedded_problems(1, 0, False, 1.0) * 8
+    rollouts = rollout.make_rollouts(sampler, tokenizer, problems, args, 0)
+    seen["responses"] = [r.response_ids for r in rollouts]
+    seen["turns"] = ranks.gather([[0], [1, 1, 1]][ranks.rank_and_world()[0]])
+    teacher = opsd.frozen_copy(model)
+    ranks.prepare(model, args, CPU)
+    ranks.prepare(teacher, args, CPU, low=True)
+    given = some_rollouts(tokenizer, 3)
+    with_teacher_rows(given, [r.prompt_ids for r in given])
+    opsd.read_by_teacher(teacher, given, args)
+    loss = opsd.accumulate_gradients(model, teacher, given, args)
+    seen["equal"] = [loss, max(ranks.full(p.grad).abs().max().item() for p in model.parameters())]
+    before = [p.to_local().clone() for p in model.parameters()]
+    if ranks.rank_and_world()[0] == 1:
+        next(model.parameters()).grad.to_local()[0, 0] = math.nan
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    norm, updated = modelling.optimizer_step(model, optimizer)
+    same = all(map(torch.equal, before, [p.to_local() for p in model.parameters()]))
+    seen["skipped"] = [math.isnan(norm), updated, same]
+    with open(os.path.join(folder, f"seen-{ranks.rank_and_world()[0]}.json"), "w") as stream:
+        json.dump(seen, stream)
+
+
+def read_json(path):
+    with open(path) as stream:
+        return json.load(stream)
+
+
+@pytest.fixture(scope="module")
+def pair(tokenizer, tmp_path_factory):
+    """(the folder in which two ranks left their runs, what each of them saw); beside them the same
+    runs of one rank, named one-...
+    """
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_tied(tokenizer, folder / "tied")
+        process = subprocess.Popen(
+            torchrun("-m", "tests.test_ranks", str(folder)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=HERE,
+            env=dict(os.environ, OMP_NUM_THREADS="1"),
+        )
+        try:
+            said = process.communicate(timeout=1200)[0]
+        finally:
+            process.terminate()  # a hang: torchrun ends its ranks
+        assert process.returncode == 0, said[-3000:]
+        given_rollouts(monkeypatch)
+        for name, (script, argv) in RANKS.items():
+            script.main(filled(argv, folder) + ["--out", str(folder / f"one-{name}")])
+    return folder, [read_json(folder / f"seen-{rank}.json") for rank in (0, 1)]
+
+
+def names_in(path):
+    """The names of the files in `path`, those of states without their checksums."""
+    return sorted(name[:13] if name.startswith("state-") else name for name in os.listdir(path))
+
+
+def close(a, b):
+    if not isinstance(a, float):
+        return a == b
+    return a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+def differing(a, b):
+    """The keys of two lines of a log whose values are not close, times and memory aside."""
+    keys = [key for key in a if "second" not in key and "memory" not in key]
+    return [key for key in keys if not close(a[key], b[key])]
+
+
+def flat(state, names):
+    return torch.cat([state[name].flatten() for name in names])
+
+
+@pytest.mark.parametrize("name", list(RANKS))
+def test_two_ranks_train_as_one(name, pair):
+    folder, seen = pair
+    one, two = metrics(folder / f"one-{name}"), metrics(folder / f"two-{name}")
+    assert two[0]["ranks"] == 2 and one[0]["ranks"] == 1
+    steps = [row for row in two if "loss" in row]
+    assert len(steps) == 2
+    assert all(row["loss_tokens"] > 0 and row["grad_norm"] > 1e-3 for row in steps)
+    for a, b in zip(one[1:], two[1:], strict=True):
+        assert a.keys() == b.keys()
+        assert differing(a, b) == []
+    if name == "sft":
+        start = sft.build_tiny(0)[0].state_dict()
+    else:
+        start = load_model(one[0]["args"]["model"], CPU)[0].state_dict()
+    a = load_model(str(folder / f"one-{name}"), CPU)[0].state_dict()
+    b = load_model(str(folder / f"two-{name}"), CPU)[0].state_dict()
+    moved = (flat(a, a) - flat(start, a)).norm()
+    assert moved > 0 and (flat(a, a) - flat(b, a)).norm() < 1e-3 * moved
+    assert names_in(folder / f"one-{name}") == names_in(folder / f"two-{name}")
+    if name == "tied":
+        files = [folder / f"{count}-tied" / "model.safetensors" for count in ("one", "two")]
+        assert os.path.getsize(files[0]) == os.path.getsize(files[1])
+    if name in LEAN:  # memory is saved, and nothing else changes
+        apart = weights(folder / f"lean-{name}") - weights(folder / f"two-{name}")
+        assert apart.norm() < 1e-3 * moved
+    if name == "opsd":  # step 1: three micro-batches here and two there, and one for show
+        counted = [s[name][0].count(True) for s in seen]
+        assert sorted(counted) == [2, 3] and False in seen[1][name][0]
+    if name == "lone":
+        assert seen[0][name][0] == [True] and seen[1][name][0] == [False]
+
+
+def test_two_ranks_draw_their_own_and_agree_on_everything_else(pair):
+    _, seen = pair
+    assert seen[0]["responses"] == seen[1]["responses"]
+    # Shared out in turns.
+    assert seen[0]["responses"][0::2] != seen[0]["responses"][1::2]
+    # Lists of different lengths.
+    assert [s["turns"] for s in seen] == [[0, 1, 1, 1]] * 2
+    # One rank's gradient was not finite: neither steps.
+    assert [s["skipped"] for s in seen] == [[True, False, True]] * 2
+    # Equal prompts: teacher and student compute the very same.
+    assert [s["equal"] for s in seen] == [[0.0, 0.0]] * 2
+
+
+def test_two_ranks_resume_as_if_undisturbed_and_one_goes_on_with_their_state(pair, capsys):
+    folder, _ = pair
+    assert torch.equal(weights(folder / "cut"), weights(folder / "whole"))
+    assert lines_without_times(folder / "cut") == lines_without_times(folder / "whole")
+    assert metrics(folder / "cut")[-2]["step"] == 5
+    args = metrics(folder / "cut-one")[0]["args"]
+    states = [name for name in names_in(folder / "cut-one") if name.startswith("state")]
+    assert states == ["state-0000002"]
+    os.rename(folder / "cut", folder / "cut-two")
+    os.rename(folder / "cut-one", folder / "cut")
+    opsd.main(RESUMED + ["--out", args["out"]])
+    assert "resumed after step 2" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(folder / "cut")[1:]] == [1, 2, 3, 4, 5, 5]
+    assert metrics(folder / "cut")[2] == metrics(folder / "cut-two")[2]
+
+
+def test_two_ranks_evaluate_as_one(pair):
+    folder, _ = pair
+    argv = ["--threads", "1", *EVALUATION, "--model", TINY, str(folder / "two-opsd")]
+    evaluation.main(argv + ["--out", str(folder / "one.json")])
+    one, two = read_json(folder / "one.json"), read_json(folder / "two.json")
+    assert one["records"] == two["records"] and one["responses"] == two["responses"]
+
+
+def test_bfloat16_computes_low_and_keeps_what_a_small_step_adds(pair, tmp_path, model):
+    folder, _ = pair
+    opsd.main(LOW + ["--out", str(tmp_path / "one")])
+    start, reference = weights(TINY), metrics(folder / "one-opsd")[1]["loss"]
+    for out in (tmp_path / "one", folder / "two-low"):
+        assert load_model(str(out), CPU)[0].dtype == torch.float32
+        assert (weights(out) != start).float().mean() > 0.85  # float32 masters keep steps of 1e-6
+        loss = metrics(out)[1]["loss"]
+        assert loss != reference and loss == pytest.approx(reference, rel=0.05)
+    # What it would be otherwise.
+    low = opsd.frozen_copy(model).requires_grad_(True).bfloat16()
+    before = torch.cat([p.detach().flatten() for p in low.parameters()]).clone()
+    for p in low.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.AdamW(low.parameters(), lr=1e-6, weight_decay=0).step()
+    after = torch.cat([p.detach().flatten() for p in low.parameters()])
+    assert (after == before).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpointing_computes_twice_and_changes_nothing(dtype, model, tokenizer):
+    rollouts, results, counts = some_rollouts(tokenizer), [], []
+    rows, prompts = [r.row for r in rollouts], teacher_prompts(tokenizer, rollouts)
+    for flags in ([], ["--checkpointing"]):
+        student = opsd.frozen_copy(model).requires_grad_(True)
+        args, calls = opsd.parse_args(["--dtype", dtype, *flags]), []
+        ranks.prepare(student, args, CPU)
+        mlp = student.base_model.layers[0].mlp
+        hook = mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        teacher = opsd.frozen_copy(model)
+        loss, gradient = loss_and_gradient(student, teacher, rollouts, prompts)
+        counts.append(len(calls))
+        hook.remove()
+        sampler = make_sampler(student, tokenizer, args)
+        samples = sampler.sample([r.prompt_ids for r in rollouts], 40, temperature=0)
+        results.append((loss, gradient.tolist(), samples))
+        # A copy computes with its own weights, not with those that it was copied from.
+        twin = opsd.frozen_copy(student)
+        with torch.no_grad():
+            before = response_hidden(twin, rows)
+            mlp.down_proj.weight.zero_()
+            assert torch.equal(before, response_hidden(twin, rows))
+            assert not torch.equal(before, response_hidden(student, rows))
+    assert results[0] == results[1] and counts == [1, 2]
+
+
+def test_a_killed_rank_ends_the_other_and_the_run_resumes(tmp_path):
+    out = str(tmp_path / "run")
+    flags = "--threads 1 --device cpu --filter all --batch 4 --eval-problems 0".split()
+    flags += "--max-new-tokens 40 --steps 12 --state-every 1".split()
+    command = torchrun(os.path.join(HERE, "opsd.py"), *flags, "--out", out)
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    deadline = time.time() + 300
+    while process.poll() is None and time.time() < deadline:
+        if os.path.isdir(out) and run.find_states(out):
+            break
+        time.sleep(0.05)
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as stream:
+        workers = stream.read().split()
+    assert len(workers) == 2 and process.poll() is None
+    os.kill(int(workers[1]), signal.SIGKILL)
+    killed = time.time()
+    said = process.communicate(timeout=60)[0]
+    assert time.time() - killed < 60 and process.returncode != 0
+    assert re.search(r"rank\s*: 1 .*\n.*exitcode\s*: -9", said) and "SIGKILL" in said
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+    newest = run.find_states(out)[0]
+    assert newest == f"{newest[:13]}-{run.checksum(os.path.join(out, newest))}.pt"
+    resumed = subprocess.run(
+        command + ["--resume"], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert resumed.returncode == 0
+    assert [name[:13] for name in run.find_states(out)] == ["state-0000012"]
+    assert f"resumed after step {int(newest[6:13])}" in resumed.stdout
+    assert [row["step"] for row in metrics(out)[1:]] == list(range(1, 13))
+    assert weights(out).isfinite().all()
+
+
+if __name__ == "__main__":  # a rank, started by the fixture `pair`
+    two_ranks(sys.argv[1])

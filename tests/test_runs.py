@@ -1,0 +1,339 @@
+"""Runs: resuming, damage, bad input. One line, exit code 2, nothing left behind."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+
+import opsd
+import run
+import sft
+from cli import fail, provenance
+from data import embedded_problems
+from model import load_model, save_model
+from run import Run, check_run_directory, find_states
+from tests.helpers import (
+    CPU,
+    SMALL,
+    STAGES,
+    TINY,
+    changed_model,
+    lines_without_times,
+    metrics,
+    read_lines,
+    weights,
+    write,
+)
+
+BARE = [*SMALL, *"--filter all --eval-problems 0".split()]
+
+
+def names_in(path):
+    """The names of the files in `path`, those of states without their checksums."""
+    return sorted(name[:13] if name.startswith("state-") else name for name in os.listdir(path))
+
+
+def states_in(path):
+    return [name for name in names_in(path) if "state" in name]
+
+
+@pytest.mark.parametrize("script, argv", STAGES)
+def test_a_resumed_run_equals_one_that_was_never_interrupted(
+    script, argv, tmp_path, crash, monkeypatch, capsys
+):
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    argv = argv + "--steps 6 --state-every 2".split()
+    with pytest.raises(crash):
+        script.main(argv + ["--out", cut])
+    assert states_in(cut) == ["state-0000002", "state-0000004"]
+    with open(os.path.join(cut, "metrics.jsonl"), "a") as stream:
+        stream.write('{"step": 5, "lo')  # a line that the crash cut, ...
+    for name in (".saving-metrics.jsonl", ".saving-state", ".saving-config.json"):
+        write(tmp_path / "cut" / name, "half")  # ... and files that it left half-written
+    monkeypatch.undo()
+    script.main(argv + ["--out", cut, "--resume"])
+    assert "resumed after step 4" in capsys.readouterr().out
+    script.main(argv + ["--out", whole])
+    assert torch.equal(weights(cut), weights(whole))
+    assert lines_without_times(cut) == lines_without_times(whole)
+    assert names_in(cut) == names_in(whole)
+    assert states_in(cut) == ["state-0000006"]  # to go on from, with more --steps
+    assert not any(name.startswith(".saving") for name in os.listdir(cut))
+    with pytest.raises(SystemExit):
+        script.main(argv + ["--out", cut, "--resume"])
+    assert "is finished" in capsys.readouterr().err
+
+
+def read_bytes(path):
+    with open(path, "rb") as stream:
+        return stream.read()
+
+
+def write_bytes(path, content):
+    with open(path, "wb") as stream:
+        stream.write(content)
+
+
+def test_resume_skips_damaged_states_and_refuses_another_experiment(
+    tmp_path, crash, monkeypatch, capsys
+):
+    out = str(tmp_path / "run")
+    argv = [*BARE, *"--steps 6 --state-every 2 --out".split(), out]
+    with pytest.raises(crash):
+        opsd.main(argv)
+    monkeypatch.undo()
+    capsys.readouterr()
+    # Before a model is loaded.
+    monkeypatch.setattr(opsd, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    for other, complaint in (
+        (["--lr", "1e-5"], "--lr 0.0001 then, 1e-05 now"),
+        (["--hard", "0.6"], "--hard 0.7 then, 0.6 now"),
+        (["--filter", "correct"], "--filter all then, correct now"),
+    ):
+        with pytest.raises(SystemExit):
+            opsd.main(argv + other + ["--resume"])
+        error = capsys.readouterr().err
+        assert error.startswith("error: --resume: ") and complaint in error
+        assert error.count("\n") == 1
+    monkeypatch.undo()
+    newer, older = (os.path.join(out, name) for name in find_states(out))
+    content = read_bytes(newer)
+    flags = ["--resume", "--model", os.path.relpath(TINY)]
+    flags += "--backend transformers --dtype float32".split()
+    args = opsd.parse_args(argv + flags)
+    model, problems = load_model(TINY, CPU)[0], embedded_problems(6 * 6, 0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for damaged in (
+        b"",
+        content[: len(content) // 2],
+        content[:5000] + bytes([content[5000] ^ 4]) + content[5001:],
+    ):
+        write_bytes(newer, damaged)
+        state = check_run_directory(args)
+        assert state["step"] == 2
+        assert Run(args, "x", problems, state).resume(model, optimizer) == 2
+        assert f"{newer} is damaged" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        Run(args, "x", problems[1:], state)
+    assert "on other problems" in capsys.readouterr().err
+    os.remove(older)
+    os.remove(newer)
+    with pytest.raises(SystemExit):
+        opsd.main(argv + ["--resume", "--lr", "1e-5"])
+    assert "--lr 0.0001 then, 1e-05 now" in capsys.readouterr().err
+    opsd.main(argv + ["--resume", "--threads", "1", "--out", os.path.join(out, "")])
+    said = capsys.readouterr().out
+    assert "resumed after step 0" in said and "no whole state" in said
+    assert [row["step"] for row in metrics(out)[1:]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_died_before_its_first_line_was_whole_begins_anew(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"script": "op')
+    opsd.main([*BARE, "--steps", "1", "--resume", "--out", str(out)])
+    assert metrics(out)[0]["args"]["filter"] == "all"
+    assert [row["step"] for row in metrics(out)[1:]] == [1]
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_leaves_the_last_state_whole(
+    tmp_path, monkeypatch, capsys
+):
+    out, own, calls = str(tmp_path / "run"), torch.save, []
+
+    def full(state, path):
+        calls.append(path)
+        if len(calls) == 2:
+            write_bytes(path, b"half")
+            raise OSError(28, "No space left on device")
+        own(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit):
+        opsd.main([*BARE, *"--steps 3 --state-every 1 --out".split(), out])
+    error = capsys.readouterr().err
+    assert "No space left" in error and error.count("\n") == 1
+    assert states_in(out) == ["state-0000001"]
+
+
+@pytest.mark.parametrize("script, argv", STAGES)
+def test_a_gradient_that_is_not_finite_is_skipped_and_ends_the_run_after_some(
+    script, argv, tmp_path, monkeypatch, capsys
+):
+    out, own, steps = str(tmp_path / "run"), torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(parameters, clip):
+        parameters = list(parameters)
+        steps.append(0)
+        if len(steps) != 2:
+            parameters[0].grad[0, 0] = math.nan
+        return own(parameters, clip)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    monkeypatch.setattr(run, "GIVE_UP", 3)
+    with pytest.raises(SystemExit):
+        script.main(argv + ["--steps", "9", "--out", out])
+    error = capsys.readouterr().err
+    assert len(steps) == 5 and "not_finite.jsonl" in error and "3 steps in a row" in error
+    rows = read_lines(os.path.join(out, "not_finite.jsonl"))
+    assert [row["step"] for row in rows] == [1, 3, 4, 5] and rows[0]["rows"][0]["response_ids"]
+    assert not os.path.exists(os.path.join(out, "model.safetensors"))
+
+
+def test_one_seed_fixes_everything(tmp_path):
+    runs = [str(tmp_path / name) for name in "abc"]
+    for out, seed in zip(runs, "001", strict=True):
+        opsd.main([*"--steps 2 --filter all --seed".split(), seed, "--out", out, *SMALL])
+    a, b, c = map(lines_without_times, runs)
+    assert a == b != c and torch.equal(weights(runs[0]), weights(runs[1]))
+
+
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["--filter", "corect"], "--filter"),
+        (["--data", "missing.jsonl"], "missing.jsonl"),
+        (["--data", "empty.jsonl"], "empty.jsonl: no rows"),
+        (["--data", "broken.jsonl"], "broken.jsonl, line 2: not JSON"),
+        (["--data", "no_answer.jsonl"], "no_answer.jsonl, line 2: no answer"),
+        (["--data", "bad_gold.jsonl"], "bad_gold.jsonl, line 1: gold answer"),
+        (["--data", "long.jsonl", "--eval-problems", "0"], "--max-new-tokens"),
+        (["--data", "notes.txt"], "notes.txt"),
+        (["--data", "broken.parquet"], "broken.parquet"),
+        (["--device", "cuda:7"], "--device cuda:7"),
+        (["--model", "nowhere"], "--model nowhere"),
+        (["--beta", "1"], "--beta"),
+        (["--data", "good.jsonl"], "--context solution: needs a worked solution"),
+        (["--steps", "0"], "--steps"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--top-p", "1.5"], "--top-p 1.5"),
+        (["--hard", "1.5"], "--hard"),
+        (["--out", "taken"], "--out taken"),
+        (["--max-new-tokens", "5000"], "--max-new-tokens 5000"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(argv, complaint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    good = '{"question": "1+1?", "answer": "2"}'
+    write(tmp_path / "good.jsonl", good)
+    write(tmp_path / "empty.jsonl", "")
+    write(tmp_path / "broken.jsonl", good, "{not json")
+    write(tmp_path / "no_answer.jsonl", good, '{"question": "1+1?"}')
+    write(tmp_path / "bad_gold.jsonl", '{"question": "1+1?", "answer": "}{"}')
+    long = dict(question="long " * 3000, answer="1", solution="1")
+    write(tmp_path / "long.jsonl", json.dumps(long))
+    write(tmp_path / "notes.txt", "hello")
+    write(tmp_path / "broken.parquet", "hello")
+    (tmp_path / "taken").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        opsd.main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and complaint in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def changed_json(path, **values):
+    """Sets entries of a JSON file."""
+    with open(path) as stream:
+        record = {**json.load(stream), **values}
+    with open(path, "w") as stream:
+        json.dump(record, stream)
+
+
+def changed_template(path, text):
+    with open(os.path.join(path, "chat_template.jinja"), "w") as stream:
+        stream.write(text)
+
+
+def test_hostile_model_directories_are_refused_by_name(tmp_path, capsys):
+    def refused(path):
+        with pytest.raises(SystemExit) as stop:
+            load_model(str(path), CPU)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith(f"error: --model {path}: ")
+        assert error.count("\n") == 1
+        return error
+
+    template = changed_model(tmp_path / "template")
+    changed_template(template, "{{ raise_exception('only tools') }}")
+    assert "chat template fails" in refused(template)
+    bare = changed_model(tmp_path / "bare")
+    os.remove(os.path.join(bare, "chat_template.jinja"))
+    assert "no chat template" in refused(bare)
+    pickled = changed_model(tmp_path / "pickled")
+    model, _ = load_model(TINY, CPU)
+    os.remove(os.path.join(pickled, "model.safetensors"))
+    torch.save(model.state_dict(), os.path.join(pickled, "pytorch_model.bin"))
+    assert "safetensors" in refused(pickled)
+    coded = changed_model(tmp_path / "coded")
+    classes = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    changed_json(os.path.join(coded, "config.json"), model_type="mine", auto_map=classes)
+    write(tmp_path / "coded" / "mine.py", f"open({str(tmp_path / 'ran')!r}, 'w')")
+    refused(coded)
+    assert not os.path.exists(tmp_path / "ran")
+    rotten = changed_model(tmp_path / "rotten")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
+    model.save_pretrained(rotten)
+    assert "model.layers.1.mlp.up_proj.weight holds values that are not finite" in refused(rotten)
+    endless = changed_model(tmp_path / "endless", eos_token=None)
+    os.remove(os.path.join(endless, "generation_config.json"))
+    changed_json(os.path.join(endless, "config.json"), eos_token_id=None)
+    assert "end-of-sequence" in refused(endless)
+
+
+def test_a_temperature_without_do_sample_can_be_saved(tmp_path):
+    path = changed_model(tmp_path / "model")
+    changed_json(os.path.join(path, "generation_config.json"), temperature=0.6)
+    save_model(str(tmp_path / "saved"), *load_model(path, CPU))
+    assert load_model(str(tmp_path / "saved"), CPU)[0].generation_config.temperature == 0.6
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    (out / "step-1").mkdir(parents=True)
+    for name in ("train.jsonl", "notes.txt"):
+        write(out / name, "x")
+    with pytest.raises(SystemExit):
+        opsd.main([*SMALL, "--overwrite", "--out", str(out)])
+    assert "not the directory of a run" in capsys.readouterr().err and len(os.listdir(out)) == 3
+    write(out / "metrics.jsonl", "{}")
+    write(out / "model.safetensors", "x")
+    with pytest.raises(SystemExit):
+        opsd.main([*SMALL, "--overwrite", "--out", str(out), "--model", os.path.join(out, "")])
+    assert "is --model as well" in capsys.readouterr().err and len(os.listdir(out)) == 5
+    monkeypatch.setattr(opsd, "accumulate_gradients", lambda *args: fail("stop"))
+    with pytest.raises(SystemExit):
+        opsd.main([*BARE, "--overwrite", "--out", str(out)])
+    # No model of another run beside this one's log.
+    left = ["metrics.jsonl", "notes.txt", "samples.jsonl", "train.jsonl"]
+    assert sorted(os.listdir(out)) == left
+
+
+def test_a_machine_without_git_trains(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert provenance()["commit"] is None
+
+
+def test_a_tokenizer_without_eos_or_pad_trains_and_one_without_thinking_is_told(tmp_path, capsys):
+    # The generation config still names the eos.
+    path = changed_model(tmp_path / "model", eos_token=None, pad_token=None)
+    tokenizer = load_model(path, CPU)[1]
+    assert tokenizer.eos_token_id is None and tokenizer.pad_token_id is None
+    rows = [
+        json.dumps(dict(question=p.question, answer=p.answer, solution=p.solution))
+        for p in embedded_problems(6, 3)
+    ]
+    argv = ["--model", path, "--data", write(tmp_path / "d.jsonl", *rows), "--steps", "1"]
+    sft.main([*argv, *"--batch 2 --threads 1 --out".split(), str(tmp_path / "sft")])
+    opsd.main([*argv, "--filter", "all", *SMALL, "--out", str(tmp_path / "opsd")])
+    assert metrics(tmp_path / "opsd")[1]["loss_tokens"] > 0
+    changed_template(path, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(SystemExit):
+        opsd.main(["--model", path, "--thinking", "off", "--out", str(tmp_path / "off")])
+    complaint = "--thinking off: this model's chat template has no enable_thinking switch"
+    assert complaint in capsys.readouterr().err

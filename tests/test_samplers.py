@@ -1,0 +1,282 @@
+"""Sampling: transformers, and vLLM where it is installed."""
+
+import gc
+import json
+import os
+import sys
+import types
+
+import pytest
+import torch
+
+import eval as evaluation
+import opsd
+import rlvr
+import samplers
+from data import embedded_problems, render_prompt
+from model import load_model, sampled_logps, save_model
+from samplers import make_sampler, until_stop
+from tests.helpers import CPU, SMALL, TINY, make_tied, metrics, some_rollouts, write
+
+
+def prompts_of(tokenizer, count, seed=0):
+    return [r.prompt_ids for r in some_rollouts(tokenizer, count, seed)]
+
+
+def sampler_of(model, tokenizer, flags=(), other=None, dtype="float32"):
+    return make_sampler(model, tokenizer, opsd.parse_args(["--dtype", dtype, *flags]), other)
+
+
+def ends_right(samples, end):
+    """Whether each finished response has the id `end` once, as its last, and no other has it."""
+    return all(
+        finished == (ids[-1] == end) and ids.count(end) == finished for ids, finished in samples
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# transformers
+
+
+def test_sampling_is_greedy_at_zero_repeats_with_the_seed_and_ignores_the_generation_config(
+    tiny, tokenizer
+):
+    model = opsd.frozen_copy(tiny[0])
+    model.generation_config.update(repetition_penalty=5.0, top_k=1, min_new_tokens=40)
+    sampler = sampler_of(model, tokenizer, ["--sample-batch", "3"])
+    prompts = [render_prompt(tokenizer, p) for p in embedded_problems(5, 1)]
+    greedy = sampler.sample(prompts, 60, temperature=0)
+    for prompt, (ids, _) in zip(prompts, greedy, strict=True):
+        row = list(prompt)
+        for token in ids:  # against a loop without cache and padding
+            assert tiny[0](torch.tensor([row])).logits[0, -1].argmax() == token
+            row.append(token)
+    first = sampler.sample(prompts, 30, seed=1)
+    assert first == sampler.sample(prompts, 30, seed=1) != sampler.sample(prompts, 30, seed=2)
+    # The model's own settings are left as they were.
+    assert model.generation_config.repetition_penalty == 5.0
+
+
+@pytest.mark.parametrize("segment", [1, 7, 1000])
+def test_rows_that_finish_leave_the_batch_and_the_others_do_not_notice(
+    tiny, tokenizer, segment, monkeypatch
+):
+    sampler = sampler_of(tiny[0], tokenizer)
+    prompts = prompts_of(tokenizer, 12, seed=2)
+    lengths = sorted(len(sampler.sample([prompt], 150, temperature=0)[0][0]) for prompt in prompts)
+    cap = lengths[-1] - 1
+    alone = [sampler.sample([prompt], cap, temperature=0)[0] for prompt in prompts]
+    assert len(set(lengths)) > 2 and {finished for _, finished in alone} == {True, False}
+    monkeypatch.setattr(samplers, "SEGMENT", segment)
+    assert sampler.sample(prompts, cap, temperature=0) == alone
+
+
+def test_eos_stays_and_truncated_responses_get_none(tiny, tokenizer):
+    sampler, eos = sampler_of(tiny[0], tokenizer), tokenizer.eos_token_id
+    prompts = [render_prompt(tokenizer, p) for p in embedded_problems(8, 1)]
+    long, short = sampler.sample(prompts, 160, seed=0), sampler.sample(prompts, 5, seed=0)
+    assert ends_right(long, eos)
+    assert any(finished for _, finished in long)
+    assert all(not finished and len(ids) == 5 and eos not in ids for ids, finished in short)
+    assert until_stop([4, 9, 2, 0], [2, 9]) == ([4, 9], True)
+    assert until_stop([4, 5], [2]) == ([4, 5], False)
+
+
+def test_every_stop_id_ends_a_response(tiny, tokenizer):
+    model = opsd.frozen_copy(tiny[0])
+    newline = tokenizer("\n", add_special_tokens=False).input_ids[0]
+    model.generation_config.eos_token_id = [newline, tokenizer.eos_token_id]
+    prompt = render_prompt(tokenizer, embedded_problems(1, 1)[0])
+    ids, finished = sampler_of(model, tokenizer).sample([prompt], 60, temperature=0)[0]
+    assert finished and ids[-1] == newline and newline not in ids[:-1]
+
+
+# ------------------------------------------------------------------------------------------------
+# vLLM
+
+
+def on_its_device(path):
+    name = samplers.import_vllm().platforms.current_platform.device_type
+    return load_model(str(path), torch.device(name))[0]
+
+
+def tied_llama(tokenizer, path):
+    """A tied model, saved with a generation config that would change everything."""
+    make_tied(tokenizer, path)
+    config = dict(repetition_penalty=5.0, do_sample=True, temperature=0.1, top_k=3)
+    config["eos_token_id"] = list(range(10, 200))
+    write(path / "generation_config.json", json.dumps(config))
+    model = on_its_device(path)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+@pytest.mark.parametrize("name", ["embedded", "tied"])
+def test_vllm_equals_transformers_before_and_after_pushes(name, tokenizer, tmp_path, vllm):
+    model = on_its_device(TINY) if name == "embedded" else tied_llama(tokenizer, tmp_path)
+    # The prefix cache keeps blocks of 128 tokens.
+    prompts = [10 * prompt for prompt in prompts_of(tokenizer, 6)]
+    reference, state = sampler_of(model, tokenizer), torch.get_rng_state()
+    sampler = sampler_of(model, tokenizer, vllm)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sampler.limit == reference.limit and min(map(len, prompts)) > 128
+    first = opsd.frozen_copy(model)
+    before = None
+    for push in range(4):
+        greedy = sampler.sample(prompts, 60, temperature=0)
+        assert greedy == reference.sample(prompts, 60, temperature=0) != before
+        before = greedy
+        with torch.no_grad():
+            for p in model.parameters():
+                noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(push))
+                p.add_(0.05 * p.std() * noise.to(p.device))
+        sampler.push(model)
+    second = sampler_of(first, tokenizer, vllm, sampler)  # a teacher on the student's engine
+    for one, other in ((second, first), (sampler, model), (second, first), (sampler, model)):
+        expected = sampler_of(other, tokenizer).sample(prompts, 60, temperature=0)
+        assert one.sample(prompts, 60, temperature=0) == expected
+    rows = sampler.sample(prompts, 60, seed=1)
+    assert rows == sampler.sample(prompts, 60, seed=1) != sampler.sample(prompts, 60, seed=2)
+    assert sampler.sample(prompts[3:], 60, temperature=0.7, top_p=0.9, seed=1) != rows[3:]
+    # More than the engine reads at once.
+    many = [prompt[i:] for prompt in prompts for i in range(16)]
+    assert all(len(ids) == 2 or finished for ids, finished in sampler.sample(many, 2, seed=1))
+    rows = sampler.sample(prompts[:1] * 6, 60, seed=1, logps=True)
+    # Responses to one prompt are draws of their own.
+    assert len({tuple(ids) for ids, _ in rows}) > 1
+    logps = sampled_logps(model, [(prompts[0], ids) for ids, _ in rows])
+    assert samplers.logp_gap(sampler.logps, logps) < 1e-3
+
+
+def test_vllm_keeps_the_stop_id_once_and_stops_at_every_stop_id(tokenizer, vllm):
+    model = on_its_device(TINY)
+    newline = tokenizer("\n", add_special_tokens=False).input_ids[0]
+    prompts = prompts_of(tokenizer, 12)
+    sampler, reference = sampler_of(model, tokenizer, vllm), sampler_of(model, tokenizer)
+    lengths = [len(ids) for ids, _ in reference.sample(prompts, 160, temperature=0)]
+    for cap in (160, min(lengths), 5):  # at the second cap a stop id comes last
+        rows = sampler.sample(prompts, cap, temperature=0, logps=True)
+        assert rows == reference.sample(prompts, cap, temperature=0)
+        assert ends_right(rows, tokenizer.eos_token_id)
+        assert [len(row) for row in sampler.logps] == [len(ids) for ids, _ in rows]
+    model.generation_config.eos_token_id = [newline, tokenizer.eos_token_id]
+    sampler = sampler_of(model, tokenizer, vllm, sampler)
+    for ids, finished in sampler.sample(prompts, 60, temperature=0):
+        assert finished and ids[-1] == newline and newline not in ids[:-1]
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (opsd, "--filter all"),
+        # The teacher writes with the student's engine.
+        (opsd, "--filter all --context resolve --context-tokens 60"),
+        (rlvr, "--hard 1 --group 8 --updates 2"),
+    ],
+)
+def test_script_trains_and_resumes_with_vllm(script, flags, tmp_path, vllm, crash, monkeypatch):
+    out = str(tmp_path / "run")
+    flags += " --steps 6 --state-every 2 --lr 1e-3 --out"
+    argv = [*vllm, *SMALL, *flags.split(), out]
+    with pytest.raises(crash):
+        script.main(argv)
+    gc.collect()
+    monkeypatch.undo()
+    script.main([*argv, "--resume"])  # its engine starts on the weights of --model
+    head, *steps, last = metrics(out)
+    assert head["args"]["backend"] == "vllm" and len(steps) == 6 and "evaluation" in last
+    for step in steps:
+        assert step["loss_tokens"] > 0 and step["grad_norm"] > 0 and 0 < step["logprob_gap"] < 1e-3
+
+
+def test_eval_with_vllm_counts_what_it_does_with_transformers(model, tokenizer, tmp_path, vllm):
+    with torch.no_grad():  # a second checkpoint, on the first one's engine
+        model.get_output_embeddings().weight[5:50] *= -1
+    save_model(str(tmp_path / "second"), model, tokenizer)
+    saved = []
+    for name, flags in (("a", vllm), ("b", [])):
+        argv = ["--model", TINY, str(tmp_path / "second"), "--out", str(tmp_path / name), *flags]
+        evaluation.main(argv + "--problems 20 --samples 1 --temperature 0".split())
+        saved.append(json.loads((tmp_path / name).read_text())["responses"]["embedded"]["models"])
+    first, second = saved[0]
+    assert saved[0] == saved[1] and first["lengths"] != second["lengths"]
+
+
+@pytest.mark.parametrize("name", ["embedded", "tied"])
+def test_a_wrong_push_to_vllm_ends_the_run(name, tokenizer, tmp_path, vllm, capsys):
+    """One tensor stays what it was: a matrix of the embedded model; the head of a tied one, whose
+    weights went under one name only.
+    """
+    model = on_its_device(TINY) if name == "embedded" else tied_llama(tokenizer, tmp_path)
+    sampler = sampler_of(model, tokenizer, vllm)
+    stale = "model.layers.1.mlp.up_proj.weight"
+    wrong = [(name, weight) for name, weight in model.named_parameters() if name != stale]
+    sampler.engine["llm"].collective_rpc("reload_weights", kwargs=dict(weights_iterator=wrong))
+    sampler.engine["holds"] = model
+    with pytest.raises(SystemExit):
+        sampler.sample(prompts_of(tokenizer, 6), 60)
+    assert "the engine's weights are not the trainer's" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# What stands before an engine runs
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+        "model.layers.2.mlp.down_proj.weight",
+    ],
+)
+def test_one_tensor_left_old_is_caught_and_rounding_is_not(name, tiny, tokenizer, capsys):
+    """The check itself; transformers on other weights stands in for the engine."""
+    model, prompts = tiny[0], prompts_of(tokenizer, 6)
+    for dtype in ("float32", "bfloat16"):
+        other = opsd.frozen_copy(model).to(getattr(torch, dtype))
+        sampler = sampler_of(other, tokenizer, dtype=dtype)
+        samplers.check_engine(sampler, model, prompts, 100)
+    stale = opsd.frozen_copy(model)
+    torch.nn.init.uniform_(stale.get_parameter(name), -1e-3, 1e-3)  # what an engine starts with
+    with pytest.raises(SystemExit):
+        samplers.check_engine(sampler_of(stale, tokenizer), model, prompts, 100)
+    error = capsys.readouterr().err
+    assert error.startswith("error: --backend vllm") and error.count("\n") == 1
+    assert "lm_head" in error
+
+
+def test_without_vllm_or_a_device_for_it_one_line_names_the_backend(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
+    for script, model in ((opsd, []), (rlvr, []), (evaluation, ["--model", TINY])):
+        with pytest.raises(SystemExit) as stop:
+            script.main([*model, *"--backend vllm --device cpu --out".split(), str(tmp_path / "x")])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1
+        assert error.startswith("error: --backend vllm: vllm is not installed")
+    args = opsd.parse_args([])
+    samplers.choose_backend(args, CPU)
+    assert args.backend == "transformers" and not os.listdir(tmp_path)
+    assert "sampling with transformers" in capsys.readouterr().out
+    monkeypatch.setattr(samplers, "find_spec", lambda name: True)
+    platform = types.SimpleNamespace()
+    platforms = types.SimpleNamespace(current_platform=platform)
+    vllm = types.SimpleNamespace(platforms=platforms)
+    monkeypatch.setattr(samplers, "import_vllm", lambda: vllm)
+    for has, device, says in (
+        ("", "cpu", "no device that is here"),
+        ("cpu", "cuda", "runs on cpu, the model on cuda"),
+        ("cuda", "cuda:1", "CUDA_VISIBLE_DEVICES"),
+    ):
+        platform.device_type = has
+        with pytest.raises(SystemExit):
+            samplers.choose_backend(opsd.parse_args(["--backend", "vllm"]), torch.device(device))
+        assert says in capsys.readouterr().err
+    args = opsd.parse_args([])
+    samplers.choose_backend(args, torch.device("cuda"))
+    assert args.backend == "vllm" and "sampling with vllm" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        samplers.choose_backend(opsd.parse_args(["--backend", "vllm", "--vllm-memory", "1.5"]), CPU)
+    assert "--vllm-memory 1.5" in capsys.readouterr().err

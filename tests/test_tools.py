@@ -1,0 +1,197 @@
+"""Tools: tables, figures, memory, token classes."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import eval as evaluation
+import model as model_module
+import opsd
+import rlvr
+import sft
+import toy
+from rollout import kl_by_position
+from tests.helpers import graded, some_rollouts, write
+from tools import memory, plot, table, token_classes
+
+
+def test_token_classes_add_up_to_the_whole_kl(tokenizer, tmp_path, capsys):
+    out = tmp_path / "k.json"
+    flags = "--problems 10 --threads 1 --max-new-tokens 90 --out".split()
+    token_classes.main([*flags, str(out)])
+    saved = json.loads(out.read_text())
+    assert sum(saved["count"].values()) == 10 and "easy: check or go on" in capsys.readouterr().out
+    for outcome in saved["table"].values():
+        assert all(value > -1e-3 and tokens > 0 for value, tokens in outcome.values())
+    rollouts = some_rollouts(tokenizer, 6)
+    for r in rollouts:
+        r.measures = torch.rand(5, len(r.response_ids))
+    found = token_classes.by_class(tokenizer, rollouts)
+    for outcome in ("correct", "truncated"):
+        kl = torch.cat([r.measures[0] for r in rollouts if r.outcome == outcome])
+        total = sum(value for value, _ in found[outcome].values())
+        assert total == pytest.approx(kl.sum().item(), rel=1e-5)
+        assert sum(count for _, count in found[outcome].values()) == len(kl)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tables and figures
+
+
+BRANCHES = {part: [e.branch for e in table.EXPERIMENTS if e.part == part] for part in table.TITLES}
+
+
+def pairs(part, seed):
+    """An evaluation in which every branch is right everywhere and 20 or 21 tokens shorter than the
+    baseline.
+    """
+    baseline = "tiny/sft" if part == "order" else "tiny/rlvr"
+    named = [(baseline, graded(["correct"] * 3 + ["incorrect"], 100))]
+    for branch in BRANCHES[part]:
+        name = branch if branch.startswith("tiny") else f"runs/table/{branch}-{seed}"
+        named.append((name, graded(["correct"] * 4, 80 - seed)))
+    return named
+
+
+def write_results(path, seed):
+    """What reproduce.sh leaves of a seed: evaluations, a run's metrics, its KL by position."""
+    for part in table.TITLES:
+        named = pairs(part, seed)
+        record = dict(
+            args=dict(model=[name for name, _ in named], seed=seed),
+            records=evaluation.compare(named, 1),
+            traces={name: toy.trace_table([]) for name, _ in named},
+        )
+        write(path / "evaluations" / f"{part}-{seed}.json", json.dumps(record))
+    rows = [
+        dict(args=dict(out=f"runs/table/correct-{seed}", seed=seed)),
+        dict(step=1, kept=5, loss_tokens=50),
+        dict(step=2, kept=7, loss_tokens=70),
+        dict(step=2, evaluation=evaluation.compare(pairs("filters", seed)[:2], 1)),
+    ]
+    write(path / "metrics" / f"correct-{seed}.jsonl", *map(json.dumps, rows))
+    rollouts = pairs("filters", seed)[0][1]
+    for r in rollouts:
+        r.measures = torch.rand(5, 100)
+    bins = kl_by_position(rollouts, 8)
+    write(path / f"kl-{seed}.jsonl", json.dumps(dict(step=1, bin=8, **bins)))
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A repository with the results of two seeds, and a README with a table that is stale."""
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "metrics").mkdir()
+    for seed in (1, 2):
+        write_results(tmp_path, seed)
+    write(tmp_path / "README.md", "before", "<!-- experiments -->", "old", "<!-- end -->", "after")
+    monkeypatch.setattr(table, "HERE", str(tmp_path))
+    monkeypatch.setattr(table, "RESULTS", str(tmp_path))
+    return tmp_path
+
+
+def test_tables_from_the_runs_own_files(results, capsys):
+    table.main("--seeds 1 2 --docs".split())
+    readme = (results / "README.md").read_text()
+    assert "old" not in readme
+    assert readme.startswith("before\n") and readme.endswith("<!-- end -->\nafter\n")
+    row = [
+        "table 5: reinjection, all",
+        "`python opsd.py --filter all --reinject 32`",
+        "+25.0 [+25.0, +25.0]; -21.5 [-27.9, -15.1]",
+        "-4.2 pp, -33%",
+    ]
+    assert f"| {' | '.join(row)} |" in readme
+    row = next(line for line in capsys.readouterr().out.split("\n") if line.startswith("| correct"))
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3] == "100.0" and cells[4].startswith("+25.0") and cells[5] == "78.5"
+    assert cells[6].startswith("-21.5 [-27.9, -15.1]") and cells[9:11] == ["6.0", "120"]
+
+
+def test_check_names_the_tables_that_are_stale_and_writes_nothing(results, capsys):
+    table.main("--seeds 1 2 --docs".split())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        table.main("--seeds 1 2 --check".split())
+    assert stop.value.code == 0 and "stale" not in capsys.readouterr().out
+    readme = results / "README.md"
+    readme.write_text(readme.read_text().replace("+25.0", "+26.0"))
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        table.main("--seeds 1 2 --check".split())
+    assert stop.value.code == 1 and capsys.readouterr().out == "stale: README.md: experiments\n"
+    after = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    "figure, name",
+    [
+        ("plane", "evaluations/filters-{}.json"),
+        ("shift", "evaluations/filters-{}.json"),
+        ("trajectory", "metrics/correct-{}.jsonl"),
+        ("position", "kl-{}.jsonl"),
+    ],
+)
+def test_figures_from_the_runs_own_files(figure, name, results):
+    files = [str(results / name.format(seed)) for seed in (1, 2)]
+    plot.main([figure, *files, "--out", str(results / figure)])
+    assert (results / f"{figure}.png").stat().st_size > 5000
+    assert (results / f"{figure}.svg").exists()
+
+
+def test_a_figure_from_another_figures_file_is_an_error(results):
+    with pytest.raises(SystemExit):
+        plot.main(["plane", str(results / "kl-1.jsonl"), "--out", str(results / "x")])
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory
+
+
+@pytest.mark.parametrize(
+    "script, flags, prompts",
+    [
+        ("opsd.py", "--context solution", 2),
+        ("opsd.py", "--context reflection --teacher ema", 2),
+        ("rlvr.py", "", 1),
+        ("sft.py", "", 1),
+    ],
+)
+def test_a_planned_run_prints_prompts_and_memory_and_leaves_nothing(
+    script, flags, prompts, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for module in (model_module, opsd, rlvr, sft):
+        monkeypatch.setattr(module, "load_model", None)  # no weights
+    memory.main([script, *flags.split(), "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert said.count("<|im_start|>assistant") == prompts
+    assert "peak of training on each of 1 GPUs" in said
+    assert said.rstrip().endswith("nothing was written")
+    assert "solution" not in flags or "The answer is" in said
+    assert ("(what the teacher will have written)" in said) == ("reflection" in flags)
+    assert ("teacher" in said) == (script == "opsd.py")
+    assert not os.listdir(tmp_path)
+
+
+def test_memory_estimate_is_near_what_torch_allocates_and_the_shapes_are_qwens():
+    ratios = memory.check([("float32", ()), ("bfloat16", ("--checkpointing",))])
+    assert ratios == pytest.approx([1, 1], abs=0.15)
+    # Billions, as the models' cards have them.
+    billions = [round(memory.sizes(memory.qwen3(name)).all / 1e9, 2) for name in memory.QWEN3]
+    assert billions == [1.72, 4.02, 8.19]
+
+    def whole(**flags):
+        config = memory.qwen3("Qwen3-8B")
+        return sum(memory.estimate(config, tokens=8192, sampler=False, **flags).values())
+
+    assert (
+        whole(gpus=1)
+        > whole(gpus=2)
+        > whole(gpus=8)
+        > whole(gpus=8, checkpointing=True)
+        > whole(gpus=8, checkpointing=True, offload=True)
+    )

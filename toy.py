@@ -1,0 +1,289 @@
+"""The embedded world, small enough for a laptop: chains of sums, some with a digit hard to read.
+
+    53 +4 -74? +2, result?
+
+Easy problems add and subtract digits. In a hard one, one digit is smudged: the question shows two
+scans of it, a quick one, right with probability QUICK_RIGHT, and a careful one, right with
+CAREFUL_RIGHT. A first look takes the quick scan; a check looks at both and settles on a digit.
+So checks are redundant on easy steps, pay on hard ones, and some failures are nobody's slip:
+only a reference could tell. docs/world.md has the story.
+
+A leaf: it imports no other file of the project. A problem here is anything with `question` and
+`solution`; data.py makes a Problem of each row, as it does of a line of JSONL.
+"""
+
+import re
+import zlib
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# ------------------------------------------------------------------------------------------------
+# Problems
+
+HARD_SHARE = 0.7
+QUICK_RIGHT = 0.3
+CAREFUL_RIGHT = 0.7
+
+
+def problem_rows(count, seed, held_out=False, hard=HARD_SHARE):
+    """`count` rows (question, answer, solution, difficulty) from a seed.
+
+    A hash of the question decides the side, so no seed can put one question on both.
+    """
+    rng = np.random.default_rng([seed, int(held_out)])
+    rows = []
+    while len(rows) < count:
+        row = problem_row(rng, "hard" if rng.random() < hard else "easy")
+        if (zlib.crc32(row["question"].encode()) % 8 == 0) == held_out:
+            rows.append(row)
+    return rows
+
+
+def problem_row(rng, difficulty):
+    start = value = int(rng.integers(10, 90))
+    count = int(rng.integers(2, 5))
+    smudged = int(rng.integers(count)) if difficulty == "hard" else None
+    asked, worked = [], []
+    for i in range(count):
+        # Every digit keeps the value within two digits.
+        op = "+" if value < 10 or (value < 90 and rng.random() < 0.5) else "-"
+        digit = int(rng.integers(2, 10))
+        asked.append(op + (two_scans(rng, digit) + "?" if i == smudged else str(digit)))
+        worked.append(f"{value:02d}{op}{digit}={compute(value, op, digit):02d}")
+        value = compute(value, op, digit)
+    return dict(
+        question=f"{start:02d} {' '.join(asked)}, result?",
+        answer=f"{value:02d}",
+        solution=", ".join(worked),
+        difficulty=difficulty,
+    )
+
+
+def two_scans(rng, digit):
+    others = [d for d in range(2, 10) if d != digit]
+    scans = [
+        digit if rng.random() < p else rng.choice(others) for p in (QUICK_RIGHT, CAREFUL_RIGHT)
+    ]
+    return "".join(map(str, scans))
+
+
+def compute(value, op, digit):
+    return value + digit if op == "+" else value - digit
+
+
+def read_steps(problem):
+    """[(value before, op, true digit, scans or "", value after), ...] of a problem."""
+    asked = problem.question.split(",")[0].split()[1:]
+    scans = [step[1:-1] if step.endswith("?") else "" for step in asked]
+    return [
+        (int(step[:2]), step[2], int(step[3]), smudge, int(step[5:]))
+        for step, smudge in zip(problem.solution.split(", "), scans, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------
+# Reference traces, for sft.py. All of them end right.
+
+CONTEXTS = ("none", "solution", "answer", "instruction")  # those that the model has seen
+
+# What sft.py draws from: (share, context in the prompt, thinking).
+MIXTURE = [
+    (0.56, "none", True),
+    (0.24, "solution", True),
+    (0.06, "answer", True),
+    (0.06, "instruction", True),
+    (0.05, "none", False),
+    (0.03, "solution", False),
+]
+
+EASY_CHECK = 0.85  # chance that a trace re-checks an easy step (never needed), ...
+EASY_CHECK_AGAIN = 0.6  # ... and then once more
+CONTEXT_EASY_CHECK = 0.02  # the same with any context: all that makes those traces shorter
+HARD_CHECK = 0.3  # chance of a check where the quick scan was right; where it was wrong, always
+CONTEXT_HARD_CHECK = 0.8  # the same with any context
+
+
+def draw_mixture(rng):
+    """(context, thinking) of one training trace."""
+    _, context, thinking = MIXTURE[rng.choice(len(MIXTURE), p=[share for share, _, _ in MIXTURE])]
+    return context, thinking
+
+
+def reference_trace(problem, rng, context="none", thinking=True):
+    """One reference response. It always ends in the right answer."""
+    box = f"\\boxed{{{problem.answer}}}"
+    if not thinking:
+        return box
+    lines = [
+        hard_step(rng, *step, context) if step[3] else easy_step(rng, *step, context)
+        for step in read_steps(problem)
+    ]
+    return "<think>\n" + "\n".join(lines) + "\n</think>\n\n" + box
+
+
+def easy_step(rng, a, op, digit, scans, c, context):
+    line = f"{a:02d}{op}{digit}={c:02d}"
+    if rng.random() >= (EASY_CHECK if context == "none" else CONTEXT_EASY_CHECK):
+        return line
+    checks = 2 if rng.random() < EASY_CHECK_AGAIN else 1
+    return line + checks * f" check {line}"
+
+
+def hard_step(rng, a, op, digit, scans, c, context):
+    """The first look takes the quick scan; a check settles on a digit, always the right one."""
+    first = int(scans[0])
+    line = f"{a:02d}{op}{first}={compute(a, op, first):02d}"
+    check = HARD_CHECK if context == "none" else CONTEXT_HARD_CHECK
+    if first == digit and rng.random() >= check:
+        return line
+    return line + f" wait {scans} so {a:02d}{op}{digit}={c:02d}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading traces
+
+# Class of the token that comes next: name, in a smudged step or not, the step's line so far.
+TOKEN_CLASSES = [
+    ("hard: first look", True, r"\d\d[+-]"),
+    ("hard: check or go on", True, r"\d\d[+-]\d=\d\d"),
+    ("hard: the digit settled on", True, r".* so \d\d[+-]"),
+    ("easy: check or go on", False, r".*=\d\d"),
+]
+
+
+def token_class(problem, text):
+    """The class of the token that comes next after `text`, the response so far, or "other"."""
+    lines = text.removeprefix("<think>\n").split("\n")
+    steps = read_steps(problem)
+    if "</think>" in text or len(lines) > len(steps):
+        return "other"
+    smudged = bool(steps[len(lines) - 1][3])
+    for name, hard, pattern in TOKEN_CLASSES:
+        if hard == smudged and re.fullmatch(pattern, lines[-1]):
+            return name
+    return "other"
+
+
+def read_trace(problem, text):
+    """What a response did, step by step: a list of dicts, one a step line that can be read.
+
+    hard: a smudged digit. first_right: the first look. checked: whether a check came. conflict:
+    the two scans differ. careful: the step was settled on the careful scan. right: the digit
+    carried on, and its sum. Each step is judged from the value that it started from itself, so
+    that one slip is counted once.
+    """
+    rows = []
+    lines = text.removeprefix("<think>\n").split("</think>")[0].split("\n")
+    for (_, op, digit, scans, _), line in zip(read_steps(problem), lines, strict=False):
+        match = re.match(r"(\d\d)([+-])(\d)=(\d\d)(.*)$", line)
+        if not match or match[2] != op:
+            continue
+        before, _, first, after, rest = match.groups()
+        settled = re.search(r" so \d\d[+-](\d)=(\d\d)$", rest)
+        last, after = settled.groups() if settled else (first, after)
+        rows.append(
+            dict(
+                hard=bool(scans),
+                first_right=int(first) == digit,
+                checked=" check " in rest or " wait " in rest,
+                conflict=bool(scans) and scans[0] != scans[1],
+                careful=bool(scans) and last == scans[1],
+                right=int(last) == digit and int(after) == compute(int(before), op, digit),
+            )
+        )
+    return rows
+
+
+def trace_table(rollouts):
+    """What the traces do on easy and on hard steps, in percent of such steps (see read_trace)."""
+
+    def share(rows, key):
+        return 100 * sum(row[key] for row in rows) / max(1, len(rows))
+
+    rows = [row for r in rollouts for row in read_trace(r.problem, r.text)]
+    table = {}
+    for name, hard in (("easy", False), ("hard", True)):
+        steps = [row for row in rows if row["hard"] == hard]
+        checked = [row for row in steps if row["checked"]]
+        conflicts = [row for row in checked if row["conflict"]]
+        table[name] = dict(
+            steps=len(steps),
+            first_right=share(steps, "first_right"),
+            checked=share(steps, "checked"),
+            right_if_checked=share(checked, "right"),
+            conflict=share(checked, "conflict"),
+            careful_in_conflict=share(conflicts, "careful"),
+            right=share(steps, "right"),
+        )
+    return table
+
+
+# ------------------------------------------------------------------------------------------------
+# Model and tokenizer
+
+# The shape of Qwen3's: with thinking off the prompt ends in an empty think block; with thinking on
+# the model opens it itself.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{% endif %}"
+)
+
+
+def build_tokenizer(corpus):
+    """Byte-level BPE of 512 tokens, trained on `corpus` (texts). Digits and signs stay single."""
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=510,
+        special_tokens=control,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [text.replace("<think>", "").replace("</think>", "") for text in corpus]
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_tokens(["<think>", "</think>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(tokenizer, seed):
+    """The untrained embedded model: a standard Llama, float32, 0.41 million parameters."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            intermediate_size=256,
+            max_position_embeddings=2048,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
