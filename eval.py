@@ -226,12 +226,10 @@ def print_table(records):
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         cells[:2] = row[0].ljust(widths[0]), row[1].ljust(widths[1])
         print("  ".join(cells))
-    print(
-        "length in tokens: of all, of correct and of wrong responses; markers per 1,000 tokens",
-        end="",
-    )
+    print("length in tokens: of all, of correct, of wrong responses; markers per 1,000 tokens")
     zero = [key.replace("_", " ") for key in ("truncated", "no_answer") if key not in rates]
-    print(f"; {' and '.join(zero)}: 0.0%" if zero else "")
+    if zero:
+        print(f"{' and '.join(zero)}: 0.0%")
 
 
 class HeldOut:

@@ -82,7 +82,9 @@ for seed in $SEEDS; do
     cp "runs/table/all-$seed/kl_by_position.jsonl" "results/kl_by_position/all-$seed.jsonl"
 done
 python -m tools.table --seeds $SEEDS --docs
-python -m tools.plot plane $(files results/evaluations/filters-SEED.json) --out results/figure1
+python -m tools.plot path $(files results/metrics/correct-SEED.jsonl) \
+    $(files results/metrics/incorrect-SEED.jsonl) $(files results/metrics/all-SEED.jsonl) \
+    --out results/figure1
 python -m tools.plot position $(files results/kl_by_position/all-SEED.jsonl) --out results/figure2
 python -m tools.plot trajectory $(files results/metrics/correct-SEED.jsonl) \
     $(files results/metrics/incorrect-SEED.jsonl) --out results/figure3

@@ -1,14 +1,15 @@
 """The paper's figures 1 to 4 from the runs' own files, as PNG and SVG.
 
-    python -m tools.plot plane evaluation.json --out figure1
+    python -m tools.plot path runs/*/metrics.jsonl --out figure1
+    python -m tools.plot plane evaluation.json --out plane
     python -m tools.plot position runs/mine/kl_by_position.jsonl --out figure2
     python -m tools.plot trajectory runs/*/metrics.jsonl --out figure3
     python -m tools.plot shift evaluation.json --out figure4
 
 plane: change of accuracy against change of length, a cross a checkpoint; shift: problems repaired
 and damaged; both from what eval.py --out writes. position: per-token KL by position and outcome,
-summed over steps, from opsd.py --kl-by-position. trajectory: accuracy and length over the steps,
-from the logs of runs with --eval-every.
+summed over steps, from opsd.py --kl-by-position. trajectory: accuracy and length over the steps;
+path: the same steps in the plane; both from the logs of runs with --eval-every.
 
 Several files: runs, or evaluations, whose settings differ in the seed alone are seeds of one thing;
 in a folder's name that is a trailing -SEED, the run's own.
@@ -183,6 +184,28 @@ def trajectory(axes, files, args):
     below.set_xlabel("step")
 
 
+def path(axes, files, args):
+    """The same in the plane of the two changes, as paths from the start: compression comes first,
+    damage apart from it. A thin path a seed, a thick one for their mean; the numbers are steps.
+    """
+    for name, curves in group_seeds([trajectory_of(file) for file in files]).items():
+        for curve in curves if len(curves) > 1 else ():
+            axes.plot(curve[:, 2], curve[:, 1], color=colour(name), linewidth=0.6, alpha=0.45)
+        mean = np.mean(curves, 0)  # (steps, 3)
+        style = dict(color=colour(name), marker="o", markersize=4, linewidth=2, label=name)
+        axes.plot(mean[:, 2], mean[:, 1], **style)
+        for step, y, x in mean[1:]:
+            text = dict(textcoords="offset points", xytext=(4, 4), fontsize=7, color=colour(name))
+            axes.annotate(f"{step:.0f}", (x, y), **text)
+    axes.plot(0, 0, "o", color="black")
+    axes.annotate("before", (0, 0), textcoords="offset points", xytext=(-4, 6), fontsize=8)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("change of mean response length, percent")
+    axes.set_ylabel("change of accuracy, points")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
 def shift(axes, files, args):
     """Expected number of problems repaired (up) and damaged (down), and the net (dot): means over
     files.
@@ -230,7 +253,13 @@ def position(axes, files, args):
     below.set_xlabel("position in the response, tokens")
 
 
-FIGURES = {"plane": plane, "position": position, "trajectory": trajectory, "shift": shift}
+FIGURES = {
+    "path": path,
+    "plane": plane,
+    "position": position,
+    "trajectory": trajectory,
+    "shift": shift,
+}
 
 
 def main(argv=None):
