@@ -429,7 +429,7 @@ def log_step(run, step, args, loss, norm, seen, kept, failed, seconds, device):
     if not kept:
         reasons = f"--filter {args.filter} left none of {len(seen)} rollouts"
         if failed:
-            reasons += f", {failed} contexts failed"
+            reasons += f", {failed} contexts failed or made a row longer than the model's context"
         print(f"{begin}nothing kept: {reasons}; no update", flush=True)
     elif not math.isfinite(norm):
         print(f"{begin}loss {loss}, gradient norm {norm}: no update, see not_finite.jsonl")

@@ -166,6 +166,7 @@ class Run:
         self.updates, self.skipped = state.get("updates", 0), state.get("skipped", 0)
         if state and state["problems"] != self.problems:
             fail(f"--resume: the run in {args.out} was on other problems")
+        self.new, self.stepped = not args.out, False
         if self.first:
             args.out = make_directory(args.out, name)
         self.path = args.out = ranks.gather([args.out])[0]
@@ -179,7 +180,9 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace):
-        if kind is KeyboardInterrupt:
+        if kind and self.first and self.new and not self.stepped:
+            shutil.rmtree(self.path)  # a numbered directory of a run that never was
+        elif kind is KeyboardInterrupt:
             print(f"\ninterrupted; --out {self.path} --resume goes on", file=sys.stderr)
             raise SystemExit(130) from None
 
@@ -196,6 +199,7 @@ class Run:
 
     def log(self, file, record):
         """Adds a line to FILE.jsonl."""
+        self.stepped |= "step" in record
         if not self.first:
             return
         try:
@@ -214,7 +218,8 @@ class Run:
         self.updates += updated
         self.skipped = 0 if updated else self.skipped + 1
         if self.skipped == GIVE_UP:
-            reason = nothing or f"loss or gradient not finite (see {self.path}/not_finite.jsonl)"
+            log = f"{self.path}/not_finite.jsonl"
+            reason = nothing or f"loss or gradient not finite (see {log}; is --lr too high?)"
             fail(f"{reason}, in the last of {GIVE_UP} steps in a row without an update")
 
     def save_state(self, step, model, optimizer, **rest):

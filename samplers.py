@@ -192,6 +192,10 @@ class TransformersSampler:
                     ids = ids[keep]
                     new = mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])
                     mask = torch.cat([mask[keep], new], 1)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            fail("the model's probabilities are not finite any more (is --lr too high?)")
         finally:
             model.generation_config = own
         return results

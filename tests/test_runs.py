@@ -3,14 +3,18 @@
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import eval as evaluation
 import opsd
 import run
 import sft
-from cli import fail, provenance
+from cli import HERE, fail, provenance
 from data import embedded_problems
 from model import load_model, save_model
 from run import Run, check_run_directory, find_states
@@ -337,3 +341,91 @@ def test_a_tokenizer_without_eos_or_pad_trains_and_one_without_thinking_is_told(
         opsd.main(["--model", path, "--thinking", "off", "--out", str(tmp_path / "off")])
     complaint = "--thinking off: this model's chat template has no enable_thinking switch"
     assert complaint in capsys.readouterr().err
+
+
+def test_a_finished_run_goes_on_with_more_steps_and_the_same_problems(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    argv = [*SMALL, *"--filter all --eval-problems 0".split(), "--out", out]
+    opsd.main([*argv, "--steps", "2"])
+    with pytest.raises(SystemExit):
+        opsd.main([*argv, "--steps", "2", "--resume"])
+    assert "is finished (with more --steps it goes on)" in capsys.readouterr().err
+    opsd.main([*argv, "--steps", "3", "--resume"])
+    assert [row["step"] for row in metrics(out)[1:]] == [1, 2, 3]
+    whole = str(tmp_path / "whole")
+    opsd.main([*argv[:-1], whole, "--steps", "2"])
+    assert metrics(whole)[2]["loss"] == metrics(out)[2]["loss"]
+    for name in find_states(out):
+        os.remove(os.path.join(out, name))
+    with pytest.raises(SystemExit):
+        opsd.main([*argv, "--steps", "4", "--resume"])
+    assert "is finished (its state is gone)" in capsys.readouterr().err
+    sft.main("--batch 2 --threads 1 --steps 2 --out".split() + [str(tmp_path / "sft")])
+    with pytest.raises(SystemExit):
+        sft.main("--batch 2 --threads 1 --steps 3 --resume --out".split() + [str(tmp_path / "sft")])
+    assert "--steps 2 then, 3 now" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path):
+    out = str(tmp_path / "run")
+    command = [sys.executable, os.path.join(HERE, "opsd.py"), *SMALL, "--eval-problems", "0"]
+    command += ["--filter", "all", "--steps", "1000", "--out", out]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 2"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.strip() == f"interrupted; --out {out} --resume goes on"
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_numbered_directory(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(opsd, "accumulate_gradients", lambda *args: opsd.fail("stop"))
+    monkeypatch.setattr(opsd.rollout, "show_prompts", lambda *args: None)
+    with pytest.raises(SystemExit):
+        opsd.main([*SMALL, "--filter", "all", "--eval-problems", "0"])
+    assert os.listdir(tmp_path / "runs") == []
+
+
+def test_eval_refuses_an_out_that_it_could_not_write_before_it_evaluates(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluation, "load_model", None)
+    write(tmp_path / "file", "x")
+    for out, complaint in [
+        (tmp_path / "file" / "x.json", "not a directory"),
+        (tmp_path / "file", "exists already"),
+        ("/dev/null/x.json", "not a directory"),
+    ]:
+        with pytest.raises(SystemExit):
+            evaluation.main(["--model", TINY, "--out", str(out)])
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --out {out}") and complaint in error
+        assert error.count("\n") == 1
+    path = write(tmp_path / "d.jsonl", '{"question": "1+1?", "answer": "2"}')
+    with pytest.raises(SystemExit):
+        evaluation.main(["--model", TINY, "--data", path, "--context", "solution"])
+    assert "--context solution: needs a worked solution" in capsys.readouterr().err
+
+
+def test_saved_files_can_be_read_by_others(tmp_path):
+    save_model(str(tmp_path / "saved"), *load_model(TINY, CPU))
+    umask = os.umask(0)
+    os.umask(umask)
+    for name in os.listdir(tmp_path / "saved"):
+        assert os.stat(tmp_path / "saved" / name).st_mode & 0o777 == 0o666 & ~umask, name
+
+
+def test_split_of_one_outcome_and_a_rate_that_is_too_high_are_named(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        opsd.main(["--filter", "correct", "--divergence", "split"])
+    assert "error: --divergence split: --filter correct keeps one" in capsys.readouterr().err
+    monkeypatch.setattr(run, "GIVE_UP", 2)
+    with pytest.raises(SystemExit):
+        flags = "--filter all --eval-problems 0 --lr 1e30 --steps 9 --out".split()
+        opsd.main([*SMALL, *flags, str(tmp_path / "run")])
+    assert "is --lr too high?" in capsys.readouterr().err
