@@ -10,20 +10,24 @@ Everything downstream works on token ids; text is rendered here once and never t
 """
 
 import json
+import math
 import os
+import re
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
 
 import numpy as np
 
 import toy
+from answers import normal
 from cli import fail, one_line
 from verify import Verifier
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. `answer` is the gold answer; `solution` and `difficulty` may be empty."""
+    """One problem. `answer` is the gold as the data has it, unit and all; the rest may be empty."""
 
     question: str
     answer: str
@@ -106,7 +110,11 @@ def load_held_out(args, problems):
 
 
 def load_file(path, args=None):
-    """Problems of a JSONL or parquet file or a Hugging Face data set id; every gold is checked."""
+    """Problems of a JSON(L) or parquet file or a Hugging Face data set id; golds are checked.
+
+    Prints how many golds have a unit. Ends the program at a bad file or row, which it names, and at
+    a gold that no rule reads.
+    """
     problems, places = [], []
 
     def named(name):
@@ -132,8 +140,28 @@ def load_file(path, args=None):
         complaints = verifier.check_golds([p.answer for p in problems])
     for where, problem, complaint in zip(places, problems, complaints, strict=True):
         if complaint:
-            fail(f"{where}: gold answer {problem.answer[:80]!r}: {complaint}")
+            count = sum(map(bool, complaints))
+            fail(f"{where}: gold answer {problem.answer[:80]!r}: {complaint} ({count} such rows)")
+    tell_units(path, places, [p.answer for p in problems])
     return problems
+
+
+def tell_units(path, places, golds):
+    """Says how golds with a word after the number are read (answers.py, rule c)."""
+    units = [(w, gold, *normal(gold)) for w, gold in zip(places, golds, strict=True)]
+    units = [row for row in units if row[3]]
+    if units:
+        where, gold, value, unit = units[0]
+        print(
+            f"{path}: {len(units)} of {len(golds)} gold answers have a unit; a response may leave "
+            f"it out, but not name another (first: {where}: {gold!r} is {value}, unit {unit})"
+        )
+    letters = [gold for gold in golds if re.fullmatch(r"[0-9.,/]+ [A-Za-z]", gold.strip())]
+    if letters:
+        print(
+            f"{path}: {len(letters)} of {len(golds)} gold answers are a number and one letter, "
+            f"read as a variable, not a unit (first: {letters[0]!r}; a unit is \\text{{m}})"
+        )
 
 
 def problem_batch(problems, position, count, seed):
@@ -158,7 +186,7 @@ def read_rows(path, split):
     if (is_json or is_parquet) and not os.path.isfile(path):
         fail(f"--data {path}: no such file")
     if is_json:
-        yield from read_json_lines(path)
+        yield from read_json(path)
         return
     if not is_parquet and (os.path.exists(path) or path.count("/") != 1):
         fail(f"--data {path}: not a .jsonl or .parquet file, nor a data set id (owner/name)")
@@ -170,18 +198,33 @@ def read_rows(path, split):
         yield f"{path}, row {number}", row
 
 
-def read_json_lines(path):
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+def read_json(path):
+    """Rows of a UTF-8 file, with or without a BOM: one JSON object a line, or one array of them."""
+    with open(path, "rb") as file:
+        content = file.read()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:4]:
+        fail(f"{path}: UTF-16 or another wide encoding; save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        fail(f"{path}, line {number}: byte 0x{byte:02x} is not UTF-8 (latin-1?); save it as UTF-8")
+    if text.lstrip().startswith("["):
+        try:
+            rows = [(f"{path}, row {i}", row) for i, row in enumerate(json.loads(text), 1)]
+        except ValueError as error:
+            fail(f"{path}: begins like a JSON array, but is not JSON ({error})")
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):  # U+2028 may stand in a string
             try:
-                row = json.loads(line)
+                rows += [(f"{path}, line {number}", json.loads(line))] if line.strip() else []
             except ValueError as error:
                 fail(f"{path}, line {number}: not JSON ({error})")
-            if not isinstance(row, dict):
-                fail(f"{path}, line {number}: not a JSON object")
-            yield f"{path}, line {number}", row
+    for where, row in rows:
+        if not isinstance(row, dict):
+            fail(f"{where}: not a JSON object")
+        yield where, row
 
 
 def read_parquet(path):
@@ -201,17 +244,22 @@ def read_data_set(name, split):
 
 
 def pick(row, field, candidates, where, flag, required=True):
-    """The text of `field`, or of the first of `candidates` in the row. Numbers become text."""
+    """The text of `field`, or of the first of `candidates` in the row.
+
+    Numbers become plain decimals (1e-05 would be read as e - 5); NaN and infinity are a missing
+    value, as an empty text is.
+    """
     names = [field] if field else [name for name in candidates if name in row]
     value = row.get(names[0]) if names else None
-    if value is None or value == "":
+    infinite = isinstance(value, float) and math.isinf(value)
+    if value is None or infinite or str(value).strip().lower() in ("", "nan"):
         if required:
             wanted, has = field or " / ".join(candidates), ", ".join(map(str, row))
             fail(f"{where}: no {wanted} (name the field with {flag}; the row has {has})")
         return ""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         fail(f"{where}: field {names[0]} is {type(value).__name__}, not text or a number")
-    return str(value)
+    return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""Tests of verify.py: what math-verify accepts and refuses (surprises included), extraction, hostile answers, random answers, processes, leaks, command line."""
+"""Tests of verify.py and answers.py.
+
+In this order: what math-verify accepts and refuses (surprises included), whole responses, random
+answers, extraction, hostile answers, processes, leaks, the command line, golds in data files.
+"""
 
 import json
 import os
@@ -17,6 +21,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import answers
+import data
 import verify
 from verify import Verifier, extract, grade_responses
 
@@ -98,11 +104,11 @@ ORDINARY = [
     ("\\pm 2", "2,-2", C),
     ("\\emptyset", "\\{\\}", C),
     ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}", C),
-    (
+    (  # parses to a list: several guesses
         "\\begin{pmatrix}1\\\\2\\end{pmatrix}",
         "\\operatorname{cols}(\\begin{pmatrix}0&1\\\\0&2\\end{pmatrix})",
         W,
-    ),  # parses to a list: several guesses
+    ),
     ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{pmatrix}1&2\\\\3&5\\end{pmatrix}", W),
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "(1,2)", W),
     # equations and inequalities
@@ -121,7 +127,8 @@ ORDINARY = [
     ("\\text{(A)}", "A", C),
     ("A", "B", W),
 ]
-# Where math-verify (0.9.0) surprises. Pinned, so that another version is noticed; each row with a C that should be W, or the other way, is a known limit.
+# Where math-verify (0.9.0) surprises. Pinned, so that another version is noticed. Each row with a C
+# that should be W, or the other way, is a known limit.
 SURPRISING = [
     ("\\frac{1}{3}", "0.333333", C),
     ("\\frac{1}{3}", "0.33333", W),  # floats are rounded to 6 decimals, absolutely:
@@ -130,25 +137,9 @@ SURPRISING = [
     ("50\\%", "50", C),
     ("50", "50\\%", C),
     ("12.5\\%", "12.5", W),  # the sign % may be missing, from integers only
-    ("5\\text{ cm}", "5\\text{ m}", C),  # units are dropped, not compared
-    ("5t", "5", C),
-    ("2x+3d", "2x+3", C),  # as is a last letter that might be a unit (t, d, s, m, c, g, h, l)
-    ("5", "5 oranges", W),
     ("5", "5 apples", C),
-    ("5", "5 km/h", W),  # "apples" is on its list of units
-    (
-        "3",
-        "3 \\text{, or not, } 4 \\text{ cm}",
-        C,
-    ),  # everything from the first \text to a last \text is "the unit"
-    ("10080", "10 080", W),
-    ("90", "10\\,080", C),  # a space between numbers makes a mixed number, 10 + 80
     ("1.5", "1,5", W),  # a comma makes a set
-    ("3.5", "3 1/2", W),
-    ("2", "3 1/2", C),  # (3 + 1)/2: real mixed numbers need \frac
     ("120000", "1.2e5", W),  # e is Euler's number
-    ("5", "5.", W),
-    ("90", "90\u00b0", W),
     ("0.5", "\u00bd", W),
     ("5", "\uff15", W),
     ("5", "\u0665", W),  # not in the grammar
@@ -165,22 +156,15 @@ SURPRISING = [
     ("3", "\\{3\\}", C),
     ("\\emptyset", "\\varnothing", W),
     ("\\mathbb{R}", "\\text{all real numbers}", W),  # words and unknown commands are names
-    ("3", "2x=3", C),
-    ("3", "1=2=3", C),  # of an equation only the last side is read when the gold is no equation
-    ("3", "3 \\approx 4", C),
+    ("3", "2x=3", C),  # of an equation only the last side is read when the gold is no equation
     ("3", "4 \\approx 3", W),
     ("x>2", "2x>4", W),
     ("21823795077618.26", "21823795077618.260", W),
-    (
-        "\\frac{1}{2004!}",
-        "\\frac{1}{2006!}",
-        C,
-    ),  # beyond 15 digits decimals differ from themselves; tiny is 0
+    # beyond 15 digits, as above, decimals differ from themselves; what is tiny, as here, is 0
+    ("\\frac{1}{2004!}", "\\frac{1}{2006!}", C),
     ("0.111", "0,111", C),
     ("12345", "012,345", W),  # a comma after a leading 0 is a decimal point
-    ("25\\%", "0.25\\text{ percent}", C),
     ("25\\%", "25.0", W),
-    ("25\\%", "25\\,\\%", W),
     ("x^2=-1", "1=2", C),
     ("x^2=-1", "y=y+1", C),
     ("\\mathbb{R}", "\\pm\\infty", C),  # equations without solutions are all the same
@@ -190,6 +174,247 @@ SURPRISING = [
     ("52_8", "52", C),
     ("101_2", "5", W),
     ("i", "\\sqrt{-1}", W),
+]
+# The normal form (answers.py), rule by rule; math-verify alone says otherwise of many of these.
+NORMAL_FORM = [
+    # a. dress
+    ("5", "5.", C),
+    ("0.5", "0.5.", C),
+    ("5", "5..", W),
+    ("5", "5.5", W),
+    ("1000", "=1000", C),
+    ("1000", "= 1000.", C),
+    ("1000", "\\approx 1000", C),
+    ("1000", "\u2248 1000", C),
+    ("1000", "\\mathbf{1000}", C),
+    ("1000", "\\mathbf{1,000}", C),
+    ("x^2", "\\boldsymbol{x}^2", C),
+    ("\\frac{1}{2}", "\\bm{\\frac{1}{2}}", C),
+    ("7", "\\fbox{7}", C),
+    ("7", "\\fbox{8}", W),
+    ("7", "\\large 7", C),
+    ("7", "{\\Large 7}", C),
+    ("7", "\\displaystyle 7", C),
+    ("7", "{\\bf 7}", C),
+    ("18", "\\textcolor{red}{18}", C),
+    ("18", "\\color{red}18", C),
+    ("18", "\\textcolor{red}{19}", W),
+    ("18", "\\underline{18}", C),
+    ("18", "\\text{18}", C),
+    ("18", "\\textbf{18}", C),
+    ("18", "$18$", C),
+    ("18", "\\(18\\)", C),
+    ("18", "\\[18\\]", C),
+    ("18", "{{18}}", C),
+    ("-18", "-\\mathbf{18}", C),
+    ("18", "1\\mathbf{8}", W),
+    ("(1,2)", "\\big(1,2\\big)", C),
+    ("\\frac{1}{2}", "\\mathbf{\\frac{1}{2}}.", C),
+    ("5", "==5", C),
+    ("5", "=", W),
+    ("5", "\\approx", W),
+    ("5", ".", W),
+    ("5", "\\mathbf{}", W),
+    # a. approximations: the left side is the answer, and the right side has to be the left, rounded
+    ("5", "5 \\approx 6", W),
+    ("5", "5\u22486", W),
+    ("6", "5 \\approx 6", W),
+    ("5", "5 \\approx 5", C),
+    ("\\sqrt{2}", "\\sqrt{2} \\approx 1.41", C),
+    ("\\sqrt{2}", "\\sqrt{2} \\approx 1.42", W),
+    ("\\pi", "\\pi \\approx 3.14", C),
+    ("\\pi", "x=\\pi\\approx 3.1416", C),
+    ("1000\\pi", "1000\\pi \\approx 3,142", C),
+    ("\\sqrt{2}", "\\sqrt{2}\\text{ cm} \\approx 1.41\\text{ cm}", C),
+    ("5", "5 \\approx", W),
+    ("5", "5 \\approx x", W),
+    ("5", "5 \\approx 5 \\approx 6", W),
+    ("3.14", "x \\approx 3.14", C),
+    ("3.14", "x \\approx 3.15", W),
+    ("x \\approx 3.14", "3.14", C),
+    ("5.5", "5.5 \\approx 6", C),
+    ("5", "5.4 \\approx 5", W),
+    # a. equations: sides that are numbers have to be right
+    ("3", "1=2=3", W),
+    ("3", "1+2=3", C),
+    ("3", "x=1+2=3", C),
+    ("3", "4=3", W),
+    ("3", "x=4=3", W),
+    # b. numbers
+    ("1000", "1\\,000", C),
+    ("10080", "10 080", C),
+    ("10080", "10\\,080", C),
+    ("90", "10\\,080", W),
+    ("90", "10 080", W),
+    ("90", "10 80", W),
+    ("90", "10\\;80", W),
+    ("1000", "1~000", C),
+    ("1000", "1\u00a0000", C),
+    ("1000", "1{,}000", C),
+    ("1000", "1\\!000", C),
+    ("1,000", "1000", C),
+    ("1 000 000", "10^6", C),
+    ("1000.5", "1\\,000.5", C),
+    ("1000", "1\\,00", W),
+    ("1000", "1\\,0000", W),
+    ("12", "1 2", W),
+    ("1000", "1,00", W),
+    ("(1,200)", "(1{,}200)", W),
+    ("\\$1,000", "1000", C),
+    ("3.5", "3 1/2", C),
+    ("2", "3 1/2", W),
+    ("-3.5", "-3 1/2", C),
+    ("\\log_2 8", "3", C),
+    # c. units: one may be missing, two must agree
+    ("18", "18 dollars", C),
+    ("18", "\\text{18 apples}", C),
+    ("15 balls", "15", C),
+    ("15 balls", "15 balls", C),
+    ("15 balls", "15\\text{ balls}", C),
+    ("15 balls", "14 balls", W),
+    ("15 balls", "15 red balls", C),
+    ("15 red balls", "15 balls", C),
+    ("15 balls", "15 bats", W),
+    ("9 (apples)", "9", C),
+    ("9 (apples)", "9 apples", C),
+    ("9 (packs of gum)", "9", C),
+    ("350 (g)", "350", C),
+    ("1 box", "1 boxes", C),
+    ("3 cookies", "3 cookie", C),
+    ("2 inches", "2\\text{ in}", C),
+    ("6 feet", "6 ft", C),
+    ("7 people", "7 person", C),
+    ("5\\text{ cm}", "5\\text{ m}", W),
+    ("5\\text{ cm}", "5 m", W),
+    ("5\\text{ cm}", "5\\text{ cm}^2", W),
+    ("5\\text{ cm}^2", "5 square centimeters", C),
+    ("5\\text{ cm}^2", "5", C),
+    ("5\\text{ cm}", "5\\text{ centimetres}", C),
+    ("5\\text{ cm}", "5~\\mathrm{cm}", C),
+    ("5\\,\\mathrm{cm}^{2}", "5\\text{ cm}^2", C),
+    ("5 cm\u00b2", "5\\mathrm{cm^2}", C),
+    ("20 $cm^{2}$", "20", C),
+    ("$81 \\mathrm{~km} / \\mathrm{hr}$", "81\\text{ km/h}", C),
+    ("60 mph", "60 miles per hour", C),
+    ("60 mph", "60 miles", W),
+    ("5", "5 km/h", C),
+    ("5", "5 oranges", C),
+    ("5", "5 square units", C),
+    ("5\\text{ cm}", "5\\text{ units}", C),
+    ("5", "5\\text{ units}^2", C),
+    ("\\frac{3}{4} cup", "0.75", C),
+    ("0.75", "3/4 cups", C),
+    ("36\\sqrt{7}cm^{3}", "36\\sqrt7", C),
+    ("9\\pi\\text{ cm}", "9\\pi", C),
+    ("x=5\\text{ cm}", "5", C),
+    ("5", "x=5 cm", C),
+    ("18", "18 t-shirts", C),
+    ("1:58 am", "1:58", C),
+    ("7 am", "7 pm", W),
+    ("1\\,000\\text{ m}", "1,000 meters", C),
+    # c. letters that are no unit
+    ("5", "5t", W),
+    ("5", "5m", W),
+    ("5", "5 t", W),
+    ("2x+3", "2x+3d", W),
+    ("5am", "5", W),
+    ("2xy", "2", W),
+    ("2 xy", "2", W),
+    ("2 xy", "2yx", C),
+    ("2x abc", "2x", W),
+    ("2", "2(x)", W),
+    ("2", "2(abc)", W),
+    ("8 x ^ { 2 }", "8x^2", C),
+    ("5", "5cm2", W),
+    ("\\frac{ab}{3}", "ab/3", C),
+    # c. signs
+    ("\\$18", "18", C),
+    ("18", "\\$18", C),
+    ("18", "$18", C),
+    ("\\$18", "18 dollars", C),
+    ("\\$18", "\\$18.00", C),
+    ("\\$18", "18 cents", W),
+    ("\\$18", "\u20ac18", W),
+    ("\u20ac18", "18 euros", C),
+    ("-\\$5", "-5", C),
+    ("5", "-\\$5", W),
+    ("18", "18\\$", C),
+    ("\\$5 per hour", "5", C),
+    ("\\$5 per hour", "\\$5\\text{/hour}", C),
+    ("\\$5 per hour", "\\$5 per day", W),
+    ("50 cents", "50\u00a2", C),
+    ("90", "90\u00b0", C),
+    ("90", "90^{\\circ}", C),
+    ("90^\\circ", "90\\degree", C),
+    ("90^\\circ", "90 degrees", C),
+    ("90^\\circ", "90\\text{ cm}", W),
+    ("25^\\circ\\text{C}", "25", C),
+    ("25\u00b0C", "25^\\circ C", C),
+    ("25\u00b0C", "25\u00b0F", W),
+    ("25\u00b0C", "25 degrees celsius", C),
+    ("30^\\circ, 60^\\circ", "30, 60", C),
+    ("\\frac{\\pi}{2}", "90\u00b0", W),
+    ("25\\%", "25\\,\\%", C),
+    ("25\\%", "0.25\\text{ percent}", W),
+    ("25\\%", "25\\text{ percent}", C),
+    ("25 percent", "25\\%", C),
+    ("0.25", "25\\%", C),
+    ("25", "25\\%", C),
+    ("25", "2.5\\%", W),
+    # d. bases
+    ("4210_5", "4210_5", C),
+    ("4210_5", "4210_{5}", C),
+    ("4210_5", "4210", C),
+    ("4210_5", "4210_6", W),
+    ("4210_{\\text{five}}", "4210_5", C),
+    ("4210", "4210_5", W),
+    ("52", "52_{10}", C),
+    ("2A_{16}", "2A_{16}", C),
+    ("a_5", "a_6", W),
+    # e. inequalities joined by or
+    ("x<-1 \\text{ or } x>1", "x<-1 \\text{ or } x>1", C),
+    ("x<-1 \\text{ or } x>1", "x > 1 or x < -1", C),
+    ("(-\\infty,-1)\\cup(1,\\infty)", "x<-1 \\text{ or } x>1", C),
+    ("x<-1 \\text{ or } x>1", "(-\\infty,-1)\\cup(1,\\infty)", C),
+    ("(-\\infty,-1)\\cup(1,\\infty)", "x\\le-1 \\text{ or } x>1", W),
+    ("(-\\infty,-1]\\cup(1,2]", "x\\leqslant-1 \\lor 1<x\\le2", C),
+    ("x<-1 \\text{ or } x>1", "-1>x \\text{ or } 1<x", C),
+    ("x<-1 \\text{ or } x>1", "x<-1", W),
+    ("x<-1 \\text{ or } x>1", "x<-1 \\text{ or } x>2", W),
+    ("x<-1 \\text{ or } x>1", "y<-1 \\text{ or } y>1", W),
+    ("x<-1 \\text{ or } x>1", "\\mathbb{R}", W),
+    ("2,3", "x=2\\text{ or }x=3", C),
+    ("2,3", "2 or 3", C),
+    ("2,3", "$2$ or $3$", C),
+    # f. not read
+    ("12", "12\\text{ hours and }30\\text{ minutes}", W),
+    ("12", "12 hours 30 minutes", W),
+    ("5", "5 million", W),
+    ("5", "5 squared", W),
+    ("5", "5\\text{ hundred}", W),
+    ("2", "2 sin x", W),
+    ("5", "5 or more", W),
+    ("5", "5\\text{ or }6\\text{ cm}", W),
+    ("5", "5\\text{ cm or 6 cm}", W),
+    ("3", "3 \\text{, or not, } 4 \\text{ cm}", W),
+    ("5", "not 5", W),
+    ("5", "5 to 6", W),
+    ("5", "5 if x", W),
+    ("5", "5 plus", W),
+    ("2", "2 dozen", W),
+    ("0.5", "5 tenths", W),
+    ("5", "five", W),
+    ("5", "\\text{about }5", W),
+    ("5", "5\\text{ is wrong, it is 6}", W),
+]
+UNREAD_GOLDS = [
+    "5 million",
+    "12 hours 30 minutes",
+    "12\\text{ hours and }30\\text{ minutes}",
+    "10 80",
+    "236 adult, 342 child",
+    "2 sin x",
+    "10 \\mathrm{ft} x 18 \\mathrm{ft}",
 ]
 # Where math_verify.parse, the text search that verify.py does not use, would say "correct".
 SEARCHED = [
@@ -260,9 +485,8 @@ def box(answers):
     ]
 
 
-FIVES = [
-    char for char in map(chr, range(128, 0x110000)) if unicodedata.numeric(char, None) == 5
-]  # about 130, half of them decimal digits
+# about 130, half of them decimal digits
+FIVES = [char for char in map(chr, range(128, 0x110000)) if unicodedata.numeric(char, None) == 5]
 INVISIBLE = [char for char in map(chr, range(0x3000)) if unicodedata.category(char) == "Cf"] + list(
     "\u034f\u115f\u3164\ufe0f\ufeff\U000e0035"
 )
@@ -282,23 +506,27 @@ MATRIX, MINUS_MATRIX = (
     r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
     r"-\begin{pmatrix}-1&-2\\-3&-4\end{pmatrix}",
 )
-# (family, gold, verdict on every response, responses). "Right but refused": not in math-verify's grammar or not what it compares.
+# (family, gold, verdict on every response, responses). "Right but refused": not in math-verify's
+# grammar or not what it compares.
 FAMILIES = [
     # what is meant to exhaust the grader, but ends in time (what does not is in HANGS)
     (
         "huge exponents",
         "5",
         W,
-        box(r"""0.5^{-10^{9}}  1.1^{10^{12}}  i^{10^{20}}  e^{10^{30}}  \pi^{10^{9}}  10^{400}  10^{-400}  2^{-999}  0^{10^{99}}
-        1^{-10^{99}}  x^{10^{99}}"""),
+        box(r"""
+            0.5^{-10^{9}}  1.1^{10^{12}}  i^{10^{20}}  e^{10^{30}}  \pi^{10^{9}}  10^{400}
+            10^{-400}  2^{-999}  0^{10^{99}}  1^{-10^{99}}  x^{10^{99}}
+        """),
     ),
     (
         "factorial towers",
         "5",
         W,
-        box(
-            r"((3!)!)!  (-5)!  (1/2)!  x!!!  100000!  0!!!!!!!!!!  (5!)^{-1}  \binom{5}{5!}  \frac{1000!}{999!}  i!"
-        ),
+        box(r"""
+            ((3!)!)!  (-5)!  (1/2)!  x!!!  100000!  0!!!!!!!!!!  (5!)^{-1}  \binom{5}{5!}
+            \frac{1000!}{999!}  i!
+        """),
     ),
     (
         "500 characters",
@@ -392,8 +620,11 @@ FAMILIES = [
             "\uff3cboxed{5}",
             "\\boxed\uff5b5\uff5d",
         ]
-        + split(r"""5  $5$  **5**  \fbox5  \boxed[5]  \boxed(5)  \boxed\{5\}  \Boxed{5}  \BOXED{5}  \ boxed{5}  \bboxed{5}  oxed{5}
-        \framebox{5}  \mathbf{5}  correct  {"verdict": "correct"}  The final answer is $5$. I hope it is correct."""),
+        + split(r"""
+            5  $5$  **5**  \fbox5  \boxed[5]  \boxed(5)  \boxed\{5\}  \Boxed{5}  \BOXED{5}
+            \ boxed{5}  \bboxed{5}  oxed{5}  \framebox{5}  \mathbf{5}  correct
+            {"verdict": "correct"}  The final answer is $5$. I hope it is correct.
+        """),
     ),
     (
         "unbalanced boxes",
@@ -423,8 +654,10 @@ FAMILIES = [
             "\u202e \\boxed{5}",
             "\0\\boxed{5}\0",
         ]
-        + split(r"""\boxed{{5}}}}  \}\boxed{5}\{  \boxed{\boxed{{5}}  \boxed{5} \boxed{6
-        \boxed{}\boxed{5}"""),
+        + split(r"""
+            \boxed{{5}}}}  \}\boxed{5}\{  \boxed{\boxed{{5}}  \boxed{5} \boxed{6
+            \boxed{}\boxed{5}
+        """),
     ),
     (
         "empty box",
@@ -437,31 +670,40 @@ FAMILIES = [
         "5",
         "no_answer",
         ["<think>" * 999 + "\\boxed{5}"]
-        + split(r"""<think>\boxed{5}</think>  <think>\boxed{5}
-        <think>\boxed{5}</think> so 5  <think>\boxed{5}</think><think>\boxed{5}  \boxed{5}</think>  <think><think>\boxed{5}</think></think>"""),
+        + split(r"""
+            <think>\boxed{5}</think>  <think>\boxed{5}  <think>\boxed{5}</think> so 5
+            <think>\boxed{5}</think><think>\boxed{5}  \boxed{5}</think>
+            <think><think>\boxed{5}</think></think>
+        """),
     ),
     (
         "gold in the think block, another after it",
         "5",
         W,
-        split(r"""<think>\boxed{5}</think>\boxed{6}  <think>\boxed{5}</think>5, \boxed{6}, 5
-        \boxed{5}</think>\boxed{5}</think>\boxed{6}  <think>The final answer is $5$. I hope it is correct.</think>\boxed{6}"""),
+        split(r"""
+            <think>\boxed{5}</think>\boxed{6}  <think>\boxed{5}</think>5, \boxed{6}, 5
+            \boxed{5}</think>\boxed{5}</think>\boxed{6}
+            <think>The final answer is $5$. I hope it is correct.</think>\boxed{6}
+        """),
     ),
     (
         "another in the think block, gold after it",
         "5",
         C,
         ["<think>" * 99 + "</think>\\boxed{5} so 6"]
-        + split(r"""<think>\boxed{6}</think>\boxed{5}
-        <think>\boxed{6</think>\boxed{5}  <Think>\boxed{5}  </think>\boxed{5}"""),
+        + split(r"""
+            <think>\boxed{6}</think>\boxed{5}  <think>\boxed{6</think>\boxed{5}  <Think>\boxed{5}
+            </think>\boxed{5}
+        """),
     ),
     (
         "many boxes",
         "5",
         W,
         ["".join(f"\\boxed{{{i}}}" for i in range(1000)), "\\boxed{5}" * 1000 + "\\boxed{4}"]
-        + split(r"""\boxed{5} \boxed{6}
-        \boxed{4}\boxed{5}\boxed{6}  \boxed{\boxed{5}\boxed{6}}"""),
+        + split(r"""
+            \boxed{5} \boxed{6}  \boxed{4}\boxed{5}\boxed{6}  \boxed{\boxed{5}\boxed{6}}
+        """),
     ),
     (
         "many boxes, gold last",
@@ -478,27 +720,39 @@ FAMILIES = [
         "TeX",
         "5",
         W,
-        box(r"""\input{gold}  \include{gold.tex}  \openin5  \read5 to\x  \catcode`\5=11  \def\x{5}\x  \newcommand{\x}{5}\x  \let\x5\x
-        \csname 5\endcsname  \the\year  \loop5\repeat  \directlua{os.exit()}  \immediate\write18{touch pwned}  \special{ps:5}  \href{http://x}{5}
-        \includegraphics{5}  \verb|5|  \begin{document}5\end{document}  \char53  \symbol{53}  ^^35  \hbox{5}  \begin{align}5\end{align}  \rule{5}{5}
-        \label{5}  \footnote{5}  \stackrel{5}{6}  \substack{5}  \operatorname{5}  \operatorname{eval}(5)  \not5  \unicode{53}  \colorbox{red}{5}
-        \underline{5}"""),
+        box(r"""
+            \input{gold}  \include{gold.tex}  \openin5  \read5 to\x  \catcode`\5=11  \def\x{5}\x
+            \newcommand{\x}{5}\x  \let\x5\x  \csname 5\endcsname  \the\year  \loop5\repeat
+            \directlua{os.exit()}  \immediate\write18{touch pwned}  \special{ps:5}
+            \href{http://x}{5}  \includegraphics{5}  \verb|5|  \begin{document}5\end{document}
+            \char53  \symbol{53}  ^^35  \hbox{5}  \begin{align}5\end{align}  \rule{5}{5}
+            \label{5}  \footnote{5}  \stackrel{5}{6}  \substack{5}  \operatorname{5}
+            \operatorname{eval}(5)  \not5  \unicode{53}  \colorbox{red}{5}
+        """),
     ),
     (
         "SQL and HTML",
         "5",
         W,
-        box(r"""5 OR 1=1  5' OR '1'='1  5; DROP TABLE answers  5); DROP TABLE answers;--  5 UNION SELECT 5  ' OR 5=5 --  5/**/  5 AND 5
-        SELECT 5  <b>5</b>  <script>alert(5)</script>  5<br>  &#53;  &#x35;  5&nbsp;  <!--6-->5  5<!--6-->  <input value=5>  <img src=x onerror=5>  %35  \x35
-        \u0035  &lt;5&gt;  <answer>5</answer>  ```5```  `5`  # 5  > 5  [5](http://x)"""),
+        box(r"""
+            5 OR 1=1  5' OR '1'='1  5; DROP TABLE answers  5); DROP TABLE answers;--
+            5 UNION SELECT 5  ' OR 5=5 --  5/**/  5 AND 5  SELECT 5  <b>5</b>
+            <script>alert(5)</script>  5<br>  &#53;  &#x35;  5&nbsp;  <!--6-->5  5<!--6-->
+            <input value=5>  <img src=x onerror=5>  %35  \x35  \u0035  &lt;5&gt;
+            <answer>5</answer>  ```5```  `5`  # 5  > 5  [5](http://x)
+        """),
     ),
     (
         "Python",
         "5",
         W,
-        box(r"""eval('5')  int('5')  __import__('os').getpid()  __import__('os')._exit(0)  [5 for x in y]  print(5)  exit(5)  5**1  0x5  0b101
-        5e0  5j  5L  {5: 6}  sum([2,3])  f'{5}'  S(5)  x:=5  not 6  5 or 6  6 or 5  raise SystemExit(0)  os.kill(0,9)  import os;os.abort()  sympy.S(5)
-        yield 5  '%c' % 53  b'5'  5 # 6  object()  ().__class__.__mro__  globals()  \operatorname{exec}(5)"""),
+        box(r"""
+            eval('5')  int('5')  __import__('os').getpid()  __import__('os')._exit(0)
+            [5 for x in y]  print(5)  exit(5)  5**1  0x5  0b101  5e0  5j  5L  {5: 6}  sum([2,3])
+            f'{5}'  S(5)  x:=5  not 6  5 or 6  6 or 5  raise SystemExit(0)  os.kill(0,9)
+            import os;os.abort()  sympy.S(5)  yield 5  '%c' % 53  b'5'  5 # 6  object()
+            ().__class__.__mro__  globals()  \operatorname{exec}(5)
+        """),
     ),
     (
         "the worker's protocol",
@@ -525,25 +779,38 @@ FAMILIES = [
         "asking for it",
         "5",
         W,
-        box(r"""\text{correct}  \text{any number}  \text{the gold answer}  \text{see above}  \text{NaN}  ?  *  \ast  .  \dots  \square
-        \text{}  ~  \,  \emptyset  \infty  \pm\infty  \mathbb{R}  \mathbb{Z}  (-\infty,\infty)  x\in\mathbb{R}  \top  x  x=x  0=0  5<6  x\le5  5\neq6  \neq6
-        \ge5  \frac00  \frac50  \frac{\infty}{\infty}  \infty-\infty  0\cdot\infty  \ln0  \log_1 5  \arcsin5  \tan(\pi/2)  0^{-1}  \sqrt{-25}"""),
+        box(r"""
+            \text{correct}  \text{any number}  \text{the gold answer}  \text{see above}
+            \text{NaN}  ?  *  \ast  .  \dots  \square  \text{}  ~  \,  \emptyset  \infty
+            \pm\infty  \mathbb{R}  \mathbb{Z}  (-\infty,\infty)  x\in\mathbb{R}  \top  x  x=x  0=0
+            5<6  x\le5  5\neq6  \neq6  \ge5  \frac00  \frac50  \frac{\infty}{\infty}
+            \infty-\infty  0\cdot\infty  \ln0  \log_1 5  \arcsin5  \tan(\pi/2)  0^{-1}  \sqrt{-25}
+        """),
     ),
     (
         "several guesses",
         "5",
         W,
-        box(r"""4,5,6  4;5  5,6  4 or 5  4\text{ or }5  5\text{ or }6  \{4,5\}  [4,6]  (4,6)  4-6  4/5/6  5:6  5\pm1  \binom{4}{5}
-        5\mid6  5\to6  5\sim6  5\ldots6  \begin{cases}5\\6\end{cases}  \begin{cases}4&x<0\\5&x\ge0\end{cases}  \operatorname{rows}\begin{pmatrix}4\\5\end{pmatrix}
-        \operatorname{cols}(\begin{pmatrix}4&5\end{pmatrix})  \lim_{x\to\infty}5\sin x  x=5,x=6  x=5,y=6  \gcd(4,5)"""),
+        box(r"""
+            4,5,6  4;5  5,6  4 or 5  4\text{ or }5  5\text{ or }6  \{4,5\}  [4,6]  (4,6)  4-6
+            4/5/6  5:6  5\pm1  \binom{4}{5}  5\mid6  5\to6  5\sim6  5\ldots6
+            \begin{cases}5\\6\end{cases}  \begin{cases}4&x<0\\5&x\ge0\end{cases}
+            \operatorname{rows}\begin{pmatrix}4\\5\end{pmatrix}
+            \operatorname{cols}(\begin{pmatrix}4&5\end{pmatrix})  \lim_{x\to\infty}5\sin x
+            x=5,x=6  x=5,y=6  \gcd(4,5)
+        """),
     ),
     (
         "several guesses of a vector",
         r"\begin{pmatrix}1\\2\end{pmatrix}",
         W,
-        box(r"""\operatorname{cols}(\begin{pmatrix}0&1&4\\0&2&4\end{pmatrix})
-        \operatorname{cols}\begin{pmatrix}1\\2\end{pmatrix}  \operatorname{nullspace}(\begin{pmatrix}2&-1\\4&-2\end{pmatrix})
-        \operatorname{orth}(\begin{pmatrix}1&0\\2&0\end{pmatrix})  \begin{pmatrix}1\\2\end{pmatrix},\begin{pmatrix}2\\1\end{pmatrix}"""),
+        box(r"""
+            \operatorname{cols}(\begin{pmatrix}0&1&4\\0&2&4\end{pmatrix})
+            \operatorname{cols}\begin{pmatrix}1\\2\end{pmatrix}
+            \operatorname{nullspace}(\begin{pmatrix}2&-1\\4&-2\end{pmatrix})
+            \operatorname{orth}(\begin{pmatrix}1&0\\2&0\end{pmatrix})
+            \begin{pmatrix}1\\2\end{pmatrix},\begin{pmatrix}2\\1\end{pmatrix}
+        """),
     ),
     # other scripts, and what cannot be seen
     ("other scripts' digits", "5", W, box(FIVES)),
@@ -587,7 +854,8 @@ FAMILIES = [
         box(
             [
                 char + "5"
-                for char in "\u2010\u2011\u2012\u2013\u2014\u2015\u00ad\u02d7\u2043\u207b\u208b\u2796\ufe63\uff0d\u30fc\u4e00_~"
+                for char in "\u2010\u2011\u2012\u2013\u2014\u2015\u00ad\u02d7\u2043\u207b"
+                "\u208b\u2796\ufe63\uff0d\u30fc\u4e00_~"
             ]
         ),
     ),
@@ -604,77 +872,85 @@ FAMILIES = [
         "\\frac{1}{2}",
         W,
         box("1\u20442  1\u29f82  1\uff0f2  1\u22362  50\uff05  0\u00b75  0\u066b5  0\u20245")
-        + box(r"1\\2  1\2  1|2  0;5  0:5  0'5  .5.  0.5.  ..5  0..5  0.5e0"),
+        + box(r"1\\2  1\2  1|2  0;5  0:5  0'5  ..5  0..5  0.5e0"),
     ),
     # notations
     (
         "percent",
         "25\\%",
         C,
-        box(
-            r"25 \%  25%  25 pct  25 percentage  25\text{ percent}  +25\%  25.0\%  0.25  \frac14  x=25\%  \frac{25}{100}"
-        ),
+        box(r"""
+            25 \%  25%  25 pct  25 percentage  25\text{ percent}  +25\%  25.0\%  0.25  \frac14
+            x=25\%  \frac{25}{100}
+        """),
     ),
     (
         "percent, wrong",
         "25\\%",
         W,
-        box(
-            r"2.5\%  0.25\%  25\%\%  -25\%  2500  \%25  25\% of 80  25\%-1  24.9\%  25\%+1\%  25.0  25\permil  2525\%"
-        ),
+        box(r"""
+            2.5\%  0.25\%  25\%\%  -25\%  2500  \%25  25\% of 80  25\%-1  24.9\%  25\%+1\%  25.0
+            25\permil  2525\%
+        """),
     ),
-    ("percent, right but refused", "25\\%", W, box(r"25\,\%  \frac{50}{2}\%  250\textperthousand")),
+    ("percent, right but refused", "25\\%", W, box(r"\frac{50}{2}\%  250\textperthousand")),
     (
         "units",
         "5\\text{ cm}",
         C,
-        box(
-            r"5cm  5\mathrm{cm}  5\;\text{cm}  5\text{ centimeters}  5.0\text{ cm}  5 \mbox{ cm}  5 \text{ cm}^2  \frac{10}{2} cm"
-        ),
+        box(r"""
+            5cm  5\mathrm{cm}  5\;\text{cm}  5\text{ centimeters}  5.0\text{ cm}  5 \mbox{ cm}
+            \text{5 cm}  5\,cm  5~\text{cm}  \frac{10}{2} cm
+        """),
     ),
     (
         "units, wrong",
         "5\\text{ cm}",
         W,
-        box(
-            r"\text{cm}  cm 5  5^2\text{ cm}  5cm2  -5\text{ cm}  5 parsecs  5 m/s  5 \frac{cm}{s}  \text{5 cm or 6 cm}"
-        ),
+        box(r"""
+            \text{cm}  cm 5  5 \text{ cm}^2  5^2\text{ cm}  5cm2  -5\text{ cm}  5 parsecs  5 m/s
+            5 \frac{cm}{s}  \text{5 cm or 6 cm}
+        """),
     ),
-    (
-        "units, right but refused",
-        "5\\text{ cm}",
-        W,
-        box(r"50 mm  0.05\text{ m}  \text{five cm}  \text{5 cm}  5\,cm  5~\text{cm}"),
-    ),
+    ("units, right but refused", "5\\text{ cm}", W, box(r"50 mm  0.05\text{ m}  \text{five cm}")),
     (
         "intervals",
         "[0,5)",
         C,
-        box(
-            r"\left[0,5\right)  [0, 5.0)  [0,\frac{10}{2})  x\in[0,5)  \lbrack 0,5)  [0,2)\cup[2,5)  \{0\}\cup(0,5)"
-        ),
+        box(r"""
+            \left[0,5\right)  [0, 5.0)  [0,\frac{10}{2})  x\in[0,5)  \lbrack 0,5)  [0,2)\cup[2,5)
+            \{0\}\cup(0,5)
+        """),
     ),
     (
         "intervals, wrong",
         "[0,5)",
         W,
-        box(r"""(0,5)  [0,5]  (0,5]  [0,5  0,5)  [5,0)  [0;5)  ]0,5[  0<x<5  [0,5)\cup\{5\}  [0,5.1)  0,5  \{0,5\}  [0,\infty)
-        [0,5))  [[0,5)  [0,4)\cup(4,5)  0 \text{ to } 5  [0..5)  \{0,1,2,3,4\}  (0,5)\cup[0,5]  [0,5)\cup[6,7)"""),
+        box(r"""
+            (0,5)  [0,5]  (0,5]  [0,5  0,5)  [5,0)  [0;5)  ]0,5[  0<x<5  [0,5)\cup\{5\}  [0,5.1)
+            0,5  \{0,5\}  [0,\infty)  [0,5))  [[0,5)  [0,4)\cup(4,5)  0 \text{ to } 5  [0..5)
+            \{0,1,2,3,4\}  (0,5)\cup[0,5]  [0,5)\cup[6,7)
+        """),
     ),
     ("intervals, right but refused", "[0,5)", W, box(r"[0,5]\setminus\{5\}  0\le x<5  [0,5[")),
     (
         "sets",
         "\\{1,2,3\\}",
         C,
-        box(r"""\{3,1,2\}  1, 2, and 3  1,2\text{ and }3  \left\{1,2,3\right\}  \{1,2\}\cup\{3\}  \{1.0,2,3\}  \{1;2;3\}  x=1,x=2,x=3
-        x\in\{1,2,3\}  \{\frac22,2,3\}"""),
+        box(r"""
+            \{3,1,2\}  1, 2, and 3  1,2\text{ and }3  \left\{1,2,3\right\}  \{1,2\}\cup\{3\}
+            \{1.0,2,3\}  \{1;2;3\}  x=1,x=2,x=3  x\in\{1,2,3\}  \{\frac22,2,3\}
+        """),
     ),
     (
         "sets, wrong",
         "\\{1,2,3\\}",
         W,
-        box(r"""\{1,2\}  \{1,2,3,4\}  \{1,2,4\}  123  1+2+3  \{\{1,2,3\}\}  \{1,2,3,\dots\}  \{1,\ldots,3\}  \{1,2,3  1,2,3\}
-        \{1,2,x\}  [1,3]  (1,3)  \{x|1\le x\le3\}  \{1\}\cup\{2\}  \{1,2,3\}\setminus\{3\}  \{1,(2,3)\}  \mathbb{N}  \{1,2,3\}^c"""),
+        box(r"""
+            \{1,2\}  \{1,2,3,4\}  \{1,2,4\}  123  1+2+3  \{\{1,2,3\}\}  \{1,2,3,\dots\}
+            \{1,\ldots,3\}  \{1,2,3  1,2,3\}  \{1,2,x\}  [1,3]  (1,3)  \{x|1\le x\le3\}
+            \{1\}\cup\{2\}  \{1,2,3\}\setminus\{3\}  \{1,(2,3)\}  \mathbb{N}  \{1,2,3\}^c
+        """),
     ),
     (
         "matrices",
@@ -722,55 +998,63 @@ FAMILIES = [
         "mixed numbers",
         "-\\frac72",
         C,
-        box(
-            r"-3\frac12  -3\tfrac{1}{2}  -3 \frac{2}{4}  -3.5  \frac{7}{-2}  -(3\frac12)  -3-\frac12  -7:2  -3\frac12\text{ cm}"
-        ),
+        box(r"""
+            -3\frac12  -3\tfrac{1}{2}  -3 \frac{2}{4}  -3.5  \frac{7}{-2}  -(3\frac12)  -3-\frac12
+            -7:2  -3\frac12\text{ cm}
+        """),
     ),
     (
         "mixed numbers, wrong",
         "\\frac72",
         W,
-        box(r"""3\cdot\frac12  3\frac13  -3\frac12  3\frac{-1}{2}  31/2  \frac{31}{2}  3-1/2  3&1/2  3;\frac12  3,\frac12
-        2/7  3\frac12\frac12  \frac72\frac72  3^{\frac12}  3_{\frac12}  3\text{ and }\frac12"""),
+        box(r"""
+            3\cdot\frac12  3\frac13  -3\frac12  3\frac{-1}{2}  31/2  \frac{31}{2}  3-1/2  3&1/2
+            3;\frac12  3,\frac12  2/7  3\frac12\frac12  \frac72\frac72  3^{\frac12}  3_{\frac12}
+            3\text{ and }\frac12
+        """),
     ),
     (
         "thousands",
         "1234567",
         C,
-        box(r"""1,234,567  1{,}234{,}567  1234567.0  1.234567\times10^6  1,234,567.00  1'234'567  \$1,234,567  1,234,567\text{ people}
-        1,\!234,\!567  01234567  123456.7\cdot10  1.234567E6"""),
+        box(r"""
+            1,234,567  1{,}234{,}567  1234567.0  1.234567\times10^6  1,234,567.00  1'234'567
+            \$1,234,567  1,234,567\text{ people}  1,\!234,\!567  01234567  123456.7\cdot10
+            1.234567E6  1 234 567  1\,234\,567  1,234,567.
+        """)
+        + box(["1\u00a0234\u00a0567", "1\u202f234\u202f567"]),
     ),
     (
         "thousands, wrong",
         "1234567",
         W,
-        box(r"""12,34,567  1,234,56  1,234,5678  0,001,234,567  1_234_567  1,234  1;234;567  1234,567  1,234567  1,234,567,000
-        1,234,567.8  (1,234,567)  \{1,234,567\}  1, 234, 567  -1,234,567  1,234,568"""),
+        box(r"""
+            12,34,567  1,234,56  1,234,5678  0,001,234,567  1_234_567  1,234  1;234;567  1234,567
+            1,234567  1,234,567,000  1,234,567.8  (1,234,567)  \{1,234,567\}  1, 234, 567
+            -1,234,567  1,234,568
+        """),
     ),
     (
         "thousands, right but refused",
         "1234567",
         W,
-        box(r"1.234.567  1 234 567  1\,234\,567  1,234,567.")
-        + box(
-            [
-                "1\u00a0234\u00a0567",
-                "1\u202f234\u202f567",
-                "1\uff0c234\uff0c567",
-                "1\u066c234\u066c567",
-            ]
-        ),
+        box(["1.234.567", "1\uff0c234\uff0c567", "1\u066c234\u066c567"]),
     ),
 ]
-LONG = (
-    "VERIFY_LONG" in os.environ
-)  # `VERIFY_LONG=1 pytest test_verify.py`: all of HANGS, ten times the random answers, 10,000 gradings for leaks; some minutes
+# `VERIFY_LONG=1 pytest tests/test_verify.py`: all of HANGS, ten times the random answers, 10,000
+# gradings for leaks. It takes some minutes.
+LONG = "VERIFY_LONG" in os.environ
 # Each would run until the limit ends it, or nearly.
-HANGS = box(r"""2^{2^{2^{2^{2^{2}}}}}  10^{10^{100}}  (-9)^{9^9}  \sqrt[9]{9^{9^{9}}}  9^{-9^{9}}  x^{9^{9^{9}}}  10^{10^{10}}-10^{10^{10}}+6
-    5^{1^{9^{9^{9}}}}+1  (1+x)^{10^{6}}  (1+x+y+z)^{99}  7^{7777777}  9!!!  (10^{9})!  5!!!!!!!!!  (9^9)!  \frac{(10^{8})!}{(10^{8}-1)!}
-    \binom{10^{12}}{5\cdot10^{11}}  \Gamma(10^{10})  \prod_{i=1}^{10^{9}}i  \frac{1000000!}{999999!}  \sum_{i=1}^{10^{12}}\frac{1}{i}  \int e^{x^x} dx
-    \sum_{i=1}^{\infty}\frac{1}{i^{1.0001}}  \prod_{i=1}^{\infty}(1+\frac{1}{i^2+i+7})  \int_0^1\int_0^1\int_0^1 e^{xyz} dx dy dz  \sum_{n=1}^{10^6}n^{n}
-    \operatorname{ones}(9999,9999)""") + box(
+HANGS = box(r"""
+    2^{2^{2^{2^{2^{2}}}}}  10^{10^{100}}  (-9)^{9^9}  \sqrt[9]{9^{9^{9}}}  9^{-9^{9}}
+    x^{9^{9^{9}}}  10^{10^{10}}-10^{10^{10}}+6  5^{1^{9^{9^{9}}}}+1  (1+x)^{10^{6}}
+    (1+x+y+z)^{99}  7^{7777777}  9!!!  (10^{9})!  5!!!!!!!!!  (9^9)!
+    \frac{(10^{8})!}{(10^{8}-1)!}  \binom{10^{12}}{5\cdot10^{11}}  \Gamma(10^{10})
+    \prod_{i=1}^{10^{9}}i  \frac{1000000!}{999999!}  \sum_{i=1}^{10^{12}}\frac{1}{i}
+    \int e^{x^x} dx  \sum_{i=1}^{\infty}\frac{1}{i^{1.0001}}
+    \prod_{i=1}^{\infty}(1+\frac{1}{i^2+i+7})  \int_0^1\int_0^1\int_0^1 e^{xyz} dx dy dz
+    \sum_{n=1}^{10^6}n^{n}  \operatorname{ones}(9999,9999)
+""") + box(
     [left * 60 + "1" + right * 60 for left, right in BRACKETS if len(left) < 7]
     + ["x_" * 200, "|x" * 200, "||1||" * 70]
 )
@@ -778,9 +1062,8 @@ HANGS = box(r"""2^{2^{2^{2^{2^{2}}}}}  10^{10^{100}}  (-9)^{9^9}  \sqrt[9]{9^{9^
 
 @pytest.fixture(scope="module")
 def verifier():
-    with Verifier(
-        workers=2, seconds=10
-    ) as shared:  # a loaded machine must not fail an ordinary answer
+    # 10 s: a loaded machine must not fail an ordinary answer.
+    with Verifier(workers=2, seconds=10) as shared:
         yield shared
 
 
@@ -792,11 +1075,11 @@ def hasty():
 
 @pytest.fixture(scope="module")
 def verdicts(verifier):
-    pairs = [(answer, gold) for gold, answer, _ in ORDINARY + SURPRISING + SEARCHED]
-    return dict(zip(pairs, verifier.grade(pairs)))
+    pairs = [(answer, gold) for gold, answer, _ in ORDINARY + SURPRISING + NORMAL_FORM + SEARCHED]
+    return dict(zip(pairs, verifier.grade(pairs), strict=True))
 
 
-@pytest.mark.parametrize("gold, answer, verdict", ORDINARY + SURPRISING + SEARCHED)
+@pytest.mark.parametrize("gold, answer, verdict", ORDINARY + SURPRISING + NORMAL_FORM + SEARCHED)
 def test_verdict(verdicts, gold, answer, verdict):
     assert verdicts[answer, gold] == verdict
 
@@ -824,7 +1107,8 @@ RESPONSES = [
     "<think>maybe \\boxed{17}?</think>\nHence $$\\boxed{ANSWER}$$",
     "$\\boxed{ANSWER}$ is what we wanted, not 42.",
 ]
-# (gold, response, our reason, math-verify's verdict): all the ways in which whole responses were found to be judged differently.
+# (gold, response, our reason, math-verify's verdict): all the ways in which whole responses were
+# found to be judged differently.
 DIFFERENT = [
     # only a box is an answer (rule 2); math_verify.parse takes any formula or number from the text
     ("5", "The answer is 5.", "no_answer", True),
@@ -840,7 +1124,8 @@ DIFFERENT = [
     ("5", "\\boxed{}\\boxed{5}", C, False),
     (
         "2",
-        "First I thought \\boxed{1}. But no, the sum of the digits shows that it must be \\boxed{2}",
+        "First I thought \\boxed{1}. But no, the sum of the digits shows "
+        "that it must be \\boxed{2}",
         C,
         False,
     ),
@@ -894,13 +1179,18 @@ def test_differences_from_the_public_functions_on_whole_responses(verifier):
         for gold, text in rows
     ]
     different = [
-        (*row, our, their) for row, our, their in zip(rows, ours, theirs) if (our == C) != their
+        (*row, our, their)
+        for row, our, their in zip(rows, ours, theirs, strict=True)
+        if (our == C) != their
     ]
     assert len(rows) > 300 and different == DIFFERENT
 
 
 def notations(value, factor):
-    """Plain texts of a Fraction: as a fraction expanded by `factor`, as a decimal (rounded where it has to be), as an integer."""
+    """Plain texts of a Fraction: as a fraction expanded by `factor`, as a decimal, as an integer.
+
+    Decimals are rounded where they have to be.
+    """
     top, bottom = value.numerator * factor, value.denominator * factor
     texts = [
         f"\\frac{{{top}}}{{{bottom}}}",
@@ -917,7 +1207,10 @@ def notations(value, factor):
 
 
 def rational(text):
-    """The exact value of a plain integer, decimal or fraction, by Python's own Fraction; None for any other text, and for decimals beyond 15 digits."""
+    """The exact value of a plain integer, decimal or fraction, by Python's own Fraction.
+
+    None for any other text, and for decimals beyond 15 digits.
+    """
     text = re.sub(r"^([+-]?)\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text)
     if re.fullmatch(r"-?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?", text):
         text = text.replace(",", "")
@@ -942,12 +1235,13 @@ NUDGES = st.sampled_from(
         for nudge in ("1", "-1", "1/3", "1/10", "-1/1000", "1/100000", "-1/10000000")
     ]
 )
+# (place, to drop, to put)
 EDITS = st.lists(
     st.tuples(
         st.integers(0, 30), st.integers(0, 1), st.sampled_from([*"0123456789.,/-+ x%{}", ""])
     ),
     max_size=2,
-)  # (place, to drop, to put)
+)
 
 
 def edited(text, edits):
@@ -965,9 +1259,8 @@ def test_random_numbers_against_fractions(verifier, value, nudge, factor, one, o
     assert verdict in (C, W, "timeout"), (gold, answer)
     exact_gold, exact = rational(gold), rational(answer)
     if exact_gold is not None and exact is not None:
-        slack = (
-            abs(exact) / 10**14 + Fraction(1, 10**6) if "." in gold + answer else 0
-        )  # rule 3: 15 digits and 6 decimals, where there are decimals
+        # Rule 5: 15 digits and 6 decimals, where there are decimals.
+        slack = abs(exact) / 10**14 + Fraction(1, 10**6) if "." in gold + answer else 0
         assert (
             verdict == C
             if exact == exact_gold
@@ -975,15 +1268,17 @@ def test_random_numbers_against_fractions(verifier, value, nudge, factor, one, o
         ), (gold, answer)
 
 
-PIECES = (
-    split(r"""1  2  7  0.5  x  y  +  -  *  /  ^  _  !  ,  ;  :  =  <  \le  (  )  [  ]  {  }  \{  \}  |  \  \\  &  $  %  \%  \text{a}  \text{  \frac  \frac12
-    \sqrt  \sqrt{  \pi  \infty  \sin  \log  \cup  \in  \pm  \left(  \right)  \cdot  \begin{pmatrix}  \end{pmatrix}  \boxed{  \binom  \sum_{i=1}^{9}  \int  dx
-    \lim_{x\to0}  \mathbb{R}  \emptyset  \overline  ^\circ  \operatorname{  and  or  e  i  '  " """)
-    + ["\0", "\ud800", "\u202e", "\u0665", "\n"]
-)
-BOX_PIECES = split(
-    r"\boxed{  \boxed{  \boxed  \boxed {  {  }  }  }  \{  \}  \  \\  boxed{  5  6  \text{  <think>  </think>"
-) + [" "]
+PIECES = split(r"""
+    1  2  7  0.5  x  y  +  -  *  /  ^  _  !  ,  ;  :  =  <  \le  (  )  [  ]  {  }  \{  \}  |
+    \  \\  &  $  %  \%  \text{a}  \text{  \frac  \frac12  \sqrt  \sqrt{  \pi  \infty  \sin
+    \log  \cup  \in  \pm  \left(  \right)  \cdot  \begin{pmatrix}  \end{pmatrix}  \boxed{
+    \binom  \sum_{i=1}^{9}  \int  dx  \lim_{x\to0}  \mathbb{R}  \emptyset  \overline  ^\circ
+    \operatorname{  and  or  e  i  '  "
+""") + ["\0", "\ud800", "\u202e", "\u0665", "\n"]
+BOX_PIECES = split(r"""
+    \boxed{  \boxed{  \boxed  \boxed {  {  }  }  }  \{  \}  \  \\  boxed{  5  6  \text{  <think>
+    </think>
+""") + [" "]
 
 
 @settings(FUZZ, max_examples=1500 if LONG else 150)
@@ -1029,37 +1324,123 @@ def test_order_of_gold_and_answer(verifier):
     assert verifier.grade([("(1,2)", "1<x<2"), ("1<x<2", "(1,2)")]) == [C, W]
 
 
-def test_integer_short_cut_equals_math_verify(verifier):
+def test_exact_comparison_equals_math_verify(verifier):
     numbers = [
         "0",
         "-0",
         "1",
         "-1",
-        "7",
+        "+7",
         "07",
         "-07",
-        "007",
-        "10",
         "100",
         "213",
-        "-213",
-        "1000",
         "1234",
         "99999",
-        "100000",
         "9" * 18,
         "-" + "9" * 18,
         "9" * 17 + "8",
-        "0" * 18,
+        "0.5",
+        "1/2",
+        "\\dfrac{3}{6}",
+        "-0.5",
+        "0.25",
+        "1.0",
+        "4/4",
+        "-\\frac{1}{2}",
+        "1/3",
+        "0.333333",
+        "0.333334",
+        "2/6",
+        "0.000001",
+        "0.000002",
+        "1/1000000",
+        "999999.999999",
+        "123456789012/7",
+        "100000.1",
+        "1000001/10",
     ]
     for gold in numbers:
         for answer in numbers:
-            assert verify._quick_verdict(answer, gold) == verifier._ask((answer, gold)), (
+            verdict = verify._quick_verdict(answer, gold)
+            assert verdict == (answer, gold) or verdict == verifier._ask((answer, gold)), (
                 answer,
                 gold,
             )
-    for other in ("9" * 19, "+5", "5.0", "\u0665", "5 ", "--5", "1,000", "5\n", ""):
-        assert verify._quick_verdict(other, "5") is None
+    for other in (
+        "9" * 19,
+        "\u0665",
+        "--5",
+        "5e3",
+        "1/0",
+        "1/-2",
+        ".5",
+        "1234567.5",
+        "0.1234567",
+        "\\frac12",
+        "50\\%",
+        "",
+    ):
+        assert answers.number(other) is None
+
+
+NUMBERS = st.builds(
+    lambda value, kind: notations(value, 3)[kind % len(notations(value, 3))],
+    st.fractions(-1000, 1000, max_denominator=999) | DECIMALS,
+    st.integers(0, 99),
+)
+
+
+@settings(FUZZ, max_examples=3000 if LONG else 300)
+@given(NUMBERS, NUMBERS, st.integers(-3, 3), st.booleans())
+def test_exact_comparison_of_random_numbers_equals_math_verify(verifier, gold, other, steps, near):
+    exact = answers.number(gold)
+    answer = f"{float(exact + Fraction(steps, 10**6)):.6f}" if near and exact is not None else other
+    verdict = verify._quick_verdict(answer, gold)
+    if isinstance(verdict, str):
+        values = [answers.normal(text)[0] for text in (answer, gold)]
+        assert verdict == verifier._ask(values), (gold, answer)
+
+
+@settings(FUZZ, max_examples=5000 if LONG else 500)
+@given(
+    st.lists(
+        st.sampled_from(
+            PIECES
+            + split(r"""
+                1\,000  \text{ cm}  cm  \textbf{  5 balls  \approx  _5  ^\circ  \fbox{  $  ~  or
+                .
+            """)
+            + [" "]
+        ),
+        max_size=12,
+    ).map("".join)
+)
+def test_normal_form_of_anything(text):
+    normal = answers.normal(text)
+    assert normal is None or len(normal) == 2 and all(isinstance(part, str) for part in normal)
+    assert normal is None or answers.units_agree(normal[1], normal[1])  # a gold agrees with itself
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{" * 250 + "}" * 250,
+        " a" * 250,
+        "5 " + "a " * 249,
+        "5" + "\\text{a}" * 60,
+        "1 000" * 100,
+        "5/" * 250,
+        "$" * 500,
+        "\\approx" * 70,
+        "x<1 or " * 70,
+        "." * 500,
+    ],
+)
+def test_normal_form_takes_no_time(text):
+    start = time.perf_counter()
+    answers.normal(text)
+    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize(
@@ -1134,17 +1515,18 @@ def test_hostile_answers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = time.monotonic()
     with Verifier(workers=2, seconds=1) as verifier:
-        assert verifier.grade([("\\sqrt{4}", "2")]) == [
-            C
-        ]  # the first answer of a worker and later ones take different paths
-        verdicts = dict(zip(HOSTILE, verifier.grade([(answer, "5") for answer in HOSTILE])))
+        # The first answer of a worker and later ones take different paths.
+        assert verifier.grade([("\\sqrt{4}", "2")]) == [C]
+        graded = verifier.grade([(answer, "5") for answer in HOSTILE])
+        verdicts = dict(zip(HOSTILE, graded, strict=True))
         assert set(verdicts.values()) == {"wrong", "timeout"}, verdicts
         assert verdicts["9^{9^{9}}"] == verdicts["((9!)!)!"] == "timeout"
         assert verdicts["1" * 10_000] == verdicts["\ud800"] == "wrong"
         before = time.monotonic()
+        # From the cache.
         assert (
             verifier.grade([("9^{9^{9}}", "5")]) == ["timeout"] and time.monotonic() - before < 0.5
-        )  # from the cache
+        )
         workers = [worker.process.pid for worker in verifier._workers if worker.process]
     assert time.monotonic() - start < 3.0 * len(HOSTILE)
     assert not any(map(alive, workers)) and not os.listdir(tmp_path)
@@ -1156,18 +1538,19 @@ def test_hostile_answers(tmp_path, monkeypatch):
 def test_hostile_family(verifier, gold, verdict, texts):
     def others(texts, finished, expected):
         graded = grade_responses(verifier, texts, [finished] * len(texts), [gold] * len(texts))
-        return {text[:99]: result for text, result in zip(texts, graded) if result != expected}
+        rows = zip(texts, graded, strict=True)
+        return {text[:99]: result for text, result in rows if result != expected}
 
     assert not others(texts, True, (C if verdict == C else "incorrect", verdict))
     assert not others(texts, False, ("truncated", "truncated"))
-    assert not others(
-        ["<think>" + text + "</think>\\boxed{-99}" for text in texts], True, ("incorrect", W)
-    )  # a think block is never read, whatever it holds
+    # A think block is never read, whatever it holds.
+    thoughts = ["<think>" + text + "</think>\\boxed{-99}" for text in texts]
+    assert not others(thoughts, True, ("incorrect", W))
 
 
 def test_hostile_gold_answers(verifier):
     golds = [extract(text) or text for _, _, _, texts in FAMILIES for text in texts[::9]]
-    for gold, problem in zip(golds, verifier.check_golds(golds)):
+    for gold, problem in zip(golds, verifier.check_golds(golds), strict=True):
         try:
             verdict = verifier.grade([(gold if problem is None else "1/2", gold)])
         except ValueError:
@@ -1183,41 +1566,37 @@ def test_hangs(hasty):
             ("incorrect", W),
             ("incorrect", "timeout"),
         ), text
-        assert time.monotonic() - start < hasty.seconds + 20, (
-            text
-        )  # 20 s: to start another worker on a loaded machine
+        # 20 s: to start another worker on a loaded machine.
+        assert time.monotonic() - start < hasty.seconds + 20, text
 
 
 def test_a_verifier_works_on_after_time_outs_interrupts_and_deaths():
-    with Verifier(workers=1, seconds=1) as verifier:
+    with Verifier(workers=1, seconds=5) as verifier:
         assert verifier.grade(
-            [("9^{9^{9}}", "5"), ("1/2", "0.5"), (None, "5"), ("0.7", "0.5")]
+            [("9^{9^{9}}", "5"), ("\\sqrt4", "2"), (None, "5"), ("\\sqrt5", "2")]
         ) == ["timeout", C, "no_answer", W]
         with pytest.raises(KeyboardInterrupt):
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
             verifier.grade([("9^{9^{8}}", "1/2"), ("8^{8^{9}}", "1/2")])
-        assert verifier.grade([("1/3", "0.5"), ("2/6", "1/3")]) == [
-            W,
-            C,
-        ]  # no verdict of the interrupted call is left in the pipe
+        # No verdict of the interrupted call is left in the pipe.
+        assert verifier.grade([("\\sqrt6", "2"), ("\\sqrt9", "3")]) == [W, C]
         first = verifier._workers[0].process.pid
         os.kill(first, signal.SIGKILL)  # as the system does when memory runs out
-        assert verifier.grade([("2/4", "0.5")]) == [C]
+        assert verifier.grade([("\\sqrt{16}", "4")]) == [C]
         second = verifier._workers[0].process
         assert second.pid != first and second.poll() is None
-        verifier._workers[
-            0
-        ].used = False  # one that has not answered yet is not blamed for dying idle either
+        # One that has not answered yet is not blamed for dying idle either.
+        verifier._workers[0].used = False
         second.kill()
         second.wait()
-        assert verifier.grade([("3/6", "0.5")]) == [C]
+        assert verifier.grade([("\\sqrt{25}", "5")]) == [C]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
 def test_memory_limit():
     with Verifier(workers=1, seconds=10, memory_mb=256) as verifier:
         worker = verifier._workers[0]
-        assert verifier.grade([("1/2", "0.5")]) == [C]
+        assert verifier.grade([("\\sqrt4", "2")]) == [C]
         with open(f"/proc/{worker.process.pid}/limits") as limits:
             assert str(256 << 20) in limits.read()
 
@@ -1245,7 +1624,8 @@ def megabytes(pid):
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
 def test_nothing_leaks(verdicts):
     processes, files = children(), len(os.listdir("/proc/self/fd"))
-    with Verifier(workers=2, seconds=1) as verifier, ThreadPoolExecutor(2) as threads:
+    # 5 s: ordinary answers must not time out on a busy machine.
+    with Verifier(workers=2, seconds=5) as verifier, ThreadPoolExecutor(2) as threads:
         assert verifier.grade([("9^{9^{9}}", "5"), ("8^{8^{9}}", "5")]) == ["timeout"] * 2
         workers = children() - processes
         assert len(workers) == 2  # those that were killed are gone, not zombies
@@ -1259,7 +1639,7 @@ def test_nothing_leaks(verdicts):
             numbers = range(block * 2000, block * 2000 + (1000 if LONG else 30))
             verdict = verifier.grade(
                 [
-                    (f"\\frac{{{2 * i}}}{{14}}", f"{i}/7")
+                    (f"\\frac{{{2 * i}\\pi}}{{14}}", f"{i}\\pi/7")
                     if i % 10
                     else (f"x_{{{i}}}+{i}", f"{i}+x_{{{i}}}")
                     for i in numbers
@@ -1268,9 +1648,8 @@ def test_nothing_leaks(verdicts):
             assert verdict == [C] * len(numbers)
             memory.append(sum(map(megabytes, [os.getpid(), *workers])))
         assert children() - processes == workers and len(os.listdir("/proc/self/fd")) == open_files
-        assert memory[-1] < memory[1] + 40, (
-            memory
-        )  # of 200 MB or so; caches that fill up take a few
+        # 40 MB, of 200 or so: caches that fill up take a few.
+        assert memory[-1] < memory[1] + 40, memory
     assert children() == processes and len(os.listdir("/proc/self/fd")) == files
 
 
@@ -1278,7 +1657,7 @@ def test_close_is_final_and_idempotent():
     verifier = Verifier()
     assert verifier.grade([]) == [] and verifier.grade([("5", "5")]) == [C]
     assert not any(worker.process for worker in verifier._workers)  # integers need no worker
-    verifier.grade([("0.5", "1/2")])
+    verifier.grade([("\\sqrt4", "2")])
     pids = [worker.process.pid for worker in verifier._workers if worker.process]
     verifier.close()
     verifier.close()
@@ -1289,11 +1668,13 @@ def test_close_is_final_and_idempotent():
 
 @pytest.mark.parametrize("kill", [True, False])
 def test_workers_do_not_outlive_their_parent(tmp_path, kill):
-    script = (
-        tmp_path / "parent.py"
-    )  # no `if __name__` guard and never closed: both must be harmless
+    # No `if __name__` guard and never closed: both must be harmless.
+    script = tmp_path / "parent.py"
     script.write_text(
-        "import sys, threading, time\nfrom verify import Verifier\nverifier = Verifier(workers=1, seconds=2)\nverifier.grade([('0.5', '1/2')])\n"
+        "import sys, threading, time\n"
+        "from verify import Verifier\n"
+        "verifier = Verifier(workers=1, seconds=2)\n"
+        "verifier.grade([('x', '1x')])\n"
         "print(verifier._workers[0].process.pid, flush=True)\n"
         + ("verifier.grade([('9^{9^{9}}', '5')])\n" if kill else "")
     )
@@ -1322,7 +1703,7 @@ def alive(pid):
 def test_worker_that_cannot_start(monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
     with Verifier(workers=1) as verifier, pytest.raises(RuntimeError, match="did not start"):
-        verifier.grade([("0.5", "1/2")])
+        verifier.grade([("\\sqrt4", "2")])
 
 
 @pytest.mark.parametrize("arguments", [{"workers": 0}, {"seconds": 0}, {"memory_mb": 0}])
@@ -1352,6 +1733,9 @@ def test_gold_answers(verifier):
     )
     with pytest.raises(ValueError, match="overline"):
         verifier.grade([("0.5", "0.\\overline{3}")])
+    assert all("no unit" in problem for problem in verifier.check_golds(UNREAD_GOLDS))
+    with pytest.raises(ValueError, match="5 million.*no unit"):
+        verifier.grade([("5", "5 million")])
 
 
 def test_grade_responses(verifier):
@@ -1376,9 +1760,16 @@ def test_grade_responses(verifier):
 def test_cache_is_bounded(monkeypatch):
     monkeypatch.setattr(verify, "CACHE_PAIRS", 2)
     with Verifier(workers=1) as verifier:
-        pairs = [("1/2", "0.5"), ("1/3", "0.5"), ("2/4", "0.5"), ("1/2", "0.5")]
-        assert verifier.grade(pairs) == [C, W, C, C]
-        assert list(verifier._cache) == [("1/3", "0.5"), ("2/4", "0.5")]
+        pairs = [
+            ("\\sqrt4", "2"),
+            ("\\sqrt5", "2"),
+            ("\\sqrt9", "3"),
+            ("\\sqrt4\\text{ cm}", "2 dollars"),
+            ("\\sqrt4\\text{ cm}", "2"),
+        ]
+        assert verifier.grade(pairs) == [C, W, C, W, C]
+        # Normal forms: the last pair was the first once more.
+        assert list(verifier._cache) == [("\\sqrt5", "2"), ("\\sqrt9", "3")]
 
 
 @pytest.mark.parametrize(
@@ -1401,7 +1792,11 @@ def test_command_line(arguments, code, stdout, stderr):
 
 
 def test_import_is_light():
-    code = "import sys, json, verify; print(json.dumps([name for name in ('torch', 'transformers', 'sympy', 'math_verify') if name in sys.modules]))"
+    code = (
+        "import sys, json, verify; "
+        "heavy = ('torch', 'transformers', 'sympy', 'math_verify'); "
+        "print(json.dumps([name for name in heavy if name in sys.modules]))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -1409,3 +1804,108 @@ def test_import_is_light():
         cwd=os.path.dirname(os.path.abspath(verify.__file__)),
     )
     assert json.loads(result.stdout) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# Golds in data files: data.load_file
+
+ROW = '{"question": "How many?", "answer": %s}'
+
+
+def load(tmp_path, content, name="a.jsonl"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return data.load_file(str(path))
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [
+        ("2", "2"),
+        ("2.50", "2.5"),
+        ("0.00001", "0.00001"),
+        ("1e16", "10000000000000000"),
+        ("1e-7", "0.0000001"),
+        ("-1.5e3", "-1500.0"),
+        ("1E2", "100.0"),
+    ],
+)
+def test_numbers_in_data_become_decimal_text(tmp_path, number, text):
+    assert load(tmp_path, ROW % number)[0].answer == text
+
+
+@pytest.mark.parametrize(
+    "missing", ["NaN", "Infinity", "-Infinity", "1e999", "null", '""', '" "', '"nan"']
+)
+def test_missing_golds_are_refused_by_row(tmp_path, missing, capsys):
+    with pytest.raises(SystemExit):
+        load(tmp_path, ROW % 5 + "\n" + ROW % missing)
+    assert re.fullmatch(r"error: \S+, line 2: no answer .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + (ROW % 5).encode(),
+        ROW % 5 + "\r\n",
+        "[" + ROW % 5 + "]",
+        "\n [\n" + ROW % 5 + "\n]\n",
+        "\n" + (ROW % 5).replace("many", "m\u2028\u00e9ny"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_forms_of_json_files(tmp_path, content, name):
+    assert [problem.answer for problem in load(tmp_path, content, name)] == ["5"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ((ROW % 5).encode("utf-16"), "a.jsonl: UTF-16 or another wide encoding; save it as UTF-8"),
+        (
+            (ROW % 5).encode("utf-16-le"),
+            "a.jsonl: UTF-16 or another wide encoding; save it as UTF-8",
+        ),
+        (
+            (ROW % 5 + "\n" + ROW % '"\u00e9"').encode("latin-1"),
+            "a.jsonl, line 2: byte 0xe9 is not UTF-8 (latin-1?); save the file as UTF-8",
+        ),
+        ("[" + ROW % 5 + ", 5]", "a.jsonl, row 2: not a JSON object"),
+        (
+            "[" + ROW % 5,
+            "a.jsonl: begins like a JSON array, but is not JSON (Expecting ',' delimiter",
+        ),
+        ("[1]\n[2]", "a.jsonl: begins like a JSON array, but is not JSON (Extra data"),
+        (ROW % 5 + "\n5", "a.jsonl, line 2: not a JSON object"),
+        (
+            ROW % 5 + "\n" + ROW % '"5 million"' + "\n" + ROW % '"10 80"',
+            "a.jsonl, line 2: gold answer '5 million': it has words or numbers beside a number "
+            "that are no unit (see answers.py) (the first of 2 such rows)",
+        ),
+        ("", "no rows"),
+        ("[]", "no rows"),
+    ],
+)
+def test_unreadable_data_is_one_line(tmp_path, content, message, capsys):
+    with pytest.raises(SystemExit):
+        load(tmp_path, content)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_units_of_golds_are_reported(tmp_path, capsys):
+    problems = load(
+        tmp_path, "\n".join(ROW % gold for gold in ("5", '"15 balls"', '"5 m"', '"9 (apples)"'))
+    )
+    # What a context shows is the text of the data.
+    assert [problem.answer for problem in problems] == ["5", "15 balls", "5 m", "9 (apples)"]
+    assert (
+        "2 of 4 gold answers have a unit" in (line := capsys.readouterr().out)
+        and "line 2: '15 balls' is 15, unit ball)" in line
+    )
+    assert (
+        "1 of 4 gold answers are a number and one letter" in line
+        and "line 3: '5 m'; a unit is \\text{m})" in line
+    )
+    load(tmp_path, ROW % 5)
+    assert capsys.readouterr().out == ""
