@@ -397,8 +397,8 @@ def main(argv=None):
             run.save_state(step + 1, model, optimizer, drawn=drawn, teacher=follows)
         if not run.updates:
             fail(f"--filter {args.filter}: no step was taken, the model is unchanged")
-        save_model(run.path, model, tokenizer)
         held_out.evaluate(run, args.steps, last=True)
+        save_model(run.path, model, tokenizer)
         run.finish()
     print(f"\nrun directory {run.path}: the trained model, metrics.jsonl, samples.jsonl")
 

@@ -232,8 +232,8 @@ def main(argv=None):
             run.save_state(step + 1, model, optimizer, drawn=drawn)
         if not run.updates:
             fail("no step was taken, the model is unchanged")
-        save_model(run.path, model, tokenizer)
         held_out.evaluate(run, args.steps, last=True)
+        save_model(run.path, model, tokenizer)
         run.finish()
     print(f"\nrun directory {run.path}: the trained model, metrics.jsonl, samples.jsonl")
 

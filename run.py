@@ -3,6 +3,7 @@
 import atexit
 import glob
 import importlib
+import io
 import json
 import os
 import shutil
@@ -22,17 +23,22 @@ GIVE_UP = 10  # steps in a row without an update after which a run ends
 
 
 def write_whole(path, write):
-    """Calls write(temporary path), then renames it to `path`: whole or not at all, and synced."""
+    """Calls write(temporary path), then renames it to `path`: whole or not at all, and synced.
+
+    Returns what `write` returned.
+    """
     temporary = os.path.join(os.path.dirname(path), ".saving-" + os.path.basename(path))
     try:
-        write(temporary)
+        result = write(temporary)
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         if os.path.exists(temporary):
             os.remove(temporary)
-        fail(f"{path}: cannot be written ({one_line(error)})")
+        reason = error.__context__ or error  # what torch met first
+        fail(f"{path}: cannot be written ({one_line(reason)})")
+    return result
 
 
 def write_json(path, record):
@@ -46,6 +52,18 @@ def write_json(path, record):
 
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     write_whole(path, write)
+
+
+class Summed(io.BufferedWriter):
+    """A new file, written from front to back, and the checksum of what was written."""
+
+    def __init__(self, path):
+        super().__init__(io.FileIO(path, "wb"))
+        self.value = 0
+
+    def write(self, block):
+        self.value = zlib.crc32(block, self.value)
+        return super().write(block)
 
 
 def checksum(path):
@@ -241,9 +259,14 @@ class Run:
         )
         if not self.first:
             return
+
+        def write(target):
+            with Summed(target) as stream:  # a large state is not read again
+                torch.save(state, stream)
+            return stream.value
+
         unnamed = os.path.join(self.path, ".saving-state")
-        write_whole(unnamed, lambda target: torch.save(state, target))
-        name = f"state-{step:07d}-{checksum(unnamed)}.pt"
+        name = f"state-{step:07d}-{write_whole(unnamed, write):08x}.pt"
         os.replace(unnamed, os.path.join(self.path, name))
         for old in find_states(self.path)[2:]:
             os.remove(os.path.join(self.path, old))
@@ -265,7 +288,8 @@ class Run:
             for leftover in glob.glob(os.path.join(glob.escape(self.path), ".saving*")):
                 remove(leftover)
             for log in glob.glob(os.path.join(glob.escape(self.path), "*.jsonl")):
-                drop_later_lines(log, step)
+                # The last evaluation follows the last state: it is made anew.
+                drop_later_lines(log, step, again=step == self.args.steps)
             if not first_args(self.path):  # that run died before it had written a line
                 self.log_settings()
         print(f"resumed after step {step}" + ("" if self.state else " (no whole state)"))
@@ -326,16 +350,20 @@ def remove(path):
     shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
-def drop_later_lines(path, step):
-    """Drops the lines of a log that are later than `step`, and what a crash left half-written."""
+def drop_later_lines(path, step, again):
+    """Drops the lines of a log that are later than `step`, and what a crash left half-written;
+    with `again` the evaluation at `step` as well.
+    """
     kept = []
     with open(path, "rb") as stream:
         for line in stream:
             try:
-                if line.endswith(b"\n") and json.loads(line).get("step", 0) <= step:
-                    kept.append(line)
+                row = json.loads(line)
             except ValueError:
                 continue
+            last = again and "evaluation" in row and row["step"] == step
+            if line.endswith(b"\n") and row.get("step", 0) <= step and not last:
+                kept.append(line)
 
     def write(target):
         with open(target, "wb") as stream:

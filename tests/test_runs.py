@@ -147,12 +147,12 @@ def test_a_full_disk_ends_the_run_with_one_line_and_leaves_the_last_state_whole(
 ):
     out, own, calls = str(tmp_path / "run"), torch.save, []
 
-    def full(state, path):
-        calls.append(path)
+    def full(state, stream):
+        calls.append(stream)
         if len(calls) == 2:
-            write_bytes(path, b"half")
+            stream.write(b"half")
             raise OSError(28, "No space left on device")
-        own(state, path)
+        own(state, stream)
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit):
@@ -429,3 +429,23 @@ def test_split_of_one_outcome_and_a_rate_that_is_too_high_are_named(tmp_path, mo
         flags = "--filter all --eval-problems 0 --lr 1e30 --steps 9 --out".split()
         opsd.main([*SMALL, *flags, str(tmp_path / "run")])
     assert "is --lr too high?" in capsys.readouterr().err
+
+
+def test_a_run_that_dies_in_its_last_evaluation_is_completed(tmp_path, monkeypatch):
+    out = str(tmp_path / "run")
+    argv = [*SMALL, "--filter", "all", "--steps", "2", "--out", out]
+
+    class Crash(Exception):
+        pass
+
+    def crash(path, *rest):
+        raise Crash
+
+    monkeypatch.setattr(opsd, "save_model", crash)
+    with pytest.raises(Crash):
+        opsd.main(argv)  # the evaluation is logged, the model is not saved
+    assert ["evaluation" in row for row in metrics(out)[1:]] == [False, False, True]
+    monkeypatch.undo()
+    opsd.main([*argv, "--resume"])
+    assert ["evaluation" in row for row in metrics(out)[1:]] == [False, False, True]
+    assert os.path.exists(os.path.join(out, "model.safetensors"))

@@ -28,6 +28,7 @@ import zlib
 from cli import HERE, Parser, start
 
 COMMON = "--threads 1 --state-every 1 --seed 3"
+# Flags, --steps first.
 STAGES = {
     "sft": "--steps 40 --batch 8",
     "rlvr": "--steps 8 --batch 4 --hard 1 --eval-problems 16",
@@ -59,15 +60,18 @@ def finish(process):
     return process.returncode, out, error
 
 
-def finished(out):
-    return os.path.exists(os.path.join(out, "model.safetensors"))
+def finished(stage, out):
+    """Whether the run is one that --resume refuses."""
+    last = int(STAGES[stage].split()[1])
+    saved = os.path.exists(os.path.join(out, "model.safetensors"))
+    return saved and bool(glob.glob(os.path.join(out, f"state-{last:07d}-*")))
 
 
 def result(out):
     """What a run left behind: checksum of the weights and the logs without times; None if it did
     not end.
     """
-    if not finished(out):
+    if not os.path.exists(os.path.join(out, "model.safetensors")):
         return None
     logs = {}
     for path in sorted(glob.glob(os.path.join(out, "*.jsonl"))):
@@ -144,11 +148,11 @@ def drill(stage, kills, folder, counts, rng):
 
     # 1. Kills. The run is begun anew whenever it gets to its end before the last of them.
     while done < kills:
-        if finished(out) and not states(out):
+        if finished(stage, out):
             check(result(out) == expected, f"a run with {done} kills ended differently")
             shutil.rmtree(out)
         done += kill(stage, out, "saving" if done % 4 == 3 else "random", seconds, rng)
-    if states(out) or not finished(out):
+    if not finished(stage, out):
         code, _, error = finish(launch(stage, out, *resume_flags(out)))
         check(code == 0, f"resuming after {done} kills failed", error)
     check(result(out) == expected, f"a run with {done} kills ended differently")

@@ -65,7 +65,7 @@ def group_seeds(items):
     groups = {}  # {what they share: {seed: (name, value)}}
     for name, settings, value in items:
         seed = settings["seed"]
-        rest = {k: v for k, v in settings.items() if k != "seed" and k not in HARMLESS}
+        rest = {k: v for k, v in settings.items() if k not in HARMLESS - {"steps"} | {"seed"}}
         rest = {k: without_seed(v, seed) for k, v in rest.items()}
         key = json.dumps(rest, sort_keys=True)
         while seed in groups.get(key, {}):
