@@ -141,7 +141,8 @@ def load_file(path, args=None):
     for where, problem, complaint in zip(places, problems, complaints, strict=True):
         if complaint:
             count = sum(map(bool, complaints))
-            fail(f"{where}: gold answer {problem.answer[:80]!r}: {complaint} ({count} such rows)")
+            more = f" (the first of {count} such rows)" if count > 1 else ""
+            fail(f"{where}: gold answer {problem.answer[:80]!r}: {complaint}{more}")
     tell_units(path, places, [p.answer for p in problems])
     return problems
 
@@ -156,11 +157,13 @@ def tell_units(path, places, golds):
             f"{path}: {len(units)} of {len(golds)} gold answers have a unit; a response may leave "
             f"it out, but not name another (first: {where}: {gold!r} is {value}, unit {unit})"
         )
-    letters = [gold for gold in golds if re.fullmatch(r"[0-9.,/]+ [A-Za-z]", gold.strip())]
+    letter = re.compile(r"[0-9.,/]+ ([A-Za-z])")
+    letters = [(w, g) for w, g in zip(places, golds, strict=True) if letter.fullmatch(g.strip())]
     if letters:
+        (where, gold), unit = letters[0], letters[0][1].strip()[-1]
         print(
             f"{path}: {len(letters)} of {len(golds)} gold answers are a number and one letter, "
-            f"read as a variable, not a unit (first: {letters[0]!r}; a unit is \\text{{m}})"
+            f"read as a variable, not a unit (first: {where}: {gold!r}; a unit is \\text{{{unit}}})"
         )
 
 
@@ -208,7 +211,8 @@ def read_json(path):
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
-        fail(f"{path}, line {number}: byte 0x{byte:02x} is not UTF-8 (latin-1?); save it as UTF-8")
+        where, wrong = f"{path}, line {number}", f"byte 0x{byte:02x} is not UTF-8 (latin-1?)"
+        fail(f"{where}: {wrong}; save the file as UTF-8")
     if text.lstrip().startswith("["):
         try:
             rows = [(f"{path}, row {i}", row) for i, row in enumerate(json.loads(text), 1)]
