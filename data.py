@@ -33,6 +33,8 @@ class Problem:
     answer: str
     solution: str = ""
     difficulty: str = ""
+    wrong_solution: str = ""  # of the context `wrong`: both, or they are made
+    wrong_answer: str = ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -42,6 +44,7 @@ QUESTION_FIELDS = ("question", "problem", "prompt")
 ANSWER_FIELDS = ("answer", "ground_truth", "gold", "final_answer")
 SOLUTION_FIELDS = ("solution", "cot", "reasoning")
 DIFFICULTY_FIELDS = ("difficulty", "level")
+WRONG_FIELDS = ("wrong_solution", "wrong_answer")
 
 
 def add_data_flags(parser, several=False):
@@ -128,9 +131,11 @@ def load_file(path, args=None):
                 pick(row, named("answer"), ANSWER_FIELDS, where, "--answer-field"),
                 pick(row, solution, SOLUTION_FIELDS, where, "--solution-field", bool(solution)),
                 pick(row, None, DIFFICULTY_FIELDS, where, "", required=False),
+                *(pick(row, None, (name,), where, "", required=False) for name in WRONG_FIELDS),
             )
         )
         places.append(where)
+        check_wrong(problems[-1], where)
     if not problems:
         fail(f"--data {path}: no rows")
     repeated = len(problems) - len({p.question for p in problems})
@@ -165,6 +170,14 @@ def tell_units(path, places, golds):
             f"{path}: {len(letters)} of {len(golds)} gold answers are a number and one letter, "
             f"read as a variable, not a unit (first: {where}: {gold!r}; a unit is \\text{{{unit}}})"
         )
+
+
+def check_wrong(problem, where):
+    """Ends the program where a row's wrong reference is half there, or right."""
+    if bool(problem.wrong_solution) != bool(problem.wrong_answer):
+        fail(f"{where}: wrong_solution and wrong_answer: one without the other")
+    if problem.wrong_answer == problem.answer:
+        fail(f"{where}: wrong_answer is the answer")
 
 
 def problem_batch(problems, position, count, seed):
@@ -313,20 +326,22 @@ def opened_think(tokenizer, prompt):
     return "<think>\n" if tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>") else ""
 
 
-def require_thinking_switch(tokenizer, thinking):
+def require_thinking_switch(tokenizer, thinking, flag="--thinking"):
     """With thinking off the template must know the switch, or the flag would do nothing."""
     if not thinking and chat_ids(tokenizer, "x", True) == chat_ids(tokenizer, "x", False):
-        fail("--thinking off: this model's chat template has no enable_thinking switch")
+        fail(f"{flag} off: this model's chat template has no enable_thinking switch")
 
 
 # ------------------------------------------------------------------------------------------------
 # 3. Privileged contexts (paper, table 4): what the teacher reads besides the problem.
 #
-# Each is a function (rollouts, write) -> one text a rollout, or None where the context failed.
-# `write` takes one prompt a rollout and returns what the frozen teacher writes to it, or None where
-# that is empty or truncated. A new context is a function, a template if it needs one, and an entry.
+# Each is a function (rollouts, write, args) -> one text a rollout, or None where it failed. `write`
+# takes one prompt a rollout and returns what the frozen teacher writes to it, or None where that is
+# empty or truncated; `args` are the flags. A new context is a function, a template if it needs one,
+# and an entry. The last three are controls: references that are not quite the problem's.
 
 REFERENCE = "Here is a reference solution:\n{solution}\nThe answer is {answer}."
+PART = "Here is a reference solution:\n{part} ..."
 ANSWER = "The correct answer is {answer}."
 CONCISE = (
     "Solve this concisely and correctly: be direct, do not restate the problem, and write only the "
@@ -368,7 +383,7 @@ def fill(template, rollout):
 def given(template):
     """A context that needs no generation."""
 
-    def context(rollouts, write):
+    def context(rollouts, write, args):
         return [fill(template, r) for r in rollouts]
 
     return context
@@ -379,11 +394,59 @@ def written(template, frame=MEMO):
     stands around its text afterwards.
     """
 
-    def context(rollouts, write):
+    def context(rollouts, write, args):
         texts = write([fill(template, r) for r in rollouts])
         return [text and frame.format(text=text) for text in texts]
 
     return context
+
+
+def of_another(rollouts, write, args):
+    """The reference of another problem, the next one in the list (behind the last comes the first);
+    None where there is none.
+    """
+    texts = []
+    for i, r in enumerate(rollouts):
+        later = (rollouts[(i + step) % len(rollouts)] for step in range(1, len(rollouts)))
+        other = next((o for o in later if o.problem.question != r.problem.question), None)
+        texts.append(other and fill(REFERENCE, other))
+    return texts
+
+
+def wrong(rollouts, write, args):
+    """A reference whose answer is wrong; None where none can be made."""
+    make = toy.wrong_reference if args.data is None else with_wrong_answer
+    texts = []
+    for r in rollouts:
+        given = r.problem.wrong_solution, r.problem.wrong_answer
+        reference = given if all(given) else make(r.problem)
+        texts.append(reference and REFERENCE.format(solution=reference[0], answer=reference[1]))
+    return texts
+
+
+def with_wrong_answer(problem):
+    """(solution, answer): the answer's last number is one more, there and wherever the solution has
+    the answer. The steps stay right, so a reader can tell. None for an answer without a number.
+    """
+    *_, last = [None, *re.finditer(r"\d+", problem.answer)]
+    if last is None:
+        return None
+    more = str(int(last[0]) + 1).zfill(len(last[0]))
+    answer = problem.answer[: last.start()] + more + problem.answer[last.end() :]
+    whole = rf"(?<![\w.]){re.escape(problem.answer)}(?!\w|\.\d)"
+    return re.sub(whole, lambda match: answer, problem.solution), answer
+
+
+def part(rollouts, write, args):
+    """The first --part of the solution, in words, rounded down, and no answer."""
+    if args.part > 1:
+        fail(f"--part {args.part}: a share, at most 1")
+    texts = []
+    for r in rollouts:
+        words = list(re.finditer(r"\S+", r.problem.solution))
+        count = int(args.part * len(words))
+        texts.append(PART.format(part=r.problem.solution[: words[count - 1].end() if count else 0]))
+    return texts
 
 
 CONTEXTS = {
@@ -396,13 +459,16 @@ CONTEXTS = {
     "four-line": written(FOUR_LINES),
     "two-line": written(TWO_LINES),
     "resolve": written(RESOLVE, OWN_SOLUTION),
+    "other": of_another,
+    "wrong": wrong,
+    "part": part,
 }
-NEED_SOLUTION = {"solution", "reflection-demo", "four-line", "two-line", "resolve"}
+NEED_SOLUTION = set(CONTEXTS) - {"none", "answer", "instruction", "reflection"}
 
 
-def require_solutions(problems, context):
+def require_solutions(problems, context, flag="--context"):
     """Ends the program where the context wants worked solutions and a problem has none."""
     for number, problem in enumerate(problems if context in NEED_SOLUTION else (), 1):
         if not problem.solution:
-            wants = f"--context {context}: needs a worked solution"
+            wants = f"{flag} {context}: needs a worked solution"
             fail(f"{wants}, and problem {number} of {len(problems)} has none (--solution-field?)")

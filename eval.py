@@ -298,7 +298,7 @@ def main(argv=None):
                     if context != "none":
                         # Written ones reflect on the model's own responses, just sampled.
                         write = rollout.make_writer(sampler, tokenizer, args, args.seed)
-                        texts = CONTEXTS[context](named[benchmark][0][1], write)
+                        texts = CONTEXTS[context](named[benchmark][0][1], write, args)
                         name = f"{path} reading {context}"
                         if None in texts:
                             failed = f"{texts.count(None)} of {len(texts)} contexts failed"

@@ -12,6 +12,7 @@ Divergences, per token over the whole vocabulary v (S student, T teacher):
     jsd          beta KL(T||M) + (1-beta) KL(S||M), M = beta T + (1-beta) S
     split        reverse_kl on correct rollouts, forward_kl on the others
     rft          -log S(y_t): rejection-sampling fine-tuning on the same rollouts, a baseline
+losses.py has them, and the gates: a factor in [0, 1] on each token's divergence.
 
 Where this code departs from the paper, or fills in what it left open:
 1. Truncated rollouts are a third group beside correct and incorrect: the filters `all` and
@@ -32,17 +33,19 @@ import copy
 import math
 import os
 import time
-from typing import NamedTuple
 
 import torch
 
 import data
+import losses
 import ranks
 import rollout
 import samplers
+import toy
 from cli import Parser, add_training_flags, fail, progress, set_up, start, tiny
 from data import CONTEXTS
 from eval import HeldOut
+from losses import DIVERGENCES, GATES, MEASURES, WEIGHTS, Tokens, gate_metrics, measure
 from model import (
     backward_in_chunks,
     load_model,
@@ -50,6 +53,7 @@ from model import (
     optimizer_step,
     response_hidden,
     response_targets,
+    sampled_logps,
     save_model,
 )
 from rollout import rollout_metrics
@@ -68,13 +72,15 @@ def parse_args(argv=None):
     add("--reinject", type=int, default=0, help="tokens between recalls (table 5: 2048); 0 = off")
     add("--divergence", default="reverse_kl", choices=list(DIVERGENCES), help="formulas above")
     add("--beta", type=float, default=0.5, help="of jsd: weight of the teacher in the mixture")
-    add("--gate", default="all", choices=list(GATES), help="factor on each token's divergence")
+    losses.add_gate_flags(add)
+    add("--weights", default="equal", choices=list(WEIGHTS), help="factor on each outcome's loss")
     add(
         "--mean",
         default="response",
         choices=["response", "token"],
         help="over responses of their token means (eq. 1), or over all tokens of the step",
     )
+    add("--teacher-thinking", choices=["on", "off"], help="of its prompt (else as --thinking)")
     add("--teacher", default="frozen", choices=list(TEACHERS), help="how it follows the student")
     add("--ema", type=float, default=0.99, help="of --teacher ema: share of the old one kept")
     add("--refresh", type=int, default=10, help="of --teacher every: updates between copies")
@@ -88,8 +94,14 @@ def parse_args(argv=None):
         fail(f"--beta {args.beta}: strictly between 0 and 1 (jsd tends to 0 at both ends)")
     if args.ema >= 1:
         fail(f"--ema {args.ema}: below 1")
-    if args.divergence == "split" and args.filter not in ("all", "not-correct"):
-        fail(f"--divergence split: --filter {args.filter} keeps one outcome only; use --filter all")
+    one = f"--filter {args.filter} keeps one outcome only; use --filter all"
+    several = args.filter in ("all", "not-correct")
+    if args.divergence == "split" and not several:
+        fail(f"--divergence split: {one}")
+    if args.weights != "equal" and not several:
+        fail(f"--weights {args.weights}: {one}")
+    losses.settle_gates(args)
+    args.teacher_thinking = args.teacher_thinking or args.thinking
     return args
 
 
@@ -102,69 +114,6 @@ FILTERS = {
     "incorrect": lambda r, args: r.outcome == "incorrect",
     "not-correct": lambda r, args: r.outcome != "correct",
 }
-
-# ------------------------------------------------------------------------------------------------
-# Divergences and gates. Axes: P tokens of a piece, V vocabulary. Each takes the log-probabilities
-# of student and teacher (P, V), the tokens' data and the flags. A divergence returns nats a token
-# (P,), a gate a factor in [0, 1] on it (P,), without gradient. A new one is a function, an entry,
-# and, if it has a parameter, a flag.
-#
-# The KLs are written with the extra terms -P + Q, which sum to zero: where both distributions are
-# equal the value and the gradient are then exactly 0, not a rounding error.
-
-
-class Tokens(NamedTuple):
-    """What is known of each response token, (P,) each."""
-
-    ids: torch.Tensor  # the sampled ids
-    correct: torch.Tensor  # whether its rollout is correct
-    advantage: torch.Tensor  # its rollout's
-    position: torch.Tensor  # in its response, from 0
-    weight: torch.Tensor  # in the step's loss
-
-
-def kl(p, q):
-    """KL(P || Q) = sum_v P log(P/Q) of log-probabilities p and q (P, V): (P,)."""
-    return (p.exp() * (p - q - 1) + q.exp()).sum(-1)
-
-
-def reverse_kl(student_logps, teacher_logps, tokens, args):
-    return kl(student_logps, teacher_logps)
-
-
-def forward_kl(student_logps, teacher_logps, tokens, args):
-    return kl(teacher_logps, student_logps)
-
-
-def jsd(student_logps, teacher_logps, tokens, args):
-    of_teacher, of_student = math.log(args.beta), math.log(1 - args.beta)
-    mixture = torch.logaddexp(teacher_logps + of_teacher, student_logps + of_student)  # (P, V)
-    return args.beta * kl(teacher_logps, mixture) + (1 - args.beta) * kl(student_logps, mixture)
-
-
-def split(student_logps, teacher_logps, tokens, args):
-    reverse, forward = kl(student_logps, teacher_logps), kl(teacher_logps, student_logps)
-    return torch.where(tokens.correct, reverse, forward)
-
-
-def rft(student_logps, teacher_logps, tokens, args):
-    return -student_logps.gather(-1, tokens.ids[:, None])[:, 0]
-
-
-DIVERGENCES = {
-    "reverse_kl": reverse_kl,
-    "forward_kl": forward_kl,
-    "jsd": jsd,
-    "split": split,
-    "rft": rft,
-}
-
-
-def every_token(student_logps, teacher_logps, tokens, args):
-    return torch.ones_like(tokens.weight)
-
-
-GATES = {"all": every_token}
 
 # ------------------------------------------------------------------------------------------------
 # The loss
@@ -181,21 +130,10 @@ def token_weights(rollouts, mean):
     return [[1 / (len(rollouts) * length)] * length for length in lengths]
 
 
-MEASURES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "logp")
-
-
-def measure(student_logps, teacher_logps, ids):
-    """The MEASURES of each token, (5, P), in nats; logp: the student's of the sampled id."""
-    s, t = student_logps, teacher_logps
-    p, q, dot = s.exp(), t.exp(), torch.linalg.vecdot
-    ps, pt, qs, qt = dot(p, s), dot(p, t), dot(q, s), dot(q, t)
-    return torch.stack([ps - pt, qt - qs, -ps, -qt, s.gather(-1, ids[:, None])[:, 0]])
-
-
 def opsd_loss(student, teacher, rollouts, args):
-    """The loss of one micro-batch, its gradient added to the student's: (loss, measures (5, R)).
+    """The loss of one micro-batch, its gradient added to the student's: (loss, measures (M, R)).
 
-    Each rollout carries its weights and the teacher's hidden states, see `read_by_teacher`.
+    Each rollout carries its weights and what `read_by_teacher` gave it.
     """
     rows = [r.row for r in rollouts]
     ids = response_targets(student, rows)  # (R,)
@@ -203,20 +141,24 @@ def opsd_loss(student, teacher, rollouts, args):
     def of_tokens(values):
         return torch.tensor([v for row in values for v in row], device=ids.device)  # (R,)
 
+    oracle = rollouts[0].token_classes is not None
     tokens = Tokens(
         ids=ids,
         correct=of_tokens([r.outcome == "correct"] * len(r.response_ids) for r in rollouts),
         advantage=of_tokens([r.advantage] * len(r.response_ids) for r in rollouts),
         position=of_tokens(range(len(r.response_ids)) for r in rollouts),
         weight=of_tokens(r.weights for r in rollouts),
+        control=torch.cat([r.control_logps for r in rollouts]) if args.contrast else None,
+        token_class=of_tokens(r.token_classes for r in rollouts) if oracle else None,
     )
 
     def token_loss(student_logps, teacher_logps, piece):
-        part = Tokens(*(column[piece] for column in tokens))
+        part = Tokens(*(column if column is None else column[piece] for column in tokens))
+        inputs = student_logps, teacher_logps, part, args
         with torch.no_grad():
-            measures = measure(student_logps, teacher_logps, part.ids)  # (5, P)
-            gate = GATES[args.gate](student_logps, teacher_logps, part, args)  # (P,)
-        divergence = DIVERGENCES[args.divergence](student_logps, teacher_logps, part, args)  # (P,)
+            gate = torch.stack([GATES[name](*inputs) for name in args.gate]).amax(0)  # (P,)
+            measures = measure(student_logps, teacher_logps, part.ids, gate)  # (M, P)
+        divergence = DIVERGENCES[args.divergence](*inputs)  # (P,)
         return divergence * gate * part.weight, measures
 
     teacher_hidden = torch.cat([r.teacher_hidden for r in rollouts])  # (R, D)
@@ -226,10 +168,11 @@ def opsd_loss(student, teacher, rollouts, args):
 def accumulate_gradients(student, teacher, rollouts, args):
     """The whole step's loss; gradients add up over micro-batches and ranks.
 
-    Each rollout gets its measures, (5, tokens).
+    Each rollout gets its measures, (M, tokens).
     """
+    factors = WEIGHTS[args.weights]
     for r, weights in zip(rollouts, token_weights(rollouts, args.mean), strict=True):
-        r.weights = weights  # one denominator, before the loop
+        r.weights = [w * factors[r.outcome] for w in weights]  # one denominator, before the loop
     loss, measures = 0.0, {}
     groups = my_micro_batches(teacher_lengths(rollouts), args.micro_tokens)
     for group, counts in progress(groups, "training"):
@@ -272,39 +215,62 @@ def teacher_row(prompt, response, recall=(), every=0):
     return row
 
 
-def add_teacher_rows(rollouts, contexts, tokenizer, args, limit):
+def add_teacher_rows(rollouts, contexts, tokenizer, args, limit, controls=None):
     """(the rollouts that now have a teacher row, the number of those that failed): a context that
     is None, or a row that exceeds the model's context of `limit` tokens; nothing is cut.
+
+    controls: the contexts of the second teacher of --gate contrast, if any; likewise.
     """
     kept = []
-    for r, context in zip(rollouts, contexts, strict=True):
-        if context is None:
+    for r, context, control in zip(rollouts, contexts, controls or contexts, strict=True):
+        if context is None or control is None:
             continue
-        prompt = data.render_prompt(tokenizer, r.problem, context, args.thinking == "on")
-        recall = data.plain(tokenizer, RECALL.format(context=context)) if context else ""
-        recall = tokenizer(recall, add_special_tokens=False).input_ids
-        r.teacher_row = teacher_row(prompt, r.response_ids, recall, args.reinject)
-        if not limit or sum(map(len, r.teacher_row)) <= limit:
+        r.teacher_row = row_behind(context, r, tokenizer, args)
+        r.control_row = row_behind(control, r, tokenizer, args) if controls else None
+        if not limit or max(teacher_lengths([r])) <= limit:
             kept.append(r)
     return kept, len(rollouts) - len(kept)
 
 
+def row_behind(context, r, tokenizer, args):
+    """The teacher's row of a rollout, its prompt holding `context`."""
+    prompt = data.render_prompt(tokenizer, r.problem, context, args.teacher_thinking == "on")
+    recall = data.plain(tokenizer, RECALL.format(context=context)) if context else ""
+    recall = tokenizer(recall, add_special_tokens=False).input_ids
+    return teacher_row(prompt, r.response_ids, recall, args.reinject)
+
+
 def teacher_lengths(rollouts):
-    return [sum(map(len, r.teacher_row)) for r in rollouts]
+    """Tokens of each teacher's row, or of the second teacher's where that is longer."""
+    pairs = [(r.teacher_row, r.control_row or []) for r in rollouts]
+    return [max(sum(map(len, row)) for row in pair) for pair in pairs]
+
+
+def add_token_classes(rollouts, tokenizer, args):
+    """What the oracle gates know of each token; nothing without such a gate."""
+    if toy.ORACLES.keys() & set(args.gate):
+        for r in rollouts:
+            texts = [tokenizer.decode([token]) for token in r.response_ids]
+            r.token_classes = toy.token_classes(r.problem, texts)
 
 
 def read_by_teacher(teacher, rollouts, args):
     """Gives this rank's rollouts the teacher's hidden states at the response tokens, (tokens, D).
 
+    With --contrast also its log-probabilities of them when it reads the control's row, (tokens,).
     All of the step's rows are read before any is trained on.
     """
     with torch.inference_mode():
         for group, _ in my_micro_batches(teacher_lengths(rollouts), args.micro_tokens):
             part = [rollouts[i] for i in group]
+            lengths = [len(r.response_ids) for r in part]
             hidden = response_hidden(teacher, [r.teacher_row for r in part])  # (R, D)
-            parts = hidden.split([len(r.response_ids) for r in part])
-            for r, states in zip(part, parts, strict=True):
+            for r, states in zip(part, hidden.split(lengths), strict=True):
                 r.teacher_hidden = states
+            if args.contrast:
+                logps = sampled_logps(teacher, [r.control_row for r in part])  # (R,)
+                for r, values in zip(part, logps.split(lengths), strict=True):
+                    r.control_logps = values
 
 
 def frozen_copy(model):
@@ -339,8 +305,10 @@ def main(argv=None):
     problems = data.load_problems(args, planned * args.batch * (args.resample + 1))
     problems, held_out = data.load_held_out(args, problems)
     data.require_solutions(problems, args.context)
+    data.require_solutions(problems, args.contrast, "--contrast")
     model, tokenizer = load_model(args.model, ranks.load_device(device))  # in float32
     data.require_thinking_switch(tokenizer, args.thinking == "on")
+    data.require_thinking_switch(tokenizer, args.teacher_thinking == "on", "--teacher-thinking")
     teacher = frozen_copy(model)
     ranks.prepare(model, args, device)
     # An average in bfloat16 would stand still.
@@ -375,8 +343,12 @@ def main(argv=None):
             kept, sampled = kept[: args.batch], time.time()
             # 4. the teacher reads the same tokens behind its own prompt
             write = rollout.make_writer(teacher_sampler, tokenizer, args, args.seed + drawn)
-            contexts = CONTEXTS[args.context](kept, write)
-            kept, failed = add_teacher_rows(kept, contexts, tokenizer, args, sampler.limit)
+            contexts = CONTEXTS[args.context](kept, write, args)
+            controls = args.contrast and CONTEXTS[args.contrast](kept, write, args)
+            kept, failed = add_teacher_rows(
+                kept, contexts, tokenizer, args, sampler.limit, controls
+            )
+            add_token_classes(kept, tokenizer, args)
             if kept and not run.updates:
                 rollout.show_prompts(run, tokenizer, kept[0], step + 1)
             read_by_teacher(teacher, kept, args)
@@ -408,7 +380,8 @@ def main(argv=None):
 
 def log_step(run, step, args, loss, norm, seen, kept, failed, seconds, device):
     """One line of metrics.jsonl, and one on the screen. Means are over the tokens of the loss."""
-    measures = torch.cat([r.measures for r in kept], 1) if kept else None  # (5, R)
+    measures = torch.cat([r.measures for r in kept], 1) if kept else None  # (M, R)
+    weights = torch.tensor([w for r in kept for w in r.weights])  # (R,)
     means = measures.mean(1).tolist() if kept else [None] * len(MEASURES)
     gap = samplers.logp_gap([r.sampler_logps for r in kept], measures[4]) if kept else None
     lengths = [len(r.response_ids) for r in kept]
@@ -416,6 +389,7 @@ def log_step(run, step, args, loss, norm, seen, kept, failed, seconds, device):
         step=step,
         loss=loss,
         **dict(zip(MEASURES[:4], means, strict=False)),
+        **(gate_metrics(measures, weights) if kept else {}),
         grad_norm=norm,
         logprob_gap=gap,
         context_failed=failed,

@@ -32,6 +32,9 @@ class Rollout:
     # The teacher's (opsd.py).
     teacher_row: list | None = None  # see model.response_hidden
     teacher_hidden: torch.Tensor | None = None  # (tokens, D), on the rank that reads the row
+    control_row: list | None = None  # the second teacher's, of --gate contrast
+    control_logps: torch.Tensor | None = None  # (tokens,), likewise
+    token_classes: list | None = None  # of --gate's oracles: numbers in toy.CLASS_NAMES
 
     @property
     def row(self):
@@ -93,10 +96,14 @@ def drop_long(problems, tokenizer, args, limit, context="none"):
     look_at = problems if args.data else problems[:1]
     empty = [Rollout(problem, []) for problem in look_at]
     # Of contexts that are written only the frame is known.
-    contexts = CONTEXTS[context](empty, lambda prompts: [""] * len(prompts))
+    contexts = CONTEXTS[context](empty, lambda prompts: [""] * len(prompts), args)
+    teacher_thinking = getattr(args, "teacher_thinking", args.thinking) == "on"
     long = set()
     for i, (problem, text) in enumerate(zip(look_at, contexts, strict=True)):
-        prompts = [render_prompt(tokenizer, problem, c, args.thinking == "on") for c in ("", text)]
+        prompts = [
+            render_prompt(tokenizer, problem, "", args.thinking == "on"),
+            render_prompt(tokenizer, problem, text, teacher_thinking),
+        ]
         if limit and max(map(len, prompts)) + args.max_new_tokens > limit:
             long.add(i)
     room = f"--max-new-tokens {args.max_new_tokens}"
@@ -119,6 +126,7 @@ def add_context_flags(add):
         default=512,
         help="cap of a context that the teacher writes; one that hits it has failed",
     )
+    add("--part", type=float, default=0.5, help="of context part: share of the solution's words")
 
 
 def make_writer(sampler, tokenizer, args, seed):

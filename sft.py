@@ -53,7 +53,7 @@ def parse_args(argv=None):
 
 
 def context_of(problem, name):
-    return CONTEXTS[name]([Rollout(problem, [])], None)[0]
+    return CONTEXTS[name]([Rollout(problem, [])], None, None)[0]
 
 
 def embedded_row(tokenizer, problem, rng):

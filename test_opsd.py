@@ -40,7 +40,8 @@ def loss_and_gradient(model, teacher, rollouts, prompts, flags=""):
     with_teacher_rows(rollouts, prompts)
     opsd.read_by_teacher(teacher, rollouts, args)
     loss = opsd.accumulate_gradients(model, teacher, rollouts, args)
-    assert [r.measures.shape for r in rollouts] == [(5, len(r.response_ids)) for r in rollouts]
+    rows = len(opsd.MEASURES)
+    assert [r.measures.shape for r in rollouts] == [(rows, len(r.response_ids)) for r in rollouts]
     return loss, flat_gradient(model)
 
 

@@ -12,6 +12,7 @@ A leaf: it imports no other file of the project. A problem here is anything with
 `solution`; data.py makes a Problem of each row, as it does of a line of JSONL.
 """
 
+import itertools
 import re
 import zlib
 
@@ -84,6 +85,28 @@ def read_steps(problem):
     ]
 
 
+def wrong_reference(problem):
+    """(solution, answer) with one digit read wrong, and every sum of it right; None where no digit
+    keeps the values within two digits.
+
+    The smudged digit is what a wrong scan says, the careful one first; where both are right, and at
+    the first digit of an easy problem, the next other digit that fits.
+    """
+    steps = read_steps(problem)
+    at = next((i for i, step in enumerate(steps) if step[3]), 0)
+    _, _, digit, scans, _ = steps[at]
+    others = sorted(set(range(2, 10)) - {digit}, key=lambda other: abs(other - digit))
+    for other in [*map(int, reversed(scans)), *others]:
+        value, worked = steps[0][0], []
+        for i, (_, op, right, _, _) in enumerate(steps):
+            before, read = value, other if i == at else right
+            value = compute(before, op, read)
+            worked.append(f"{before:02d}{op}{read}={value:02d}")
+        if other != digit and all(re.fullmatch(r"\d\d.\d=\d\d", step) for step in worked):
+            return ", ".join(worked), f"{value:02d}"
+    return None
+
+
 # ------------------------------------------------------------------------------------------------
 # Reference traces, for sft.py. All of them end right.
 
@@ -151,7 +174,19 @@ TOKEN_CLASSES = [
     ("hard: check or go on", True, r"\d\d[+-]\d=\d\d"),
     ("hard: the digit settled on", True, r".* so \d\d[+-]"),
     ("easy: check or go on", False, r".*=\d\d"),
+    ("easy: inside a check", False, r".* check.*"),
 ]
+CLASS_NAMES = [name for name, *_ in TOKEN_CLASSES] + ["other"]
+
+# Oracle gates (losses.py): the classes that each lets through. A redundant check is the choice to
+# make one and what then stands in it; checks of smudged digits pay, they are not among these.
+REDUNDANT = {"easy: check or go on", "easy: inside a check"}
+UNKNOWABLE = {"hard: the digit settled on"}
+ORACLES = {
+    "redundant-checks": REDUNDANT,
+    "the-digit": UNKNOWABLE,
+    "not-the-digit": set(CLASS_NAMES) - UNKNOWABLE,
+}
 
 
 def token_class(problem, text):
@@ -165,6 +200,14 @@ def token_class(problem, text):
         if hard == smudged and re.fullmatch(pattern, lines[-1]):
             return name
     return "other"
+
+
+def token_classes(problem, texts):
+    """The number in CLASS_NAMES of each token of a response, from the tokens' texts: a list."""
+    ends = itertools.accumulate(texts, initial="")  # one more than there are tokens
+    return [
+        CLASS_NAMES.index(token_class(problem, end)) for end, _ in zip(ends, texts, strict=False)
+    ]
 
 
 def read_trace(problem, text):

@@ -52,7 +52,7 @@ def with_teacher_rows(rollouts, prompts):
 
 
 def teacher_prompts(tokenizer, rollouts, context="solution"):
-    texts = CONTEXTS[context](rollouts, None)
+    texts = CONTEXTS[context](rollouts, None, None)
     return [render_prompt(tokenizer, r.problem, c) for r, c in zip(rollouts, texts, strict=True)]
 
 

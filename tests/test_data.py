@@ -21,7 +21,7 @@ from verify import Verifier
 
 def test_student_and_teacher_prompts(tokenizer):
     problem = Problem("What is 2+2?", "4", "2+2=4")
-    context = CONTEXTS["solution"]([Rollout(problem, [])], None)[0]
+    context = CONTEXTS["solution"]([Rollout(problem, [])], None, None)[0]
     student = tokenizer.decode(render_prompt(tokenizer, problem))
     teacher = tokenizer.decode(render_prompt(tokenizer, problem, context))
     assert student.startswith("<|im_start|>user\nWhat is 2+2?\n\nReason step by step")
@@ -53,11 +53,67 @@ def test_written_contexts_ask_the_teacher_and_frame_what_it_writes(name, wants, 
         Rollout(Problem("5 {q} + 1?", "6", "five plus one"), [], text="my attempt"),
         Rollout(Problem("x?", "1", "s"), [], text="t"),
     ]
-    texts = CONTEXTS[name](rollouts, write_text)
+    texts = CONTEXTS[name](rollouts, write_text, None)
     assert all(part in asked[0] for part in wants)
     assert (name == "resolve") == ("my attempt" not in asked[0])
     assert texts[0].startswith(("Notes", "Here is")) and frame in texts[0]
     assert texts[0].endswith("{text} 42") and texts[1] is None
+
+
+def contexts_of(name, problems, flags="--data d.jsonl"):
+    """The context of each problem; with --data as for problems that are not embedded ones."""
+    return CONTEXTS[name]([Rollout(p, []) for p in problems], None, opsd.parse_args(flags.split()))
+
+
+def test_other_is_a_derangement_of_references_and_answers():
+    problems = [Problem(f"q{i}", f"{i}", f"s{i}") for i in (0, 1, 1, 2)]
+    texts = contexts_of("other", problems)
+    assert [text.split("solution:\n")[1] for text in texts] == [
+        "s1\nThe answer is 1.",
+        "s2\nThe answer is 2.",
+        "s2\nThe answer is 2.",
+        "s0\nThe answer is 0.",
+    ]
+    assert contexts_of("other", problems[1:3]) == [None, None]  # one problem: no other
+
+
+def test_a_wrong_reference_comes_from_the_row_or_from_the_problems_own_numbers():
+    given = Problem("q", "6", "5+1=6", "", "5+1=7", "7")
+    made = Problem("q", "12", "5+7=12, not 120 or 12.5 or x12")
+    fraction = Problem("q", "\\frac{1}{09}", "so \\frac{1}{09}.")
+    none = Problem("q", "x", "y")
+    texts = contexts_of("wrong", [given, made, fraction, none])
+    assert texts[0].endswith("5+1=7\nThe answer is 7.")
+    assert texts[1].endswith("5+7=13, not 120 or 12.5 or x12\nThe answer is 13.")
+    assert texts[2].endswith("so \\frac{1}{10}.\nThe answer is \\frac{1}{10}.")
+    assert texts[3] is None
+
+
+def test_a_wrong_embedded_reference_reads_one_digit_wrong_and_adds_up():
+    for problem in embedded_problems(300, 0):
+        text = contexts_of("wrong", [problem], "")[0]
+        solution, answer = toy.wrong_reference(problem)
+        assert text == f"Here is a reference solution:\n{solution}\nThe answer is {answer}."
+        assert answer != problem.answer and solution.endswith(f"={answer}")
+        right, wrong = problem.solution.split(", "), solution.split(", ")
+        digits = [(a[3], b[3]) for a, b in zip(right, wrong, strict=True)]
+        assert sum(a != b for a, b in digits) == 1 and wrong[0][:2] == right[0][:2]
+        for step, after in zip(wrong, [*wrong[1:], answer], strict=True):
+            value = toy.compute(int(step[:2]), step[2], int(step[3]))
+            assert step[4:] == f"={value:02d}" and after[:2] == f"{value:02d}"
+        for (_, _, digit, scans, _), (_, other) in zip(
+            toy.read_steps(problem), digits, strict=True
+        ):
+            wrongs = [scan for scan in scans if int(scan) != digit]
+            assert not wrongs or other != str(digit)
+
+
+@pytest.mark.parametrize(
+    "share, left", [("0.5", "a b"), ("0.9", "a b\nc  d"), ("1", "a b\nc  d e")]
+)
+def test_part_is_the_first_words_and_no_answer(share, left):
+    texts = contexts_of("part", [Problem("q", "6", "a b\nc  d e")], f"--part {share}")
+    assert texts == [f"Here is a reference solution:\n{left} ..."]
 
 
 def test_writer_counts_truncated_and_oversized_contexts_as_failed(tiny, tokenizer):

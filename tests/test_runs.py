@@ -203,6 +203,8 @@ def test_one_seed_fixes_everything(tmp_path):
         (["--data", "broken.jsonl"], "broken.jsonl, line 2: not JSON"),
         (["--data", "no_answer.jsonl"], "no_answer.jsonl, line 2: no answer"),
         (["--data", "bad_gold.jsonl"], "bad_gold.jsonl, line 1: gold answer"),
+        (["--data", "half.jsonl"], "half.jsonl, line 1: wrong_solution and wrong_answer: one"),
+        (["--data", "not_wrong.jsonl"], "not_wrong.jsonl, line 1: wrong_answer is the answer"),
         (["--data", "long.jsonl", "--eval-problems", "0"], "--max-new-tokens"),
         (["--data", "notes.txt"], "notes.txt"),
         (["--data", "broken.parquet"], "broken.parquet"),
@@ -210,6 +212,11 @@ def test_one_seed_fixes_everything(tmp_path):
         (["--model", "nowhere"], "--model nowhere"),
         (["--beta", "1"], "--beta"),
         (["--data", "good.jsonl"], "--context solution: needs a worked solution"),
+        (["--context", "part", "--part", "1.5"], "--part 1.5"),
+        (
+            "--data good.jsonl --context none --gate contrast --contrast other".split(),
+            "--contrast other: needs a worked solution",
+        ),
         (["--steps", "0"], "--steps"),
         (["--seed", "-1"], "--seed -1"),
         (["--top-p", "1.5"], "--top-p 1.5"),
@@ -225,6 +232,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, complaint, tmp_path, mon
     write(tmp_path / "empty.jsonl", "")
     write(tmp_path / "broken.jsonl", good, "{not json")
     write(tmp_path / "no_answer.jsonl", good, '{"question": "1+1?"}')
+    write(tmp_path / "half.jsonl", good[:-1] + ', "wrong_answer": "3"}')
+    both = ', "wrong_solution": "1+1=2", "wrong_answer": "2"}'
+    write(tmp_path / "not_wrong.jsonl", good[:-1] + both)
     write(tmp_path / "bad_gold.jsonl", '{"question": "1+1?", "answer": "}{"}')
     long = dict(question="long " * 3000, answer="1", solution="1")
     write(tmp_path / "long.jsonl", json.dumps(long))
@@ -449,3 +459,9 @@ def test_a_run_that_dies_in_its_last_evaluation_is_completed(tmp_path, monkeypat
     opsd.main([*argv, "--resume"])
     assert ["evaluation" in row for row in metrics(out)[1:]] == [False, False, True]
     assert os.path.exists(os.path.join(out, "model.safetensors"))
+
+    with pytest.raises(SystemExit):
+        out = str(tmp_path / "off")
+        opsd.main(["--model", path, "--teacher-thinking", "off", "--out", out])
+    error = capsys.readouterr().err
+    assert complaint.replace("--", "--teacher-") in error and error.count("\n") == 1

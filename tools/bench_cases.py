@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import data
 import eval as evaluation
+import losses
 import model as model_module
 import opsd
 import rollout
@@ -117,7 +118,7 @@ def checkpointed(student, teacher, rollouts):
     def part(s, t):
         with torch.no_grad():
             t = F.log_softmax(teacher.lm_head(t).float(), -1)
-        return opsd.kl(F.log_softmax(student.lm_head(s).float(), -1), t).sum()
+        return losses.kl(F.log_softmax(student.lm_head(s).float(), -1), t).sum()
 
     s, t = hidden_states(student, teacher, rollouts)
     parts = [checkpoint(part, s[c], t[c], use_reentrant=False) for c in chunks_of(s, student)]
@@ -126,7 +127,7 @@ def checkpointed(student, teacher, rollouts):
 
 @functools.cache
 def compiled_kl():
-    return torch.compile(opsd.kl, dynamic=True)
+    return torch.compile(losses.kl, dynamic=True)
 
 
 def compiled(student, teacher, rollouts):
@@ -230,7 +231,7 @@ def step_rollouts(name, model, tokenizer, count):
         sampler = samplers.make_sampler(model, tokenizer, args)
         problems = data.load_problems(args, count)
         rollouts = rollout.make_rollouts(sampler, tokenizer, problems, args, args.seed)
-        contexts = data.CONTEXTS[args.context](rollouts, None)
+        contexts = data.CONTEXTS[args.context](rollouts, None, args)
         return opsd.add_teacher_rows(rollouts, contexts, tokenizer, args, None)[0]
     rng = np.random.default_rng(0)
 

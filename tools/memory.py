@@ -183,10 +183,13 @@ def plan_opsd(args):
     config, tokenizer = load_tokenizer(args.model)
     rollout = Rollout(data.load_problems(args, 1)[0], [])
     written = ["(what the teacher will have written)"]
-    context = CONTEXTS[args.context]([rollout], lambda prompts: written)[0]
+    context = CONTEXTS[args.context]([rollout], lambda prompts: written, args)[0]
     prompts = {
-        f"{whose}'s prompt": render_prompt(tokenizer, rollout.problem, text, args.thinking == "on")
-        for whose, text in (("student", ""), ("teacher", context))
+        f"{whose}'s prompt": render_prompt(tokenizer, rollout.problem, text, thinking == "on")
+        for whose, text, thinking in (
+            ("student", "", args.thinking),
+            ("teacher", context, args.teacher_thinking),
+        )
     }
     row = len(prompts["teacher's prompt"]) + args.max_new_tokens
     teacher = "ema" if args.teacher == "ema" else "frozen"

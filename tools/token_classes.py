@@ -30,7 +30,9 @@ def parse_args(argv=None):
     add("--problems", type=int, default=512, help="held-out problems, one response each")
     add("--hard", type=float, default=toy.HARD_SHARE, help="share of hard problems")
     add("--reinject", type=int, default=0, help="as in opsd.py")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.teacher_thinking = args.thinking
+    return args
 
 
 def by_class(tokenizer, rollouts):
@@ -71,7 +73,7 @@ def main(argv=None):
     rollouts = rollout.make_rollouts(sampler, tokenizer, problems, args, args.seed)
     with Verifier() as verifier:
         rollout.grade_rollouts(verifier, rollouts)
-    contexts = CONTEXTS[args.context](rollouts, None)
+    contexts = CONTEXTS[args.context](rollouts, None, args)
     rollouts, _ = opsd.add_teacher_rows(rollouts, contexts, tokenizer, args, None)
     # Of a step of opsd.py only what it measures is wanted, not its gradient.
     step = opsd.parse_args([])
