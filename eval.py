@@ -48,12 +48,17 @@ def parse_args(argv=None):
     add("--out", help="JSON file for the table and every response's outcome and length")
     data.add_data_flags(parser, several=True)
     samplers.add_sampling_flags(parser)
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--problems", type=int, default=512, help="embedded task: number of held-out problems")
-    add("--samples", type=int, default=4, help="samples a problem (k of average@k)")
+    add = add_evaluation_flags(parser)
     add("--context", nargs="*", default=[], choices=list(CONTEXTS), help="prompt-only rows")
     rollout.add_context_flags(add)
     return parser.parse_args(argv)
+
+
+def add_evaluation_flags(parser):
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--problems", type=int, default=512, help="embedded task: number of held-out problems")
+    add("--samples", type=int, default=4, help="samples a problem (k of average@k)")
+    return add
 
 
 # ------------------------------------------------------------------------------------------------
@@ -312,17 +317,7 @@ def main(argv=None):
                         traces[name] = toy.trace_table(rollouts)
     records = report(benchmarks, named, traces, args)
     if args.out:
-        responses = {
-            benchmark: dict(
-                questions=[p.question for p in problems],
-                difficulties=[p.difficulty for p in problems],
-                models=[responses_of(name, rows, args.samples) for name, rows in named[benchmark]],
-            )
-            for benchmark, problems in benchmarks.items()
-        }
-        record = dict(args=vars(args), **provenance(), records=records, traces=traces)
-        write_json(args.out, dict(**record, responses=responses))
-        print(f"\nwritten to {args.out}")
+        write_evaluation(benchmarks, named, records, traces, args)
     ranks.leave()
 
 
@@ -352,6 +347,21 @@ def report(benchmarks, named, traces, args):
             shares = [f"{key.replace('_', ' ')} {row[key]:.1f}" for key in row if key != "steps"]
             print(f"  {kind}  {row['steps']} steps  {'  '.join(shares)}")
     return records
+
+
+def write_evaluation(benchmarks, named, records, traces, args):
+    """Writes --out: the settings, all tables, and every response's outcome and length."""
+    responses = {
+        benchmark: dict(
+            questions=[p.question for p in problems],
+            difficulties=[p.difficulty for p in problems],
+            models=[responses_of(name, rows, args.samples) for name, rows in named[benchmark]],
+        )
+        for benchmark, problems in benchmarks.items()
+    }
+    record = dict(args=vars(args), **provenance(), records=records, traces=traces)
+    write_json(args.out, dict(**record, responses=responses))
+    print(f"\nwritten to {args.out}")
 
 
 def responses_of(name, rollouts, samples):

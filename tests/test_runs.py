@@ -351,6 +351,11 @@ def test_a_tokenizer_without_eos_or_pad_trains_and_one_without_thinking_is_told(
         opsd.main(["--model", path, "--thinking", "off", "--out", str(tmp_path / "off")])
     complaint = "--thinking off: this model's chat template has no enable_thinking switch"
     assert complaint in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        out = str(tmp_path / "off")
+        opsd.main(["--model", path, "--teacher-thinking", "off", "--out", out])
+    error = capsys.readouterr().err
+    assert complaint.replace("--", "--teacher-") in error and error.count("\n") == 1
 
 
 def test_a_finished_run_goes_on_with_more_steps_and_the_same_problems(tmp_path, capsys):
@@ -459,9 +464,3 @@ def test_a_run_that_dies_in_its_last_evaluation_is_completed(tmp_path, monkeypat
     opsd.main([*argv, "--resume"])
     assert ["evaluation" in row for row in metrics(out)[1:]] == [False, False, True]
     assert os.path.exists(os.path.join(out, "model.safetensors"))
-
-    with pytest.raises(SystemExit):
-        out = str(tmp_path / "off")
-        opsd.main(["--model", path, "--teacher-thinking", "off", "--out", out])
-    error = capsys.readouterr().err
-    assert complaint.replace("--", "--teacher-") in error and error.count("\n") == 1
