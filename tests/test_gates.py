@@ -1,0 +1,97 @@
+"""The bench of gates and the dial."""
+
+import json
+
+import pytest
+import torch
+
+import opsd
+import toy
+from rollout import Rollout
+from tests.helpers import TINY, changed_model, read_lines
+from tools import dial, gates
+
+
+def test_the_dial_at_0_and_1_is_the_checkpoints(model, tokenizer):
+    first = [p.detach().clone() for p in model.parameters()]
+    second = [p + 0.1 * torch.randn_like(p) for p in first]
+    for at, expected in [(1, second), (0, first), (1, second)]:
+        dial.turn(model, first, second, at)
+        assert all(map(torch.equal, model.parameters(), expected))
+    dial.turn(model, first, second, 1.5)
+    for weight, a, b in zip(model.parameters(), first, second, strict=True):
+        torch.testing.assert_close(weight, a + 1.5 * (b - a))
+
+
+def test_the_dials_table_holds_the_checkpoints_own_rows(tmp_path, capsys):
+    """At 0 and at 1 the responses are those that eval.py draws from A and from B."""
+    import eval as evaluation
+
+    other = TINY.replace("rlvr", "sft")
+    flags = "--problems 12 --samples 1 --threads 1 --max-new-tokens 90 --out".split()
+    dial.main([TINY, other, "--at", "0", "0.5", "1", *flags, str(tmp_path / "d.json")])
+    evaluation.main(["--model", TINY, other, *flags, str(tmp_path / "e.json")])
+    assert "0.5 of the way" in capsys.readouterr().out
+    d, e = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "de")
+    of_dial, of_eval = d["responses"]["embedded"]["models"], e["responses"]["embedded"]["models"]
+    for number, at in enumerate((0, 2)):
+        for key in ("reasons", "lengths"):
+            assert of_dial[at][key] == of_eval[number][key]
+    assert of_dial[1]["lengths"] != of_dial[0]["lengths"]
+
+
+def test_a_line_between_two_models_that_do_not_match_is_an_error(tmp_path, capsys):
+    path = changed_model(tmp_path / "model", extra_special_tokens=["<|new|>"])
+    with pytest.raises(SystemExit):
+        dial.main([TINY, path, "--problems", "2", "--threads", "1"])
+    error = capsys.readouterr().err
+    assert "two vocabularies" in error and error.count("\n") == 1
+
+
+def test_shares_let_through_equal_a_hand_count():
+    names = ["other", "easy: check or go on", "easy: inside a check", "hard: the digit settled on"]
+    rows = []
+    for outcome, gate in (("correct", [1, 1, 0, 0]), ("incorrect", [0, 1, 0.5, 1])):
+        r = Rollout(None, [], [0] * 4, outcome=outcome)
+        r.token_classes = [toy.CLASS_NAMES.index(name) for name in names]
+        r.measures = torch.tensor([[0.0] * 4] * 5 + [gate])
+        rows.append(r)
+    found = {name: gates.shares(rows, name, None) for name in ("correct", "incorrect", "all")}
+    assert found["correct"] == dict(redundant=0.5, unknowable=0, rest=1)
+    assert found["incorrect"] == dict(redundant=0.75, unknowable=1, rest=0)
+    assert found["all"] == dict(redundant=0.625, unknowable=0.5, rest=0.5)
+    assert gates.shares(rows, "not-correct", None) == found["incorrect"]
+
+
+def test_every_gate_of_the_bench_parses_and_every_gate_is_in_it():
+    used = set()
+    for flags in gates.GATES.values():
+        used |= set(opsd.parse_args(flags.split()).gate)
+    assert used == set(opsd.GATES)
+
+
+def test_the_bench_trains_once_and_goes_on(tmp_path, monkeypatch, capsys):
+    argv = f"--seeds 0 --pipelines {TINY} --gates the-digit --filters all --steps 1".split()
+    argv += ["--eval-problems", "8", "--out", str(tmp_path)]
+    gates.main(argv)
+    row = next(line for line in capsys.readouterr().out.split("\n") if "| the-digit" in line)
+    assert row.endswith("| 0.0 | 100.0 | 0.0 |")  # of the truth it is the unknowable digit alone
+    assert 0 < float(row.split("|")[5]) < 5  # percent of the weight
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+    assert read_lines(tmp_path / "0" / "the-digit-all" / "metrics.jsonl")[-1]["evaluation"]
+    table = (tmp_path / "table.md").read_text()
+    monkeypatch.setattr(gates.subprocess, "run", None)  # nothing is trained again
+    monkeypatch.setattr(gates, "load_model", None)  # nor measured
+    gates.main(argv)
+    assert (tmp_path / "table.md").read_text() == table
+    with pytest.raises(SystemExit):
+        gates.main([*argv, "--steps", "2"])
+    assert "has other --steps" in capsys.readouterr().err
+
+
+def test_the_bench_names_a_missing_pipeline_and_why_a_run_failed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gates.main(["--seeds", "7", "--out", str(tmp_path)])
+    assert "runs/pipelines/7-rlvr: no such directory" in capsys.readouterr().err
+    args = gates.parse_args(["--pipelines", "nowhere", "--out", str(tmp_path)])
+    assert "--model nowhere" in gates.train(args, 0, "all", "correct")

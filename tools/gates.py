@@ -1,0 +1,277 @@
+"""The bench of token gates, where the truth is known: every gate on correct, incorrect and all
+rollouts of the embedded task, each seed on SFT and RLVR of its own.
+
+    python -m tools.gates --seeds 101 102 103         # one night on two cores; interrupted, the
+                                                      # same command goes on
+    python -m tools.gates --seeds 0 --pipelines tiny/rlvr --gates all the-digit --filters incorrect
+
+Writes table.md, table.json and figure.png, .svg (accuracy against length, a point a gate) to --out.
+The table: changes of accuracy and length (means over the seeds with their 95% interval, or for one
+seed the interval over problems), the gate's mass over the whole run, and of the first step the
+share of each kind of token that the gate lets through: redundant checks, the digit that nobody can
+know, and the rest (toy.REDUNDANT, toy.UNKNOWABLE). A pipeline that is missing is made by
+
+    python sft.py --seed 101 --out runs/pipelines/101-sft
+    python rlvr.py --seed 101 --model runs/pipelines/101-sft --out runs/pipelines/101-rlvr
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import data
+import opsd
+import rollout
+import samplers
+import toy
+from cli import HERE, Parser, fail, set_up, start
+from data import CONTEXTS
+from losses import MEASURES
+from model import load_model
+from run import write_json
+from tools import markdown
+from tools.plot import COLOURS, read_lines
+from tools.table import mean_interval
+from verify import Verifier
+
+# In the first step of tiny/rlvr 0.01 nats is the top 10% of tokens by student entropy and by gap,
+# the top 15% by teacher entropy; 40 tokens are half of a response.
+GATES = {
+    "all": "",
+    "student-entropy-high": "--gate student-entropy --gate-above 0.01",
+    "student-entropy-low": "--gate student-entropy --gate-below 0.01",
+    "teacher-entropy-high": "--gate teacher-entropy --gate-above 0.01",
+    "teacher-entropy-low": "--gate teacher-entropy --gate-below 0.01",
+    "gap-high": "--gate gap --gate-above 0.01",
+    "gap-low": "--gate gap --gate-below 0.01",
+    "early": "--gate position --gate-below 40",
+    "late": "--gate position --gate-above 40",
+    "agreement": "--gate agreement",
+    "contrast": "--gate contrast",
+    "redundant-checks": "--gate redundant-checks",
+    "not-the-digit": "--gate not-the-digit",
+    "the-digit": "--gate the-digit",
+    # The anchor: the same with the tokens on which the two agree.
+    "redundant-checks+agreement": "--gate redundant-checks agreement",
+    "the-digit+agreement": "--gate the-digit agreement",
+    "student-entropy-high+agreement": "--gate student-entropy agreement --gate-above 0.01",
+    "gap-high+agreement": "--gate gap agreement --gate-above 0.01",
+}
+KINDS = {"redundant": toy.REDUNDANT, "unknowable": toy.UNKNOWABLE}
+KINDS["rest"] = set(toy.CLASS_NAMES) - toy.REDUNDANT - toy.UNKNOWABLE
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=[101, 102, 103], help="of training and evaluation")
+    add("--pipelines", default="runs/pipelines/SEED-rlvr", help="models, SEED being the seed")
+    add("--gates", nargs="+", default=list(GATES), choices=list(GATES), help="rows of the table")
+    add("--filters", nargs="+", default=["correct", "incorrect", "all"], choices=list(opsd.FILTERS))
+    add("--steps", type=int, default=40, help="of each run")
+    add("--eval-problems", type=int, default=1024, help="held-out problems, one response each")
+    add("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    add("--out", default="runs/gates", help="folder of the runs, the table and the figure")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        fail(f"--jobs {args.jobs}: at least 1")
+    return args
+
+
+def pipeline(args, seed):
+    return args.pipelines.replace("SEED", str(seed))
+
+
+def folder(args, seed, gate, outcome):
+    return os.path.join(args.out, str(seed), f"{gate}-{outcome}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(args, seed, gate, outcome):
+    """One run of opsd.py, unless it is there: "", or why it failed."""
+    out = folder(args, seed, gate, outcome)
+    flags = f"--filter {outcome} --seed {seed} --steps {args.steps} {GATES[gate]} --threads 1"
+    command = [sys.executable, os.path.join(HERE, "opsd.py"), *flags.split()]
+    command += ["--model", pipeline(args, seed), "--eval-problems", str(args.eval_problems)]
+    if finished(out):
+        before, now = read_lines(os.path.join(out, "metrics.jsonl"))[0]["args"], vars(args)
+        if any(before[key] != now[key] for key in ("steps", "eval_problems")):
+            return f"{out}: has other --steps or --eval-problems; give another --out"
+        if before["model"] != pipeline(args, seed):
+            return f"{out}: started from {before['model']}; give another --out"
+        return ""
+    done = subprocess.run([*command, "--out", out, "--overwrite"], capture_output=True, text=True)
+    print(f"{out}: {'done' if done.returncode == 0 else 'failed'}", flush=True)
+    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return "" if done.returncode == 0 else f"{out}: {said[-1]}"
+
+
+def finished(out):
+    """The evaluation after the last step is a run's last line."""
+    return os.path.isfile(os.path.join(out, "model.safetensors")) and (
+        "evaluation" in read_lines(os.path.join(out, "metrics.jsonl"))[-1]
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# The truth: what each gate lets through in a first step
+
+
+def measure_truth(args, seed):
+    """{gate: {filter: {kind: share of its tokens that is let through}}} on a pipeline's own
+    rollouts, before any training. Kept in truth.json.
+    """
+    path = os.path.join(args.out, str(seed), "truth.json")
+    truth = {}
+    if os.path.isfile(path):
+        with open(path) as stream:
+            truth = json.load(stream)
+    missing = [gate for gate in GATES if gate in args.gates and gate not in truth]
+    if not missing:
+        return truth
+    flags = ["--model", pipeline(args, seed), "--seed", str(seed), "--threads", "1"]
+    common = opsd.parse_args(flags)
+    device = set_up(common)
+    samplers.choose_backend(common, device)
+    model, tokenizer = load_model(common.model, device, common.dtype)
+    teacher = opsd.frozen_copy(model)
+    sampler = samplers.make_sampler(model, tokenizer, common)
+    problems = data.embedded_problems(256, seed)
+    rollouts = rollout.make_rollouts(sampler, tokenizer, problems, common, seed)
+    with Verifier() as verifier:
+        rollout.grade_rollouts(verifier, rollouts)
+    opsd.add_token_classes(rollouts, tokenizer, opsd.parse_args(["--gate", "the-digit"]))
+    for gate in missing:
+        step = opsd.parse_args([*flags, "--filter", "all", *GATES[gate].split()])
+        contexts = CONTEXTS[step.context](rollouts, None, step)
+        controls = step.contrast and CONTEXTS[step.contrast](rollouts, None, step)
+        opsd.add_teacher_rows(rollouts, contexts, tokenizer, step, None, controls)
+        # Of a step of opsd.py only what it measures is wanted, not its gradient.
+        opsd.read_by_teacher(teacher, rollouts, step)
+        opsd.accumulate_gradients(model, teacher, rollouts, step)
+        truth[gate] = {name: shares(rollouts, name, step) for name in opsd.FILTERS}
+    write_json(path, truth)
+    return truth
+
+
+def shares(rollouts, name, args):
+    """{kind: share of its tokens that the gate let through} of the rollouts that a filter keeps."""
+    through, tokens = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0)
+    for r in rollouts:
+        if not opsd.FILTERS[name](r, args):
+            continue
+        gate = r.measures[MEASURES.index("gate")].tolist()
+        for value, number in zip(gate, r.token_classes, strict=True):
+            kind = next(k for k, names in KINDS.items() if toy.CLASS_NAMES[number] in names)
+            through[kind] += value
+            tokens[kind] += 1
+    return {kind: through[kind] / tokens[kind] if tokens[kind] else None for kind in KINDS}
+
+
+# ------------------------------------------------------------------------------------------------
+# The table and the figure
+
+
+def read_run(out):
+    """{accuracy, length: (change, low, high) over problems; gate_mass: mean over the steps}."""
+    rows = read_lines(os.path.join(out, "metrics.jsonl"))
+    masses = [row["gate_mass"] for row in rows if row.get("gate_mass") is not None]
+    after = next(r for r in rows[-1]["evaluation"] if r["name"] == "after" and r["group"] == "all")
+    return dict(**after["change"], gate_mass=sum(masses) / len(masses))
+
+
+def collect(args, truth):
+    """A record a gate and filter; each number as (mean, low, high)."""
+    records = []
+    for gate in args.gates:
+        for outcome in args.filters:
+            runs = [read_run(folder(args, seed, gate, outcome)) for seed in args.seeds]
+            record = dict(gate=gate, filter=outcome, seeds=args.seeds)
+            for key in ("accuracy", "length"):
+                several = mean_interval([run[key][0] for run in runs])
+                record[key] = several if len(runs) > 1 else runs[0][key]
+            record["gate_mass"] = mean_interval([run["gate_mass"] for run in runs])
+            for kind in KINDS:
+                values = [truth[seed][gate][outcome][kind] for seed in args.seeds]
+                values = [value for value in values if value is not None]
+                record[kind] = mean_interval(values) if values else None
+            records.append(record)
+    return records
+
+
+def make_table(records):
+    def change(value):
+        return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*value)
+
+    def percent(value):
+        return "-" if value is None else f"{100 * value[0]:.1f}"
+
+    header = ["gate", "rollouts", "accuracy, points", "length, %", "gate mass, %"]
+    header += [f"{kind} let through, %" for kind in KINDS]
+    rows = [
+        [r["gate"], r["filter"], change(r["accuracy"]), change(r["length"])]
+        + [percent(r[key]) for key in ("gate_mass", *KINDS)]
+        for r in records
+    ]
+    return markdown(header, rows)
+
+
+def draw(records, path):
+    """Change of accuracy (points) against change of length (percent), a point a gate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 5))
+    seen = set()
+    for r in records:
+        x, y = r["length"][0], r["accuracy"][0]
+        color = COLOURS.get(r["filter"], "#4d4d4d")
+        label = None if r["filter"] in seen else r["filter"]
+        seen.add(r["filter"])
+        axes.plot(x, y, "o", color=color, markersize=4, label=label)
+        style = dict(textcoords="offset points", xytext=(4, 2), fontsize=6, color=color)
+        axes.annotate(r["gate"], (x, y), **style)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("change of mean response length, percent")
+    axes.set_ylabel("change of accuracy, points")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    for ending in ("png", "svg"):
+        figure.savefig(f"{path}.{ending}", bbox_inches="tight", dpi=150)
+    plt.close(figure)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    for seed in args.seeds:
+        if not os.path.isdir(pipeline(args, seed)):
+            fail(f"--pipelines {pipeline(args, seed)}: no such directory (--help has its commands)")
+    os.makedirs(args.out, exist_ok=True)
+    truth = {seed: measure_truth(args, seed) for seed in args.seeds}
+    cells = [(s, g, f) for s in args.seeds for g in args.gates for f in args.filters]
+    print(f"{len(cells)} runs, {args.jobs} at a time", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        failures = [text for text in pool.map(lambda cell: train(args, *cell), cells) if text]
+    if failures:
+        fail(f"{len(failures)} of {len(cells)} runs failed: {'; '.join(failures)}")
+    records = collect(args, truth)
+    table = make_table(records)
+    seeds = ", ".join(map(str, args.seeds))
+    made = f"Seeds {seeds}; models {args.pipelines}; {args.steps} steps; {args.eval_problems}"
+    made += " held-out problems, one response each; shares let through: 256 problems, first step."
+    with open(os.path.join(args.out, "table.md"), "w") as stream:
+        stream.write(f"{table}\n\n{made}\n")
+    write_json(os.path.join(args.out, "table.json"), dict(args=vars(args), records=records))
+    draw(records, os.path.join(args.out, "figure"))
+    print(f"\n{table}\n\n{made}\n\nwritten: table.md, table.json, figure.png, .svg in {args.out}")
+
+
+if __name__ == "__main__":
+    start(main)
