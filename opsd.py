@@ -154,11 +154,11 @@ def opsd_loss(student, teacher, rollouts, args):
 
     def token_loss(student_logps, teacher_logps, piece):
         part = Tokens(*(column if column is None else column[piece] for column in tokens))
-        inputs = student_logps, teacher_logps, part, args
         with torch.no_grad():
-            gate = torch.stack([GATES[name](*inputs) for name in args.gate]).amax(0)  # (P,)
+            gates = [GATES[name](student_logps, teacher_logps, part, args) for name in args.gate]
+            gate = torch.stack(gates).amax(0)  # (P,)
             measures = measure(student_logps, teacher_logps, part.ids, gate)  # (M, P)
-        divergence = DIVERGENCES[args.divergence](*inputs)  # (P,)
+        divergence = DIVERGENCES[args.divergence](student_logps, teacher_logps, part, args)  # (P,)
         return divergence * gate * part.weight, measures
 
     teacher_hidden = torch.cat([r.teacher_hidden for r in rollouts])  # (R, D)

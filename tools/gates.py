@@ -36,8 +36,8 @@ from tools.plot import COLOURS, read_lines
 from tools.table import mean_interval
 from verify import Verifier
 
-# In the first step of tiny/rlvr 0.01 nats is the top 10% of tokens by student entropy and by gap,
-# the top 15% by teacher entropy; 40 tokens are half of a response.
+# In the first step of tiny/rlvr 0.01 nats is about the top 10% of tokens by student entropy and by
+# gap, between the top 10 and 20% by teacher entropy; 40 tokens are half of a response.
 GATES = {
     "all": "",
     "student-entropy-high": "--gate student-entropy --gate-above 0.01",
