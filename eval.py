@@ -298,7 +298,7 @@ def main(argv=None):
             sampler = samplers.make_sampler(model, tokenizer, args, sampler)
             for benchmark, problems in benchmarks.items():
                 contexts = args.context if path == args.model[0] else []
-                for context in ["none", *contexts]:
+                for context in dict.fromkeys(["none", *contexts]):
                     name, texts = path, None
                     if context != "none":
                         # Written ones reflect on the model's own responses, just sampled.

@@ -209,7 +209,7 @@ def main(argv=None):
                 r.advantage = advantage
             kept, sampled = [r for r in seen if r.advantage is not None], time.time()
             old_logps = logps_before(model, kept, args) if args.updates > 1 else None
-            loss, norm, updated, gap = 0.0, 0.0, False, None
+            loss, norm, updates, gap = 0.0, 0.0, 0, None
             for update in range(args.updates if kept else 0):
                 # 4. loss: gradients add up over micro-batches and ranks
                 loss = accumulate_gradients(model, start_model, kept, old_logps, args)
@@ -220,12 +220,13 @@ def main(argv=None):
                 norm, updated = optimizer_step(model, optimizer)
                 if not updated:
                     break
+                updates += 1
             if kept:
                 sampler.push(model)
             seconds = sampled - begun, time.time() - sampled
             log_step(run, step + 1, args, loss, norm, seen, rewards, kept, gap, seconds, device)
             equal = f"--group {args.group}: every group had equal rewards"
-            run.count_update(updated, "" if kept else equal)
+            run.count_update(updates > 0, "" if kept else equal)
             held_out.evaluate(run, step + 1)
             if args.save_every and (step + 1) % args.save_every == 0:
                 save_model(os.path.join(run.path, f"step-{step + 1}"), model, tokenizer)

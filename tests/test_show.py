@@ -83,7 +83,7 @@ def test_measures_are_opsds_own(made):
         problem = embedded_problems(16, 0, True)[record["problem"]]
         row = Rollout(problem, render_prompt(tokenizer, problem), record["token_ids"])
         for name in ("none", "solution", "answer"):
-            contexts = CONTEXTS[name]([row], None)
+            contexts = CONTEXTS[name]([row], None, args)
             opsd.add_teacher_rows([row], contexts, tokenizer, args, None)
             opsd.read_by_teacher(model, [row], args)
             opsd.accumulate_gradients(model, model, [row], args)

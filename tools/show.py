@@ -32,12 +32,14 @@ import os
 import torch
 
 import data
-import opsd
+import losses
 import rollout
 import samplers
 from cli import Parser, add_run_flags, fail, set_up, start, tiny
 from eval import evaluate, summarise
+from losses import GATES, Tokens, measure
 from model import chunks_of, load_model, response_hidden
+from opsd import add_token_classes
 from ranks import open_head
 from run import check_out, write_whole
 from verify import Verifier
@@ -69,8 +71,8 @@ def parse_args(argv=None):
         "--contexts",
         nargs="+",
         default=SHOWN,
-        choices=[*data.CONTEXTS, "other", "part"],
-        help="what the teacher reads: as in opsd.py; other: another problem's solution; part: half",
+        choices=list(data.CONTEXTS),
+        help="what the teacher reads, as in opsd.py; part: half the solution",
     )
     add(
         "--shares",
@@ -81,28 +83,26 @@ def parse_args(argv=None):
     )
     add("--jsonl", help="file for the data, one line a response")
     rollout.add_context_flags(add)
-    add("--gate", default="all", choices=list(opsd.GATES), help="as in opsd.py, at its defaults")
+    losses.add_gate_flags(add)
     args = parser.parse_args(argv)
     if any(not 0 < share < 100 for share in args.shares):
         fail(f"--shares {' '.join(map(str, args.shares))}: above 0 and below 100")
+    losses.settle_gates(args)
+    if args.contrast:
+        fail("--gate contrast: the page has no second teacher")
     args.draw = args.draw or 4 * args.problems
     return args
 
 
 # ------------------------------------------------------------------------------------------------
-# Contexts: those of data.py, another problem's reference, and the beginning of this one's
-
-
-def other(rollouts, write):
-    """The next problem's reference: all of a reference but what it says about this problem."""
-    return [data.fill(data.REFERENCE, r) for r in rollouts[1:] + rollouts[:1]]
+# Contexts: those of data.py, but parts of the solution by characters: words are few stops
 
 
 def part_of(percent):
     """The solution's first `percent` of characters, behind the words that introduce it."""
     opening = data.REFERENCE.partition("{solution}")[0]
 
-    def context(rollouts, write):
+    def context(rollouts, write, args):
         texts = [data.fill("{solution}", r) for r in rollouts]
         return [opening + text[: round(len(text) * percent / 100)] for text in texts]
 
@@ -112,7 +112,7 @@ def part_of(percent):
 def page_contexts(args):
     """({name: context function}, the slider's stops: [(percent, name), ...])."""
     parts = {share: f"part{share}" for share in args.shares if share != 50}
-    known = {"other": other, "part": part_of(50), **data.CONTEXTS}
+    known = {**data.CONTEXTS, "part": part_of(50)}
     contexts = {name: known[name] for name in args.contexts}
     contexts.update({name: part_of(share) for share, name in parts.items()})
     stops = sorted({0: "none", 50: "part", 100: "solution", **parts}.items())
@@ -136,24 +136,27 @@ def answer_problems(args, device):
             data.require_thinking_switch(tokenizer, args.thinking == "on")
             sampler = samplers.make_sampler(model, tokenizer, args)
             rollouts = evaluate(sampler, tokenizer, problems, verifier, args)
+            add_token_classes(rollouts, tokenizer, args)
             answers[path] = model, rollouts
             if not texts:  # the teacher writes its contexts about its own answers
                 write = rollout.make_writer(sampler, tokenizer, args, args.seed)
                 contexts, _ = page_contexts(args)
-                texts = {name: context(rollouts, write) for name, context in contexts.items()}
+                texts = {name: make(rollouts, write, args) for name, make in contexts.items()}
     return tokenizer, answers, texts, sampler.limit
 
 
-def measure_response(student, teacher, answer, prompts, gate="all"):
+def measure_response(student, teacher, answer, prompts, args):
     """The arrays of one response, aligned with its tokens: (the student's, {context: teacher's}).
 
     prompts: {context: the teacher's prompt ids}. In nats; the best tokens as (id, probability).
     """
-    settings, gate = opsd.parse_args(["--gate", gate]), opsd.GATES[gate]
     ids = torch.tensor(answer.response_ids, device=student.device)  # (R,)
     correct = torch.full_like(ids, answer.outcome == "correct", dtype=torch.bool)  # (R,)
     position, one = torch.arange(len(ids), device=ids.device), torch.ones(len(ids)).to(ids.device)
-    tokens = opsd.Tokens(ids, correct, one * answer.advantage, position, one)
+    tokens = Tokens(ids, correct, one * answer.advantage, position, one)
+    if answer.token_classes is not None:
+        classes = torch.tensor(answer.token_classes, device=ids.device)
+        tokens = tokens._replace(token_class=classes)
     of_student = dict(student_entropy=[], student_logp=[], student_best=[])
     names = ("reverse_kl", "log_ratio", "teacher_entropy", "gate", "teacher_best")
     of_teacher = {context: {name: [] for name in names} for context in prompts}
@@ -165,19 +168,21 @@ def measure_response(student, teacher, answer, prompts, gate="all"):
         }
         head, teacher_head = open_head(student)[0], open_head(teacher)[0]
         for chunk in chunks_of(hidden, student):
-            part = opsd.Tokens(*(column[chunk] for column in tokens))  # (C,) each
+            part = Tokens(*(c if c is None else c[chunk] for c in tokens))  # (C,) each
             student_logps = torch.log_softmax(head(hidden[chunk]).float(), -1)  # (C, V)
             of_student["student_best"] += best_tokens(student_logps)
             for context, row in of_teacher.items():
                 logits = teacher_head(behind[context][chunk])  # (C, V)
                 teacher_logps = torch.log_softmax(logits.float(), -1)  # (C, V)
-                measures = opsd.measure(student_logps, teacher_logps, part.ids)  # (5, C)
-                kl, _, entropy, teacher_entropy, logp = measures  # (C,) each
+                inputs = student_logps, teacher_logps, part, args
+                gate = torch.stack([GATES[name](*inputs) for name in args.gate]).amax(0)  # (C,)
+                measures = measure(student_logps, teacher_logps, part.ids, gate)  # (M, C)
+                kl, _, entropy, teacher_entropy, logp, _ = measures  # (C,) each
                 ratio = teacher_logps.gather(-1, part.ids[:, None])[:, 0] - logp  # (C,)
                 row["reverse_kl"] += kl.tolist()
                 row["log_ratio"] += ratio.tolist()
                 row["teacher_entropy"] += teacher_entropy.tolist()
-                row["gate"] += gate(student_logps, teacher_logps, part, settings).tolist()
+                row["gate"] += gate.tolist()
                 row["teacher_best"] += best_tokens(teacher_logps)
             of_student["student_entropy"] += entropy.tolist()
             of_student["student_logp"] += logp.tolist()
@@ -237,7 +242,7 @@ def make_records(args, tokenizer, answers, texts, limit):
             length = max(map(len, prompts.values())) + len(row.response_ids)
             if limit and length > limit:
                 fail(f"--max-new-tokens: a teacher's row of {length}, the model has {limit}")
-            of_student, of_teacher = measure_response(model, teacher, row, prompts, args.gate)
+            of_student, of_teacher = measure_response(model, teacher, row, prompts, args)
             of_student["student_best"] = token_texts.best(of_student["student_best"])
             for name, columns in of_teacher.items():
                 columns["teacher_best"] = token_texts.best(columns["teacher_best"])

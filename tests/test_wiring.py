@@ -1,0 +1,644 @@
+"""Wiring: what main hands to the parts. Short runs are recorded, and all that their flags promise
+is computed again from the records: row by row, from full logits in float64, by formulas written
+out here.
+"""
+
+import json
+import math
+import os
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import data
+import eval as evaluation
+import model as modelling
+import opsd
+import rlvr
+import rollout
+import run
+import sft
+from data import embedded_problems, problem_batch
+from samplers import TransformersSampler
+from tests.helpers import (
+    TINY,
+    apart,
+    changed_model,
+    flat_gradient,
+    metrics,
+    read_lines,
+    weights,
+    write,
+)
+
+FIRST = os.path.join(os.path.dirname(TINY), "sft")
+CLIP = 0.005  # below every norm here: AdamW's first updates hide a gradient's scale
+CAP, MEMO_CAP = 70, 24  # tokens; tells responses from what the teacher writes
+SHORT = "--steps 3 --eval-problems 8 --seed 3 --threads 1 --micro-tokens 300".split()
+SAMPLING = f"--max-new-tokens {CAP} --temperature 0.7 --top-p 0.9".split()
+VERDICTS = [
+    ("correct", "correct"),
+    ("incorrect", "wrong"),
+    ("incorrect", "no_answer"),
+    ("truncated", "truncated"),
+]
+
+
+# ------------------------------------------------------------------------------------------------
+# Records
+
+
+@pytest.fixture
+def events(monkeypatch, tokenizer):
+    """Records a run: its samplings, updates and pushes, in their order.
+
+    Verdicts are drawn instead of the verifier's, and memos given instead of the teacher's, the
+    second of them truncated, so that filters, groups and failed contexts are at work on every
+    machine. All else is the run's own.
+    """
+    events, batches = [], []
+    own_sample, own_push = TransformersSampler.sample, TransformersSampler.push
+    own_generate = transformers.LlamaForCausalLM.generate
+
+    def sample(self, prompts, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, logps=False):
+        event = SimpleNamespace(kind="sample", prompts=prompts, seed=seed, generated=[])
+        event.settings, event.weights = (max_new_tokens, temperature, top_p), flat(self.model)
+        event.writes, event.done = max_new_tokens == MEMO_CAP, False
+        events.append(event)
+        settings = max_new_tokens, temperature, top_p, seed, logps
+        event.results, event.done = own_sample(self, prompts, *settings), True
+        if event.writes:
+            texts = [f"7 +{i}, the answer is {10 + i}" for i in range(len(prompts))]
+            memos = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+            event.results = [(ids + [2], i != 1) for i, ids in enumerate(memos)]
+        return event.results
+
+    def generate(self, **kwargs):
+        config = kwargs["generation_config"]
+        settings = config.temperature, config.top_p, torch.initial_seed()
+        events[-1].generated.append((*settings, config.do_sample, config.top_k))
+        return own_generate(self, **kwargs)
+
+    def push(self, model):
+        if events[-1].done:  # else it is a part of `sample`
+            events.append(SimpleNamespace(kind="push", weights=flat(model), done=True))
+        return own_push(self, model)
+
+    def grade_responses(verifier, texts, finished, answers):
+        event = events[-1]
+        assert finished == [end for _, end in event.results]
+        for text, (ids, end) in zip(texts, event.results, strict=True):
+            assert text == tokenizer.decode(ids[: len(ids) - end])
+        batches.append(texts)
+        drawn = random.Random(len(batches)).choices(VERDICTS, [4, 2, 1, 3], k=len(texts))
+        event.golds, event.texts, event.verdicts = answers, texts, drawn
+        return drawn
+
+    class AdamW(torch.optim.AdamW):
+        def step(self):
+            (group,) = self.param_groups
+            event = SimpleNamespace(kind="update", group={**group}, done=True)
+            weights = group["params"]
+            event.before = torch.cat([p.detach().flatten() for p in weights])
+            event.gradient = torch.cat([p.grad.flatten() for p in weights])
+            super().step()
+            event.after = torch.cat([p.detach().flatten() for p in weights])
+            events.append(event)
+
+    monkeypatch.setattr(TransformersSampler, "sample", sample)
+    monkeypatch.setattr(TransformersSampler, "push", push)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", generate)
+    monkeypatch.setattr(rollout, "grade_responses", grade_responses)
+    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    assert modelling.CLIP == 1  # the paper's
+    monkeypatch.setattr(modelling, "CLIP", CLIP)
+    return events
+
+
+def flat(model):
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def steps_of(events):
+    """(first evaluation, the events of each step, last evaluation); a push ends a step."""
+    first, *between, last = events
+    steps = [[]]
+    for event in between:
+        steps[-1].append(event)
+        if event.kind == "push":
+            steps.append([])
+    assert steps.pop() == []
+    return first, steps, last
+
+
+def rollouts_of(event, problems):
+    """What a recorded draw on `problems` gave."""
+    rows = []
+    assert event.golds == [problem.answer for problem in problems]
+    columns = problems, event.prompts, event.results, event.verdicts, event.texts
+    for problem, prompt, (ids, _), (outcome, reason), text in zip(*columns, strict=True):
+        rows.append(SimpleNamespace(problem=problem, prompt=prompt, ids=ids, text=text))
+        rows[-1].outcome, rows[-1].reason = outcome, reason
+    return rows
+
+
+def prompt_of(tokenizer, problem, context="", thinking=True):
+    parts = [problem.question, context, data.INSTRUCTION]
+    return chat(tokenizer, "\n\n".join(part for part in parts if part), thinking)
+
+
+def chat(tokenizer, content, thinking):
+    opened = "" if thinking else "<think>\n\n</think>\n\n"
+    text = f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n{opened}"
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def check_sampling(events, seed):
+    """Every sampling of a run with `seed` follows the flags. Returns the seeds of its draws, the
+    evaluations' as the last.
+    """
+    draws = [event for event in events if event.kind == "sample"]
+    for event in draws:
+        assert event.settings == (MEMO_CAP if event.writes else CAP, 0.7, 0.9)
+        assert set(event.generated) == {(0.7, 0.9, event.seed, True, 0)}
+        assert all(len(ids) <= CAP for ids, _ in event.results)
+    first, *between, last = draws
+    assert first.seed == last.seed == evaluation.EVALUATION_SEED + seed
+    return [event.seed for event in between if not event.writes] + [first.seed]
+
+
+def check_held_out(first, last, tokenizer, rows, printed, thinking=True):
+    """`rows`: the table after a run, between whose evaluations `first` and `last` it trained."""
+    problems = embedded_problems(8, 3, held_out=True, hard=0.9)
+    prompts = [prompt_of(tokenizer, problem, "", thinking) for problem in problems]
+    assert first.prompts == last.prompts == prompts
+    lengths, accuracies = [], []
+    for event, name in ((first, "before"), (last, "after")):
+        (row,) = [row for row in rows if (row["name"], row["group"]) == (name, "all")]
+        got = rollouts_of(event, problems)
+        lengths.append(np.mean([len(r.ids) for r in got]))
+        accuracies.append(100 * np.mean([r.outcome == "correct" for r in got]))
+        assert row["length"] == pytest.approx(lengths[-1])
+        assert row["accuracy"] == pytest.approx(accuracies[-1])
+        assert row["truncated"] == 100 * np.mean([r.outcome == "truncated" for r in got])
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"{name} ")]
+        assert line.split()[1:3] == ["all", f"{accuracies[-1]:.1f}"]
+        if name == "after":
+            cells = f"{row['length']:.1f}", f"{row['change']['length'][0]:+.1f}%"
+            assert " ".join(cells) in " ".join(line.split())
+    assert accuracies[0] != accuracies[1] or lengths[0] != lengths[1]
+    change = row["change"]
+    assert change["accuracy"][0] == pytest.approx(accuracies[1] - accuracies[0])
+    assert change["length"][0] == pytest.approx(100 * (lengths[1] / lengths[0] - 1))
+
+
+def check_step_line(line, seen, kept):
+    """The counts and lengths in a line of the metrics."""
+
+    def length(rows):
+        return pytest.approx(np.mean([len(r.ids) for r in rows])) if rows else None
+
+    assert (line["sampled"], line["kept"]) == (len(seen), len(kept))
+    for outcome in rollout.OUTCOMES:
+        assert line[outcome] == sum(r.outcome == outcome for r in seen)
+    assert line["no_answer"] == sum(r.reason == "no_answer" for r in seen)
+    assert line["loss_tokens"] == sum(len(r.ids) for r in kept)
+    assert line["length"] == length(seen)
+    assert line["length_correct"] == length([r for r in seen if r.outcome == "correct"])
+    for rows, what, activity in ((seen, "sampled", "sampling"), (kept, "trained", "training")):
+        rate = sum(len(r.ids) for r in rows) / line[f"{activity}_seconds"]
+        assert line[f"{what}_tokens_per_second"] == pytest.approx(rate)
+
+
+def check_samples(lines, rollouts):
+    for line, r in zip(lines, rollouts, strict=True):
+        assert (line["question"], line["gold"]) == (r.problem.question, r.problem.answer)
+        assert line["response"] == r.text
+        assert (line["outcome"], line["reason"]) == (r.outcome, r.reason)
+
+
+def memos_of(event, tokenizer, frame):
+    """The contexts that come of what the teacher wrote; None of a truncated one."""
+    texts = [tokenizer.decode(ids[:-1]) if end else None for ids, end in event.results]
+    return [text and f"{frame}\n{text}" for text in texts]
+
+
+# ------------------------------------------------------------------------------------------------
+# By hand
+
+
+def by_hand(model, vector=None):
+    """The model in float64, with the weights of `vector`."""
+    copy = opsd.frozen_copy(model).double().requires_grad_(True)
+    if vector is not None:
+        torch.nn.utils.vector_to_parameters(vector.double(), copy.parameters())
+    return copy
+
+
+def logps_of(model, *parts):
+    """Log-probabilities (tokens, V) before each token of parts 1, 3, ... of a row."""
+    places, end = [], 0
+    for number, part in enumerate(parts):
+        if number % 2:
+            places += range(end - 1, end + len(part) - 1)
+        end += len(part)
+    logits = model(torch.tensor([[token for part in parts for token in part]])).logits[0]
+    return logits[places].log_softmax(-1)
+
+
+def chosen(logps, ids):
+    return logps[range(len(ids)), ids]
+
+
+def check_update(event, model, loss, lr, weight_decay=0.0, betas=(0.9, 0.999)):
+    """The gradient of `loss`, of `model` by hand, reached AdamW, clipped; returns its norm."""
+    assert torch.equal(event.before.double(), flat(model))
+    model.zero_grad()
+    loss.backward()
+    gradient = flat_gradient(model)
+    norm = gradient.norm().item()
+    assert norm > CLIP
+    assert apart(event.gradient, gradient * CLIP / norm) < 1e-3
+    assert event.group["lr"] == pytest.approx(lr)
+    assert (event.group["weight_decay"], event.group["betas"]) == (weight_decay, betas)
+    assert not event.group["amsgrad"] and not event.group["maximize"]
+    return norm
+
+
+def kl(p, q):
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def entropy(p):
+    return -(p.exp() * p).sum(-1)
+
+
+def reverse(s, t, correct):
+    return kl(s, t)
+
+
+def jsd(s, t, correct, beta=0.3):
+    mixture = (beta * t.exp() + (1 - beta) * s.exp()).log()
+    return beta * kl(t, mixture) + (1 - beta) * kl(s, mixture)
+
+
+def split(s, t, correct):
+    return kl(s, t) if correct else kl(t, s)
+
+
+# ------------------------------------------------------------------------------------------------
+# opsd.py
+
+
+def even_positions(student_logps, teacher_logps, tokens, args):
+    return torch.where(tokens.position % 2 == 0, 1.0, 0.25)
+
+
+MEASURES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
+RUNS = {
+    "frozen": (
+        "--filter correct --resample 2 --divergence jsd --beta 0.3 --batch 6",
+        dict(keeps=("correct",), divergence=jsd, resample=2),
+    ),
+    "every": (
+        "--filter all --teacher every --refresh 2 --context answer --thinking off --batch 4",
+        dict(keeps=rollout.OUTCOMES, divergence=reverse, every=2, thinking=False),
+    ),
+    "ema": (
+        "--filter not-correct --divergence split --teacher ema --ema 0.5 --mean token --reinject 8 "
+        f"--context resolve --context-tokens {MEMO_CAP} --gate even --batch 8",
+        dict(keeps=("incorrect", "truncated"), divergence=split, ema=0.5, memo=True),
+    ),
+}
+
+
+def check_bins(line, step, kept):
+    """A line of kl_by_position.jsonl, by the second bin of 8 tokens."""
+    assert (line["step"], line["bin"]) == (step, 8)
+    for outcome in rollout.OUTCOMES:
+        rows = [r.kl[8:16] for r in kept if r.outcome == outcome and len(r.kl) > 8]
+        second = [column[1] for column in line[outcome].values() if len(column) > 1]
+        expected = [sum(map(sum, rows)), sum(map(len, rows)), len(rows)] if rows else []
+        assert second == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_opsd_does_what_its_flags_say(
+    name, model, tokenizer, events, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(opsd.GATES, "even", even_positions)
+    (flags, is_), out = RUNS[name], str(tmp_path / "run")
+    flags = [*flags.split(), *"--lr 2e-3 --hard 0.9 --kl-by-position 8".split(), *SHORT, *SAMPLING]
+    opsd.main([*flags, "--out", out])
+    printed = capsys.readouterr().out
+    batch, resample = opsd.parse_args(flags).batch, is_.get("resample", 0)
+    thinking, memo = is_.get("thinking", True), is_.get("memo", False)
+    problems = embedded_problems(3 * batch * (resample + 1), 3, hard=0.9)
+    first, steps, last = steps_of(events)
+    seeds = check_sampling(events, seed=3)
+    assert len(set(seeds)) == len(seeds)
+    lines, samples = metrics(out), read_lines(os.path.join(out, "samples.jsonl"))
+    check_held_out(first, last, tokenizer, lines[-1]["evaluation"], printed, thinking)
+    student_weights, drawn, all_prompts, overfull = flat(model), 0, [], False
+    teacher = by_hand(model)
+    assert torch.equal(first.weights, student_weights) and len(steps) == 3
+    for number, (step, line) in enumerate(zip(steps, lines[1:-1], strict=True), 1):
+        *draws, update, push = step
+        assert [event.kind for event in draws] == ["sample"] * len(draws)
+        writer = draws.pop() if memo else None
+        assert not any(event.writes for event in draws)
+        # What was drawn, and what of it reaches the loss.
+        seen, kept = [], []
+        for event in draws:
+            assert len(kept) < batch
+            expected = problem_batch(problems, drawn, batch, 3)
+            assert event.prompts == [prompt_of(tokenizer, p, "", thinking) for p in expected]
+            assert torch.equal(event.weights, student_weights)
+            rollouts = rollouts_of(event, expected)
+            seen += rollouts
+            kept += [r for r in rollouts if r.outcome in is_["keeps"]]
+            all_prompts += event.prompts
+            drawn += batch
+        assert len(kept) >= batch or len(draws) == resample + 1
+        overfull |= len(kept) > batch
+        kept = kept[:batch]
+        # What the teacher reads.
+        if memo:
+            assert apart(writer.weights.double(), flat(teacher)) < 1e-6
+            asked = [data.RESOLVE.format(**vars(r.problem)) for r in kept]
+            assert writer.prompts == [chat(tokenizer, question, False) for question in asked]
+            frame = "Here is a solution that you wrote earlier:"
+            contexts = memos_of(writer, tokenizer, frame)
+        else:
+            frame = data.REFERENCE if resample else data.ANSWER
+            contexts = [frame.format(**vars(r.problem)) for r in kept]
+        failed = contexts.count(None)
+        assert failed == memo
+        kept = [r for r, context in zip(kept, contexts, strict=True) if context]
+        for r, context in zip(kept, filter(None, contexts), strict=True):
+            recall = f"\n\nActually, I recall:\n{context}\nContinuing from this.\n\n"
+            recall = tokenizer(recall, add_special_tokens=False).input_ids
+            width = 8 if memo else CAP
+            r.row = [prompt_of(tokenizer, r.problem, context, thinking), r.ids[:width]]
+            for start in range(width, len(r.ids), width):
+                r.row += [recall, r.ids[start : start + width]]
+        # The loss, its gradient, the update.
+        student = by_hand(model, student_weights)
+        values, measures = [], []
+        for r in kept:
+            s, t = logps_of(student, r.prompt, r.ids), logps_of(teacher, *r.row).detach()
+            value = is_["divergence"](s, t, r.outcome == "correct")
+            if memo:
+                value = value * torch.tensor([1.0, 0.25] * CAP)[: len(value)]
+            values.append(value)
+            r.kl = kl(s, t).tolist()
+            measures.append(torch.stack([kl(s, t), kl(t, s), entropy(s), entropy(t)], 1))
+        if memo:
+            loss = torch.cat(values).mean()
+        else:
+            loss = torch.stack([value.mean() for value in values]).mean()
+        norm = check_update(update, student, loss, lr=2e-3)
+        student_weights = update.after
+        assert torch.equal(push.weights, student_weights)
+        if "ema" in is_:
+            moved = is_["ema"] * flat(teacher) + (1 - is_["ema"]) * student_weights.double()
+            teacher = by_hand(model, moved)
+        if number == is_.get("every"):
+            teacher = by_hand(model, student_weights)
+        # What is logged.
+        assert line["step"] == number and line["context_failed"] == failed
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-3)
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
+        means = torch.cat(measures).mean(0).tolist()
+        assert [line[key] for key in MEASURES] == pytest.approx(means, rel=1e-3)
+        assert abs(means[0] - means[1]) > 0.01 * means[0] and line["logprob_gap"] is None
+        assert line["length_kept"] == pytest.approx(np.mean([len(r.ids) for r in kept]))
+        check_step_line(line, seen, kept)
+        shown = [row for row in samples if row["step"] == number and "outcome" in row]
+        check_samples(shown, seen[:2])
+        assert [row["kept"] for row in shown] == [any(r is k for k in kept) for r in seen[:2]]
+        check_bins(read_lines(os.path.join(out, "kl_by_position.jsonl"))[number - 1], number, kept)
+        if number == 1:
+            prompts = [row for row in samples if "teacher_prompt" in row]
+            assert [row["step"] for row in prompts] == [1]
+            assert prompts[0]["student_prompt"] == tokenizer.decode(kept[0].prompt)
+            assert prompts[0]["teacher_prompt"] == tokenizer.decode(kept[0].row[0])
+            reinjected = tokenizer.decode(kept[0].row[2]) if memo else None
+            assert prompts[0].get("reinjected") == reinjected
+    assert len({tuple(prompt) for prompt in all_prompts}) == len(all_prompts) == drawn
+    assert overfull or not resample  # a draw too many was there to be cut
+    assert torch.equal(last.weights, student_weights)
+    assert torch.equal(weights(out), student_weights)
+
+
+# ------------------------------------------------------------------------------------------------
+# rlvr.py
+
+
+@pytest.mark.parametrize("updates, weight", [(1, 0.0), (2, 0.1)])
+def test_rlvr_does_what_its_flags_say(updates, weight, tokenizer, events, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    flags = f"--updates {updates} --kl {weight} --group 3 --batch 4 --length-penalty 0.5 --lr 4e-4"
+    rlvr.main([*flags.split(), "--hard", "0.9", *SHORT, *SAMPLING, "--out", out])
+    printed = capsys.readouterr().out
+    problems = embedded_problems(3 * 4, 3, hard=0.9)
+    first, steps, last = steps_of(events)
+    seeds = check_sampling(events, seed=3)
+    assert len(set(seeds)) == len(seeds)
+    lines, samples = metrics(out), read_lines(os.path.join(out, "samples.jsonl"))
+    check_held_out(first, last, tokenizer, lines[-1]["evaluation"], printed)
+    model, _ = modelling.load_model(FIRST, torch.device("cpu"))
+    start, student_weights, clipped, dropped = by_hand(model), flat(model), 0, 0
+    assert torch.equal(first.weights, student_weights) and len(steps) == 3
+    for number, (step, line) in enumerate(zip(steps, lines[1:-1], strict=True), 1):
+        draw, *changes, push = step
+        assert [e.kind for e in (draw, *changes)] == ["sample"] + updates * ["update"]
+        expected = problem_batch(problems, 4 * (number - 1), 4, 3)
+        expected = [problem for problem in expected for _ in range(3)]
+        assert draw.prompts == [prompt_of(tokenizer, problem) for problem in expected]
+        assert torch.equal(draw.weights, student_weights)
+        seen, kept = rollouts_of(draw, expected), []
+        for r in seen:
+            r.reward = (1 - 0.5 * len(r.ids) / CAP) * (r.outcome == "correct")
+        for place in range(0, len(seen), 3):
+            group = seen[place : place + 3]
+            rewards = np.array([r.reward for r in group])
+            if rewards.std() > 1e-6:
+                kept += group
+                for r in group:
+                    r.advantage = (r.reward - rewards.mean()) / rewards.std()
+        sampled = by_hand(model, student_weights)
+        dropped += len(seen) - len(kept)
+        tokens = sum(len(r.ids) for r in kept)
+        for update in changes:
+            student, loss, entropies = by_hand(model, update.before), 0.0, []
+            for r in kept:
+                logps = logps_of(student, r.prompt, r.ids)
+                entropies += entropy(logps).tolist()
+                logps = chosen(logps, r.ids)
+                ratio = (logps - chosen(logps_of(sampled, r.prompt, r.ids), r.ids).detach()).exp()
+                bounded = ratio.clamp(0.8, 1.28)
+                clipped += (ratio != bounded).sum().item()
+                loss -= torch.minimum(ratio * r.advantage, bounded * r.advantage).sum() / tokens
+                d = chosen(logps_of(start, r.prompt, r.ids), r.ids).detach() - logps
+                loss += weight * (d.exp() - d - 1).sum() / tokens
+            norm = check_update(update, student, loss, lr=4e-4)
+        student_weights = update.after
+        assert torch.equal(push.weights, student_weights)
+        assert line["step"] == number
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
+        assert line["student_entropy"] == pytest.approx(np.mean(entropies), rel=1e-3)
+        assert line["reward"] == pytest.approx(np.mean([r.reward for r in seen]))
+        assert line["equal_groups"] == (len(seen) - len(kept)) // 3
+        assert line["logprob_gap"] is None
+        check_step_line(line, seen, kept)
+        shown = [row for row in samples if row["step"] == number and "outcome" in row]
+        check_samples(shown, seen[:2])
+    assert len({tuple(e.prompts[i]) for e, *_ in steps for i in range(0, 12, 3)}) == 12
+    shown = [row for row in samples if "student_prompt" in row]
+    assert [row["step"] for row in shown] == [1]
+    assert shown[0]["student_prompt"] == tokenizer.decode(steps[0][0].prompts[0])
+    assert dropped > 0 and (clipped > 0) == (updates > 1)
+    assert torch.equal(last.weights, student_weights)
+    assert torch.equal(weights(out), student_weights)
+
+
+def test_rlvr_takes_no_step_where_all_groups_are_equal(events, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rlvr, "reward", lambda *args: 1.0)
+    monkeypatch.setattr(run, "GIVE_UP", 2)
+    flags = ["--group", "2", "--batch", "2", *SHORT, "--max-new-tokens", "8"]
+    with pytest.raises(SystemExit):
+        rlvr.main([*flags, "--out", str(tmp_path / "run")])
+    assert "--group 2: every group had equal rewards" in capsys.readouterr().err
+    assert [event.kind for event in events] == ["sample"] * 3
+    lines = metrics(tmp_path / "run")[1:]
+    assert [(row["equal_groups"], row["kept"]) for row in lines] == [(2, 0)] * 2
+    assert [row["student_entropy"] for row in lines] == [None] * 2
+
+
+# ------------------------------------------------------------------------------------------------
+# sft.py
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_sft_does_what_its_flags_say(given, model, tokenizer, events, tmp_path, monkeypatch):
+    flags, out = "--steps 5 --batch 4 --warmup 2 --lr 2e-3 --threads 1", str(tmp_path / "run")
+    flags, rows, problems = [*flags.split(), "--micro-tokens", "150", "--seed", "3"], [], []
+    own = sft.embedded_row
+
+    def embedded_row(tokenizer, problem, rng):
+        rows.append(own(tokenizer, problem, rng))
+        problems.append(problem)
+        return rows[-1]
+
+    monkeypatch.setattr(sft, "embedded_row", embedded_row)
+    if given:
+        seven = embedded_problems(7, 5)
+        texts = [json.dumps(vars(problem)) for problem in seven]
+        flags += ["--data", write(tmp_path / "d.jsonl", *texts)]
+        for i in range(20):
+            p = seven[i % 7]
+            text = f"<think>\n{p.solution}\n</think>\n\n\\boxed{{{p.answer}}}<|im_end|>"
+            response = tokenizer(text, add_special_tokens=False).input_ids
+            rows.append((prompt_of(tokenizer, p), response))
+    sft.main(["--model", TINY, *flags, "--out", out])
+    if not given:
+        assert problems == embedded_problems(20, 3) and len({str(r) for _, r in rows}) == 20
+    assert [event.kind for event in events] == ["update"] * 5
+    student_weights, lines = flat(model), metrics(out)[1:]
+    rates = [1e-3, 2e-3, 2e-3]
+    rates += [2e-4 + 9e-4 * (1 + math.cos(math.pi * share)) for share in (1 / 3, 2 / 3)]
+    for number, (update, line) in enumerate(zip(events, lines, strict=True), 1):
+        step = rows[4 * (number - 1) : 4 * number]
+        tokens, loss = sum(len(response) for _, response in step), 0.0
+        student = by_hand(model, student_weights)
+        for prompt, response in step:
+            loss -= chosen(logps_of(student, prompt, response), response).sum() / tokens
+        norm = check_update(update, student, loss, rates[number - 1], 0.01, (0.9, 0.95))
+        student_weights = update.after
+        assert (line["step"], line["loss_tokens"]) == (number, tokens)
+        assert (line["loss"], line["grad_norm"]) == pytest.approx((loss.item(), norm), rel=1e-3)
+        assert line["lr"] == pytest.approx(rates[number - 1])
+        assert line["epoch"] == (4 * (number - 1) // 7 if given else 0)
+    assert torch.equal(weights(out), student_weights)
+
+
+# ------------------------------------------------------------------------------------------------
+# eval.py
+
+
+def test_eval_does_what_its_flags_say(model, tokenizer, events, tmp_path, capsys):
+    out, problems = str(tmp_path / "e.json"), embedded_problems(6, 3, held_out=True, hard=0.5)
+    flags = f"--problems 6 --samples 2 --context-tokens {MEMO_CAP} --seed 3 --threads 1 --hard 0.5"
+    flags = [*flags.split(), "--context", "answer", "reflection", *SAMPLING]
+    evaluation.main(["--model", TINY, FIRST, *flags, "--out", out])
+    assert len(set(check_sampling(events, seed=3))) == 1
+    plain, answer, writer, reflection, second = events
+    memos = memos_of(writer, tokenizer, "Notes from an earlier look at this problem:")
+    assert memos.count(None) == 1
+    repeated = [problem for problem in problems for _ in range(2)]
+    asked = [
+        data.REFLECTION.format(**vars(p), response=text)
+        for p, text in zip(repeated, plain.texts, strict=True)
+    ]
+    asked = [text.replace("<think>", "< think>").replace("</think>", "< /think>") for text in asked]
+    assert writer.prompts == [chat(tokenizer, question, False) for question in asked]
+    golds = [f"The correct answer is {problem.answer}." for problem in repeated]
+    other = flat(modelling.load_model(FIRST, torch.device("cpu"))[0])
+    names = [TINY, f"{TINY} reading answer", f"{TINY} reading reflection", FIRST]
+    with open(out) as stream:
+        saved = json.load(stream)
+    printed, lengths = capsys.readouterr().out, []
+    assert f"{names[2]}: 1 of 12 contexts failed" in printed
+    for name, event, contexts in zip(
+        names,
+        (plain, answer, reflection, second),
+        ([""] * 12, golds, memos, [""] * 12),
+        strict=True,
+    ):
+        pairs = zip(repeated, contexts, strict=True)
+        assert event.prompts == [prompt_of(tokenizer, p, c) for p, c in pairs]
+        assert torch.equal(event.weights, other if event is second else flat(model))
+        assert event.seed == plain.seed
+        rows = rollouts_of(event, repeated)
+        own = [row for row in saved["records"] if row["name"] == name]
+        assert [row["group"] for row in own] == ["all", "easy", "hard"]
+        lengths.append([])
+        for row in own:
+            some = [r for r in rows if row["group"] in ("all", r.problem.difficulty)]
+            lengths[-1].append(np.mean([len(r.ids) for r in some]))
+            right = [r.outcome == "correct" for r in some]
+            assert row["responses"] == len(some) and row["accuracy"] == 100 * np.mean(right)
+            assert row["length"] == pytest.approx(lengths[-1][-1])
+            wrong = [len(r.ids) for r in some if r.outcome == "incorrect"]
+            assert row["length_incorrect"] == (pytest.approx(np.mean(wrong)) if wrong else None)
+        changes = [row["change"] and row["change"]["length"][0] for row in own]
+        ratios = np.array(lengths[-1]) / lengths[0]
+        none = event is plain
+        assert changes == ([None] * 3 if none else pytest.approx(list(100 * (ratios - 1))))
+        (responses,) = [m for m in saved["responses"]["embedded"]["models"] if m["name"] == name]
+        assert sum(responses["lengths"], []) == [len(r.ids) for r in rows]
+        assert sum(responses["reasons"], []) == [r.reason for r in rows]
+        assert len(responses["lengths"]) == 6
+    assert saved["args"]["temperature"] == 0.7 and set(saved["traces"]) == set(names)
+    assert saved["responses"]["embedded"]["questions"] == [p.question for p in problems]
+
+
+@pytest.mark.parametrize("script", [rlvr, evaluation])
+def test_thinking_off_needs_a_template_that_knows_it(script, tmp_path, capsys):
+    path = changed_model(tmp_path / "model")
+    write(tmp_path / "model" / "chat_template.jinja", "{{ messages[0].content }}")
+    with pytest.raises(SystemExit):
+        script.main(["--model", path, "--thinking", "off", "--out", str(tmp_path / "out")])
+    assert "template has no enable_thinking switch" in capsys.readouterr().err
+
+
+def test_bootstrap_of_the_length_pairs_problems():
+    length, zero = np.random.default_rng(0).integers(20, 200, 50).astype(float), np.zeros(50)
+    changes = evaluation.paired_bootstrap((zero, length), (zero, 0.8 * length))
+    assert evaluation.interval(*changes["length"]) == pytest.approx((-20, -20, -20))
