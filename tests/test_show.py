@@ -82,7 +82,7 @@ def test_measures_are_opsds_own(made):
     for record in records[0], records[4]:
         problem = embedded_problems(16, 0, True)[record["problem"]]
         row = Rollout(problem, render_prompt(tokenizer, problem), record["token_ids"])
-            row.outcome = "correct"
+        row.outcome = "correct"
         for name in ("none", "solution", "answer"):
             contexts = CONTEXTS[name]([row], None, args)
             opsd.add_teacher_rows([row], contexts, tokenizer, args, None)
