@@ -120,6 +120,8 @@ def set_up(args):
     except Exception as error:
         fail(f"--device {args.device}: {one_line(error)}")
     device = torch.device(name)
+    if device.type == "cpu" and not args.threads and os.getloadavg()[0] > os.cpu_count():
+        print("this machine is busy: --threads 1 may be many times faster")
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     if torchrun and device.index is not None:

@@ -17,7 +17,7 @@ import numpy as np
 
 import toy
 from answers import normal
-from cli import fail
+from cli import fail, tiny
 from files import pick, read_rows
 from verify import Verifier
 
@@ -84,6 +84,8 @@ def load_problems(args, count):
     """
     if args.data is None:
         return embedded_problems(count, args.seed, False, args.hard)
+    if args.model in (tiny("sft"), tiny("rlvr")):
+        print(f"--data without --model: it is the embedded {args.model} that is trained on it")
     return load_file(args.data, args)
 
 
@@ -91,10 +93,12 @@ def load_held_out(args, problems):
     """(training problems, held-out problems): the first `--eval-problems` of `--eval-data`, or of
     the embedded task's other side. Training problems that are also held out are dropped.
     """
+    if args.eval_problems and args.data and not args.eval_data:
+        print("no --eval-data: nothing is evaluated before and after")
     if not args.eval_problems or (args.data and not args.eval_data):
         return problems, []
     if args.eval_data:
-        held_out = load_file(args.eval_data, args)[: args.eval_problems]
+        held_out = load_file(args.eval_data, args, "--eval-data")[: args.eval_problems]
     else:
         held_out = embedded_problems(args.eval_problems, args.seed, True, args.hard)
     questions = {p.question for p in held_out}
@@ -109,7 +113,7 @@ def load_held_out(args, problems):
     return kept, held_out
 
 
-def load_file(path, args=None):
+def load_file(path, args=None, flag="--data"):
     """Problems of a JSON(L) or parquet file or a Hugging Face data set id; golds are checked.
 
     Prints how many golds have a unit. Ends the program at a bad file or row, which it names, and at
@@ -120,7 +124,7 @@ def load_file(path, args=None):
     def named(name):
         return getattr(args, f"{name}_field", None)
 
-    for where, row in read_rows(path, getattr(args, "split", None)):
+    for where, row in read_rows(path, getattr(args, "split", None), flag):
         solution = named("solution")
         problems.append(
             Problem(
@@ -134,7 +138,7 @@ def load_file(path, args=None):
         places.append(where)
         check_wrong(problems[-1], where)
     if not problems:
-        fail(f"--data {path}: no rows")
+        fail(f"{flag} {path}: no rows")
     repeated = len(problems) - len({p.question for p in problems})
     if repeated:
         print(f"{path}: {repeated} of {len(problems)} rows repeat an earlier question; all count")

@@ -29,7 +29,7 @@ import samplers
 import toy
 from cli import Parser, add_run_flags, fail, provenance, set_up, start
 from data import CONTEXTS
-from model import load_model
+from model import load_model, load_tokenizer
 from run import check_out, write_json
 from verify import Verifier
 
@@ -289,6 +289,8 @@ def main(argv=None):
     for problems in benchmarks.values():
         for context in args.context:
             data.require_solutions(problems, context)
+    for path in args.model:
+        load_tokenizer(path)  # a wrong one is found here, not after the first was evaluated
     named = {benchmark: [] for benchmark in benchmarks}
     traces, sampler = {}, None
     with Verifier() as verifier:

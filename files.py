@@ -8,20 +8,20 @@ from decimal import Decimal
 from cli import fail, one_line
 
 
-def read_rows(path, split):
+def read_rows(path, split, flag="--data"):
     """Yields (place for error messages, row as a dict)."""
     is_json, is_parquet = path.endswith((".jsonl", ".json")), path.endswith(".parquet")
     if (is_json or is_parquet) and not os.path.isfile(path):
-        fail(f"--data {path}: no such file")
+        fail(f"{flag} {path}: no such file")
     if is_json:
         yield from read_json(path)
         return
     if not is_parquet and (os.path.exists(path) or path.count("/") != 1):
-        fail(f"--data {path}: not a .jsonl or .parquet file, nor a data set id (owner/name)")
+        fail(f"{flag} {path}: not a .jsonl or .parquet file, nor a data set id (owner/name)")
     try:
         rows = read_parquet(path) if is_parquet else read_data_set(path, split)
     except Exception as error:  # a hub out of reach, a wrong id, a broken file: one line is enough
-        fail(f"--data {path}: {type(error).__name__}: {one_line(error)}")
+        fail(f"{flag} {path}: {type(error).__name__}: {one_line(error)}")
     for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", row
 

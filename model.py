@@ -1,7 +1,7 @@
 """The model: loading and saving, rows of token ids -> hidden states, the backward pass, the step.
 
 Axes: B rows, T tokens of a row, D width, V vocabulary, R response tokens of a micro-batch,
-C those of a chunk, P those of a piece.
+C those of a chunk, P those of a piece, M measures of a token.
 """
 
 import math
@@ -30,7 +30,8 @@ PIECE = {"cpu": 1e6, "cuda": 64e6}
 
 def load_tokenizer(path):
     """(configuration, tokenizer) of a Hugging Face directory or id; no remote code."""
-    if not os.path.isdir(path) and path.count("/") != 1:
+    owner = path.split("/")[0]
+    if not os.path.isdir(path) and (path.count("/") != 1 or owner == "." or os.path.isdir(owner)):
         fail(f"--model {path}: no such directory (a Hugging Face id has the form owner/name)")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -237,8 +238,9 @@ def backward_in_chunks(student, rows, token_loss, teacher=None, teacher_hidden=N
         logits = head(leaf)  # (C, V)
         with torch.no_grad():
             teacher_logits = teacher_head(teacher_hidden[chunk]) if teacher else None  # (C, V)
-        loss, measured = replace_by_gradient(logits.detach(), teacher_logits, token_loss, chunk)
-        logits.backward(logits.detach())  # which hold their own gradient now
+        gradient = logits.detach()  # the same memory: first the logits, then their gradient
+        loss, measured = replace_by_gradient(gradient, teacher_logits, token_loss, chunk)
+        logits.backward(gradient)
         total += loss
         gradients.append(leaf.grad)
         measures.append(measured)

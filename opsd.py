@@ -176,23 +176,23 @@ def accumulate_gradients(student, teacher, rollouts, args):
     loss, measures = 0.0, {}
     groups = my_micro_batches(teacher_lengths(rollouts), args.micro_tokens)
     for group, counts in progress(groups, "training"):
-        part = [rollouts[i] for i in group]
+        micro = [rollouts[i] for i in group]
         if not counts:  # this rank runs along with the others
-            part = [copy.copy(r) for r in part]
-            for r in part:
+            micro = [copy.copy(r) for r in micro]
+            for r in micro:
                 r.weights = [0.0] * len(r.response_ids)
-        part_loss, part_measures = opsd_loss(student, teacher, part, args)
+        micro_loss, micro_measures = opsd_loss(student, teacher, micro, args)
         if counts:
-            loss += part_loss
-            lengths = [len(r.response_ids) for r in part]
-            measures.update(zip(group, part_measures.cpu().split(lengths, 1), strict=True))
+            loss += micro_loss
+            lengths = [len(r.response_ids) for r in micro]
+            measures.update(zip(group, micro_measures.cpu().split(lengths, 1), strict=True))
     everyone = ranks.gather([(loss, measures)])  # an entry a rank
-    for _, part in everyone:
-        for i, value in part.items():
+    for _, of_rank in everyone:
+        for i, value in of_rank.items():
             rollouts[i].measures = value
     for r in rollouts:
         r.teacher_hidden = None  # memory
-    return sum(part for part, _ in everyone)
+    return sum(rank_loss for rank_loss, _ in everyone)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def main(argv=None):
     data.require_thinking_switch(tokenizer, args.teacher_thinking == "on", "--teacher-thinking")
     teacher = frozen_copy(model)
     ranks.prepare(model, args, device)
-    # An average in bfloat16 would stand still.
+    # EMA weights in bfloat16 would stand still: their changes are lost to rounding.
     ranks.prepare(teacher, args, device, low=args.teacher != "ema")
     sampler = samplers.make_sampler(model, tokenizer, args)
     teacher_sampler = samplers.make_sampler(teacher, tokenizer, args, sampler)

@@ -201,7 +201,8 @@ class Run:
         if kind and self.first and self.new and not self.stepped:
             shutil.rmtree(self.path)  # a numbered directory of a run that never was
         elif kind is KeyboardInterrupt:
-            print(f"\ninterrupted; --out {self.path} --resume goes on", file=sys.stderr)
+            goes_on = "goes on" if find_states(self.path) else "starts again"
+            print(f"\ninterrupted; --out {self.path} --resume {goes_on}", file=sys.stderr)
             raise SystemExit(130) from None
 
     def remove_old_run(self):

@@ -1,5 +1,6 @@
 """The documents: every command parses, every link leads somewhere, every made table is fresh."""
 
+import ast
 import glob
 import importlib
 import os
@@ -97,3 +98,12 @@ def test_the_tables_are_fresh(capsys):
     with pytest.raises(SystemExit) as stop:
         table.main(["--seeds", "101", "102", "103", "--check"])
     assert stop.value.code == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets_import_what_is_there(page):
+    for snippet in re.findall(r"python - <<'END'[^\n]*\n(.*?)\nEND\n", text_of(page), re.DOTALL):
+        for node in ast.walk(ast.parse(snippet)):
+            if isinstance(node, ast.ImportFrom) and os.path.exists(f"{HERE}/{node.module}.py"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, name.name) for name in node.names), node.module

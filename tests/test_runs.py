@@ -384,7 +384,7 @@ def test_a_finished_run_goes_on_with_more_steps_and_the_same_problems(tmp_path, 
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path):
     out = str(tmp_path / "run")
     command = [sys.executable, os.path.join(HERE, "opsd.py"), *SMALL, "--eval-problems", "0"]
-    command += ["--filter", "all", "--steps", "1000", "--out", out]
+    command += "--filter all --steps 1000 --state-every 1 --out".split() + [out]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 2"):
