@@ -53,9 +53,12 @@ GATES = {
     "redundant-checks": "--gate redundant-checks",
     "not-the-digit": "--gate not-the-digit",
     "the-digit": "--gate the-digit",
-    # The anchor: the same with the tokens on which the two agree.
+    # The anchor: the same with the tokens on which the two agree, in the best token (that of an
+    # uncertain choice as well) or in distribution.
     "redundant-checks+agreement": "--gate redundant-checks agreement",
     "the-digit+agreement": "--gate the-digit agreement",
+    "redundant-checks+gap-low": "--gate redundant-checks gap --gate-below 0.01",
+    "the-digit+gap-low": "--gate the-digit gap --gate-below 0.01",
     "student-entropy-high+agreement": "--gate student-entropy agreement --gate-above 0.01",
     "gap-high+agreement": "--gate gap agreement --gate-above 0.01",
 }
