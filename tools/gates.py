@@ -241,6 +241,7 @@ def draw(records, path):
         axes.plot(x, y, "o", color=color, markersize=4, label=label)
         style = dict(textcoords="offset points", xytext=(4, 2), fontsize=6, color=color)
         axes.annotate(r["gate"], (x, y), **style)
+    axes.plot(0, 0, "o", color="black")  # the model before: the axes show where no change is
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("change of mean response length, percent")
     axes.set_ylabel("change of accuracy, points")
