@@ -187,11 +187,12 @@ def settle_gates(args):
 
 # ------------------------------------------------------------------------------------------------
 # Weights by outcome: factors on a rollout's weights. A negative one pushes the student away from
-# the teacher, and nothing bounds how far. The denominators stay as they are.
+# the teacher, and nothing bounds how far. An outcome that is not named has factor 1. The
+# denominators stay as they are.
 
 WEIGHTS = {
-    "equal": dict(correct=1.0, incorrect=1.0, truncated=1.0),
-    "repel": dict(correct=1.0, incorrect=-0.1, truncated=0.0),
+    "equal": {},
+    "repel": dict(incorrect=-0.1, truncated=0.0),
 }
 
 # ------------------------------------------------------------------------------------------------

@@ -172,7 +172,8 @@ def accumulate_gradients(student, teacher, rollouts, args):
     """
     factors = WEIGHTS[args.weights]
     for r, weights in zip(rollouts, token_weights(rollouts, args.mean), strict=True):
-        r.weights = [w * factors[r.outcome] for w in weights]  # one denominator, before the loop
+        factor = factors.get(r.outcome, 1.0)
+        r.weights = [w * factor for w in weights]  # one denominator, before the loop
     loss, measures = 0.0, {}
     groups = my_micro_batches(teacher_lengths(rollouts), args.micro_tokens)
     for group, counts in progress(groups, "training"):

@@ -233,7 +233,7 @@ def test_weights_by_outcome_are_factors_and_a_negative_one_pushes_away(step, mon
     monkeypatch.setitem(losses.WEIGHTS, "away", dict(correct=-1.0, truncated=-1.0))
     away, opposite, _ = step("--weights away")
     assert away == -whole and torch.equal(opposite, -gradient)
-    monkeypatch.setitem(losses.WEIGHTS, "some", dict(correct=1.0, truncated=0.0))
+    monkeypatch.setitem(losses.WEIGHTS, "some", dict(truncated=0.0))
     part, _, rollouts = step("--weights some")
     expected = sum(
         r.measures[0].sum().item() / len(r.response_ids) for r in rollouts if r.outcome == "correct"
