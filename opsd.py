@@ -261,7 +261,7 @@ def read_by_teacher(teacher, rollouts, args):
     With --contrast also its log-probabilities of them when it reads the control's row, (tokens,).
     All of the step's rows are read before any is trained on.
     """
-    with torch.inference_mode():
+    with torch.no_grad():  # inference mode fails under FSDP2 on one rank
         for group, _ in my_micro_batches(teacher_lengths(rollouts), args.micro_tokens):
             part = [rollouts[i] for i in group]
             lengths = [len(r.response_ids) for r in part]
