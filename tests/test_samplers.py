@@ -1,6 +1,8 @@
 """Sampling: transformers, and vLLM where it is installed."""
 
+import ast
 import gc
+import importlib.util
 import json
 import os
 import sys
@@ -8,9 +10,11 @@ import types
 
 import pytest
 import torch
+import transformers
 
 import eval as evaluation
 import opsd
+import ranks
 import rlvr
 import samplers
 from data import embedded_problems, render_prompt
@@ -89,6 +93,36 @@ def test_every_stop_id_ends_a_response(tiny, tokenizer):
     prompt = render_prompt(tokenizer, embedded_problems(1, 1)[0])
     ids, finished = sampler_of(model, tokenizer).sample([prompt], 60, temperature=0)[0]
     assert finished and ids[-1] == newline and newline not in ids[:-1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keys_and_values_have_the_computation_dtype_and_a_copy_follows_pushes(
+    dtype, model, tokenizer, monkeypatch
+):
+    """Under autocast float32 weights would keep them in float32, twice the memory."""
+    ranks.prepare(model, opsd.parse_args(["--dtype", dtype]), CPU)
+    sampler, prompts, seen = sampler_of(model, tokenizer, dtype=dtype), prompts_of(tokenizer, 4), []
+    own = transformers.LlamaForCausalLM.generate
+
+    def generate(self, **kwargs):
+        out = own(self, **kwargs)
+        for layer in out.past_key_values.layers:
+            seen.extend((layer.keys.dtype, layer.values.dtype))
+        return out
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", generate)
+    before = None
+    for _ in range(2):
+        rounded = load_model(TINY, CPU, dtype)[0]
+        rounded.load_state_dict(model.state_dict())
+        expected = sampler_of(rounded, tokenizer, dtype=dtype).sample(prompts, 40, temperature=0)
+        assert sampler.sample(prompts, 40, temperature=0) == expected != before
+        before = expected
+        with torch.no_grad():
+            model.lm_head.weight[5:50] *= -1
+        sampler.push(model)
+    assert set(seen) == {getattr(torch, dtype)}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -280,3 +314,235 @@ def test_without_vllm_or_a_device_for_it_one_line_names_the_backend(tmp_path, mo
     with pytest.raises(SystemExit):
         samplers.choose_backend(opsd.parse_args(["--backend", "vllm", "--vllm-memory", "1.5"]), CPU)
     assert "--vllm-memory 1.5" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# vLLM's engine on CUDA: the calls and their order, on a fake one; names, in vLLM's source
+
+SOURCE = importlib.util.find_spec("vllm")
+
+
+class FakeEngine:
+    """vllm.LLM on transformers, as if on CUDA: it fails where a call comes when the real engine
+    could not answer it, and what sleeps is lost.
+    """
+
+    def __init__(self, **settings):
+        self.settings, self.calls, self.asked = settings, [], []
+        self.asleep, self.loaded, self.fresh = set(), False, True
+        self.model, self.tokenizer = load_model(settings["model"], CPU)
+        limit = self.model.config.max_position_embeddings
+        self.model_config = types.SimpleNamespace(max_model_len=limit)
+        self.lose_weights()
+
+    def lose_weights(self):
+        self.loaded = False
+        with torch.no_grad():
+            for weight in self.model.parameters():
+                weight.fill_(torch.nan)
+
+    def sleep(self, level):
+        assert level == 2 and not self.asleep, "sleeps already"
+        self.calls.append("sleep")
+        self.asleep = {"weights", "kv_cache"}
+        self.lose_weights()
+
+    def wake_up(self, tags):
+        (tag,) = tags
+        assert tag in self.asleep, f"{tag} is awake"
+        # The cache takes the memory that the push needs.
+        assert tag == "weights" or self.loaded, "the cache wakes before new weights"
+        self.calls.append(f"wake {tag}")
+        self.asleep.remove(tag)
+
+    def collective_rpc(self, method, kwargs):
+        assert method == "reload_weights" and "weights" not in self.asleep, "weights sleep"
+        self.calls.append("reload")
+        own = self.model.state_dict()
+        for name, weight in kwargs["weights_iterator"]:
+            own[name].copy_(weight)
+        self.loaded, self.fresh = True, False
+
+    def reset_prefix_cache(self):
+        assert not self.asleep, "the cache sleeps"
+        self.calls.append("reset")
+        self.fresh = True
+        return True
+
+    def generate(self, inputs, settings, use_tqdm):
+        assert not self.asleep, "the engine sleeps"
+        assert self.loaded and self.fresh, "old keys and values, or no weights"
+        self.calls.append("generate")
+        self.asked.append((settings[0].temperature, len(inputs), settings[0].logprobs))
+        prompts, first = [row["prompt_token_ids"] for row in inputs], settings[0]
+        sampler = sampler_of(self.model, self.tokenizer)
+        how = first.max_tokens, first.temperature, first.top_p, first.seed % 2**32
+        rows = [
+            (p, ids) for p, (ids, _) in zip(prompts, sampler.sample(prompts, *how), strict=True)
+        ]
+        return [self.output(*row, first.logprobs) for row in rows]
+
+    def output(self, prompt, ids, logprobs):
+        rows = None
+        if logprobs is not None:
+            logps = sampled_logps(self.model, [(prompt, ids)]).tolist()
+            rows = [
+                {token: types.SimpleNamespace(logprob=logp)}
+                for token, logp in zip(ids, logps, strict=True)
+            ]
+        return types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=ids, logprobs=rows)])
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """The engines that are built: fake ones, as if on CUDA."""
+    built = []
+
+    def build(**settings):
+        built.append(FakeEngine(**settings))
+        return built[-1]
+
+    vllm = types.ModuleType("vllm")
+    vllm.LLM, vllm.SamplingParams = build, types.SimpleNamespace
+    platform = types.SimpleNamespace(device_type="cpu")
+    vllm.platforms = types.SimpleNamespace(current_platform=platform)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(samplers, "import_vllm", lambda: vllm)
+    monkeypatch.setattr(samplers, "find_spec", lambda name: True)
+    monkeypatch.setattr(samplers, "device_of", lambda model: torch.device("cuda"))
+    return built
+
+
+WAKE = ["wake weights", "reload", "wake kv_cache", "reset"]
+
+
+def test_the_engine_sleeps_while_the_trainer_works_and_wakes_around_a_push(
+    model, tokenizer, engines
+):
+    flags = ["--backend", "vllm"]
+    sampler = sampler_of(model, tokenizer, flags)
+    teacher = opsd.frozen_copy(model)
+    second = sampler_of(teacher, tokenizer, flags, sampler)
+    (engine,) = engines
+    prompts = prompts_of(tokenizer, 4)
+
+    def new_calls():
+        calls, engine.calls = engine.calls, []
+        return calls
+
+    def check(one, its_model):
+        expected = sampler_of(its_model, tokenizer).sample(prompts, 40, temperature=0)
+        assert one.sample(prompts, 40, temperature=0) == expected
+        return expected
+
+    first = check(sampler, model)
+    # The check of the engine, and the sample.
+    assert new_calls() == ["reload", "reset", "generate", "sleep", *WAKE, "generate", "sleep"]
+    with torch.no_grad():
+        model.lm_head.weight[5:50] *= -1
+    sampler.push(model)
+    assert new_calls() == WAKE
+    assert check(sampler, model) != first
+    assert new_calls() == ["generate", "sleep"]
+    check(sampler, model)  # no update in between
+    assert new_calls() == [*WAKE, "generate", "sleep"]
+    assert check(second, teacher) == first
+    assert new_calls() == [*WAKE, "generate", "sleep"] * 2
+    sampler.push(model)
+    sampler.push(model)  # awake already
+    assert new_calls() == [*WAKE, "reload", "reset"]
+    assert [logprobs for _, _, logprobs in engine.asked] == [0, None, None, None, 0, None]
+    engine.reset_prefix_cache = lambda: False
+    with pytest.raises(SystemExit):
+        sampler.push(model)
+
+
+def reloads(engine):
+    weights = load_model(TINY, CPU)[0].state_dict().items()
+    engine.collective_rpc("reload_weights", dict(weights_iterator=weights))
+
+
+@pytest.mark.parametrize(
+    "steps, complaint",
+    [
+        ("generate", "no weights"),
+        ("reload generate", "old keys"),
+        ("reload reset sleep generate", "the engine sleeps"),
+        ("reload reset sleep reload", "weights sleep"),
+        ("reload reset sleep kv_cache", "before new weights"),
+        ("reload reset sleep weights kv_cache", "before new weights"),
+        ("reload reset sleep weights reload generate", "the engine sleeps"),
+        ("reload reset sleep weights reload kv_cache generate", "old keys"),
+        ("reload reset sleep sleep", "sleeps already"),
+        ("reload reset sleep weights reload kv_cache weights", "is awake"),
+    ],
+)
+def test_the_fake_engine_fails_on_a_wrong_order(steps, complaint, tokenizer):
+    engine = FakeEngine(model=TINY)
+    settings = dict(temperature=0, max_tokens=1, top_p=1.0, seed=0, logprobs=None)
+    inputs = [dict(prompt_token_ids=prompt) for prompt in prompts_of(tokenizer, 1)]
+    calls = {
+        "reload": lambda: reloads(engine),
+        "reset": engine.reset_prefix_cache,
+        "sleep": lambda: engine.sleep(level=2),
+        "weights": lambda: engine.wake_up(tags=["weights"]),
+        "kv_cache": lambda: engine.wake_up(tags=["kv_cache"]),
+        "generate": lambda: engine.generate(inputs, [types.SimpleNamespace(**settings)], False),
+    }
+    *before, last = steps.split()
+    for step in before:
+        calls[step]()
+    with pytest.raises(AssertionError, match=complaint):
+        calls[last]()
+
+
+def test_a_run_asks_for_logprobs_in_training_only_and_its_engine_keeps_the_order(
+    tmp_path, engines, monkeypatch
+):
+    out = str(tmp_path / "run")
+    flags = "--filter all --backend vllm --steps 2 --eval-every 1 --lr 1e-3"
+    flags += " --context resolve --context-tokens 60"
+    opsd.main([*SMALL, *flags.split(), "--out", out])
+    (engine,) = engines
+    sampled = [(count, logprobs) for t, count, logprobs in engine.asked if t]  # not the checks
+    step = [(6, 0), (6, None), (8, None)]  # rollouts, what the teacher writes, evaluation
+    assert sampled[0] == (8, None) and sampled[1:4] == step
+    assert {logprobs for count, logprobs in sampled if count == 8} == {None}
+    for row in metrics(out)[1:-1]:
+        if "loss" in row:
+            assert 0 <= row["logprob_gap"] < 1e-3 and row["grad_norm"] > 0
+    assert engine.calls.count("sleep") == engine.calls.count("generate")
+
+
+def fields(path, name):
+    """The annotated fields of a class in vLLM's source, or the arguments of its methods."""
+    (folder,) = SOURCE.submodule_search_locations
+    with open(os.path.join(folder, path)) as stream:
+        nodes = ast.walk(ast.parse(stream.read()))
+    (found,) = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name]
+    names = {node.target.id for node in found.body if isinstance(node, ast.AnnAssign)}
+    methods = {node.name: node.args for node in found.body if isinstance(node, ast.FunctionDef)}
+    arguments = {}
+    for method, given in methods.items():
+        arguments[method] = {arg.arg for arg in given.args + given.kwonlyargs}
+    return names, arguments
+
+
+@pytest.mark.skipif(not SOURCE, reason="vllm's source is not installed")
+def test_vllm_knows_every_keyword(model, tokenizer, engines):
+    seen = []
+    sys.modules["vllm"].SamplingParams = lambda **given: (
+        seen.append(given) or types.SimpleNamespace(**given)
+    )
+    sampler_of(model, tokenizer, ["--backend", "vllm"]).sample(prompts_of(tokenizer, 2), 20)
+    settings = engines[0].settings
+    assert settings["enable_sleep_mode"] and settings["max_num_batched_tokens"] == 4096
+    assert set(settings) <= fields("engine/arg_utils.py", "EngineArgs")[0]
+    assert set(seen[0]) <= fields("sampling_params.py", "SamplingParams")[0]
+    _, methods = fields("entrypoints/llm.py", "LLM")
+    assert "level" in methods["sleep"] and "tags" in methods["wake_up"]
+    assert {"method", "kwargs"} <= methods["collective_rpc"] and "reset_prefix_cache" in methods
+    assert "use_tqdm" in methods["generate"]
+    for path in ("v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py"):
+        _, methods = fields(path, "GPUModelRunner")
+        assert "weights_iterator" in methods["reload_weights"]

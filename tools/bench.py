@@ -9,10 +9,15 @@
     python -m tools.bench growth      # time and memory against response tokens, vocabulary and
                                       # rows: fitted exponents
     python -m tools.bench job         # where the time of `python opsd.py --filter correct` goes
+    python -m tools.bench loss --device cuda    # bfloat16, up to 65,536 tokens, Liger's too, beside
+                                                # what bandwidth and products allow
+    python -m tools.bench step --device cuda    # Qwen3-1.7B's shape, 8,192 tokens a micro-batch,
+                                                # beside the estimate of tools/memory.py
 
-Memory is the peak of the process during one pass, above what it held before (weights and inputs);
-time is that of the next pass. All variants of one question get the same numbers and must give the
-same gradient, which is checked. Ratios are within a run.
+Memory is the peak during one pass (of the process; of a card's allocator), above what was held
+before (weights and inputs); time is that of the next pass, on a card the median of five. All
+variants of one question get the same numbers and must give the same gradient, which is checked.
+Ratios are within a run.
 """
 
 import argparse
@@ -25,27 +30,31 @@ from statistics import median
 import numpy as np
 import torch
 
-from cli import HERE, Parser, start
+from cli import HERE, Parser, fail, start
 from tools import markdown
-from tools.bench_cases import LOSSES, MEASURES
+from tools.bench_cases import MEASURES, QWEN3
+from tools.bench_loss import LOSSES
 
 QWEN = dict(vocabulary=151_936, width=1024)  # Qwen3-0.6B's head; the 1.7B's is twice as wide
 
 
 def measured(what, cases, args):
     """{name: {key: median over rounds}} of cases {name: arguments}: a process each, all cases once
-    a round, so that noise falls on all alike.
+    a round, so that noise falls on all alike. A case with `torchrun` is started by it, as one rank.
     """
-    command = [sys.executable, "-m", "tools.bench", what, "--threads", str(args.threads), "--case"]
     results = {name: [] for name in cases}
     for number in range(1, args.rounds + 1):
         for name in list(results):
-            call = [*command, json.dumps(cases[name])]
+            case = dict(cases[name])
+            launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m"]
+            launcher = launcher if case.pop("torchrun", False) else []
+            call = [sys.executable, "-m", *launcher, "tools.bench", args.what]
+            call += ["--threads", str(args.threads), "--device", args.device]
+            call += ["--case", json.dumps(dict(case, measure=what))]
             done = subprocess.run(call, capture_output=True, text=True, cwd=HERE)
             if done.returncode:
                 del results[name]
-                reason = done.stderr.strip() or "killed, most likely out of memory"
-                print(f"{name}: not measured ({reason.splitlines()[-1][:150]})", flush=True)
+                print(f"{name}: not measured ({last_error(done.stderr)})", flush=True)
                 continue
             r = json.loads(done.stdout.splitlines()[-1])
             results[name].append(r)
@@ -54,12 +63,24 @@ def measured(what, cases, args):
     return {name: medians(rows) for name, rows in results.items()}
 
 
+def last_error(text):
+    """The last line that names an exception, torchrun's report aside; else the last line."""
+    lines = text.strip().splitlines() or ["killed, most likely out of memory"]
+    named = [line for line in lines if "rror: " in line and "ChildFailedError" not in line]
+    return (named or lines)[-1][-200:]
+
+
 def medians(rows):
     return {key: median(row[key] for row in rows) for key in rows[0]}
 
 
+def machine(args):
+    cuda = args.device == "cuda"
+    return torch.cuda.get_device_name() if cuda else f"{args.threads} threads"
+
+
 def show(title, args, header, rows):
-    print(f"\n{title}, {args.threads} threads, median of {args.rounds}\n")
+    print(f"\n{title}, {machine(args)}, median of {args.rounds}\n")
     print(markdown(header, rows) + "\n", flush=True)
 
 
@@ -74,37 +95,66 @@ def exponent(xs, ys):
     return float(np.polyfit(np.log(xs), np.log(np.maximum(ys, 1e-9)), 1)[0])
 
 
+def installed(names):
+    """Those of the LOSSES that can run here; says which cannot."""
+    for name in names:
+        _, title, package = LOSSES[name]
+        if package and not find_spec(package):
+            print(f"{title}: not measured ({package} is not installed)")
+    return [name for name in names if not LOSSES[name][2] or find_spec(LOSSES[name][2])]
+
+
 def loss(args):
     header = ["response tokens", "variant", "time", "peak memory", "time / naive", "memory / naive"]
+    if args.bounds:
+        header += ["products alone", "its traffic alone", "time / both", "least traffic"]
+        header += ["bytes moved a logit", "kernels"]
+    digits, names = 3 if args.device == "cuda" else 1, installed(args.variants)
     for dtype in args.dtypes:
-        rows = []
+        rows, rates = [], ""
         for tokens in args.tokens:
-            settings = dict(tokens=tokens, dtype=dtype, **QWEN)
-            names = args.variants or LOSSES
+            settings = dict(tokens=tokens, dtype=dtype, device=args.device, **QWEN)
+            settings["vocabulary"] = args.vocabulary
+            settings["bounds"] = args.bounds
             cases = {name: dict(variant=name, **settings) for name in names}
             results = measured("loss", cases, args)
             same_gradient(results, 1e-3 if dtype == "float32" else 0.05)
             base = results.get("naive")
             for name, r in results.items():
-                row = [f"{tokens:,}", LOSSES[name][1], f"{r['seconds']:.1f} s"]
+                row = [f"{tokens:,}", LOSSES[name][1], f"{r['seconds']:.{digits}f} s"]
                 row.append(f"{r['memory']:,.0f} MB")
-                for key, digits in (("seconds", 2), ("memory", 3)):
-                    row.append(f"{r[key] / base[key]:.{digits}f}" if base else "")
+                for key, places in (("seconds", 2), ("memory", 3)):
+                    row.append(f"{r[key] / base[key]:.{places}f}" if base else "")
+                if args.bounds:
+                    row += [f"{r[key]:.{digits}f} s" for key in ("products", "traffic")]
+                    row.append(f"{r['seconds'] / (r['products'] + r['traffic']):.2f}")
+                    row.append(f"{r['least']:.{digits}f} s")
+                    row += [f"{r['moved']:.0f}", f"{r['calls']:,.0f}"]
+                    rates = f", {r['gflops']:,.0f} GFLOP/s and {r['bandwidth']:,.0f} GB/s measured"
                 rows.append(row)
-        shape = f"V = {QWEN['vocabulary']:,}, D = {QWEN['width']:,}"
-        show(f"loss, forward and backward, {dtype}, {shape}", args, header, rows)
+        shape = f"V = {args.vocabulary:,}, D = {QWEN['width']:,}"
+        show(f"loss, forward and backward, {dtype}, {shape}{rates}", args, header, rows)
 
 
 def step(args):
     header = ["variant", "response tokens/s", "ours is faster by"]
     header += ["share of the matrix-product floor", "peak memory"]
     for model in args.models:
+        if model in QWEN3:
+            training(model, args)
+            continue
         batches = dict(smollm2=(8, 1), embedded=(8, 32))[model]  # its default is 8
         variants = {"ours": "ours"}
-        variants |= {f"TRL SDFTTrainer, batches of {batch}": f"trl {batch}" for batch in batches}
-        last = f"TRL SDFTTrainer, batches of {batches[-1]}, sampled by themselves"
-        variants[last] = f"trl {batches[-1]} alone"
-        cases = {name: dict(variant=variant, model=model) for name, variant in variants.items()}
+        if find_spec("trl"):
+            variants |= {
+                f"TRL SDFTTrainer, batches of {batch}": f"trl {batch}" for batch in batches
+            }
+            last = f"TRL SDFTTrainer, batches of {batches[-1]}, sampled by themselves"
+            variants[last] = f"trl {batches[-1]} alone"
+        else:
+            print("TRL SDFTTrainer: not measured (trl is not installed)")
+        settings = dict(model=model, device=args.device)
+        cases = {name: dict(variant=variant, **settings) for name, variant in variants.items()}
         results = measured("step", cases, args)
         same_gradient(results, 1e-2)
         # By the best rate that any of the processes saw.
@@ -119,13 +169,36 @@ def step(args):
         show(f"{title}products alone {gflops:.0f} GFLOP/s", args, header, rows)
 
 
+def training(model, args):
+    """A whole step as opsd.py prepares it, on one rank and under torchrun, beside the estimate."""
+    settings = dict(model=model, tokens=args.micro_tokens, device=args.device)
+    cases = {}
+    for launcher in ("python", "torchrun --nproc-per-node 1"):
+        for flags in ([], ["--checkpointing"]):
+            case = dict(settings, flags=flags, torchrun=launcher != "python")
+            cases[" ".join([launcher, *flags])] = case
+    results = measured("training", cases, args)
+    same_gradient(results, 0.05)
+    header = ["how", "seconds", "response tokens/s", "share of the matrix-product floor"]
+    header += ["peak memory", "estimate", "peak / estimate"]
+    rows = []
+    for name, r in results.items():
+        row = [f"`{name}`", f"{r['seconds']:.2f}", f"{r['tokens'] / r['seconds']:,.0f}"]
+        row += [f"{r['floor'] / r['seconds']:.0%}", f"{r['memory']:,.0f} MB"]
+        rows.append([*row, f"{r['estimate']:,.0f} MB", f"{r['memory'] / r['estimate']:.2f}"])
+    gflops = max((r["gflops"] for r in results.values()), default=0)
+    title = f"a whole step, {model} shape, micro-batches of {args.micro_tokens:,} tokens, "
+    show(f"{title}products alone {gflops:,.0f} GFLOP/s", args, header, rows)
+
+
 def sampling(args):
     names = {"bare": "bare generate", "transformers": "samplers.py, transformers"}
     if find_spec("vllm"):
         names["vllm"] = "samplers.py, vLLM"
     header = ["variant", "response tokens/s", "against bare generate"]
     for model in args.models:
-        cases = {name: dict(variant=variant, model=model) for variant, name in names.items()}
+        settings = dict(model=model, device=args.device)
+        cases = {name: dict(variant=variant, **settings) for variant, name in names.items()}
         results = measured("sampling", cases, args)
         rate = {name: r["tokens"] / r["seconds"] for name, r in results.items()}
         bare = rate[names["bare"]]
@@ -150,6 +223,7 @@ def growth(args):
     }
     lines = []
     for name, (what, key, values, settings) in grown.items():
+        settings["device"] = args.device
         cases = {f"{key} {value}": {**settings, key: value} for value in values}
         results = list(measured(what, cases, args).values())
         seconds, memory = ([r[key] for r in results] for key in ("seconds", "memory"))
@@ -163,7 +237,7 @@ def growth(args):
 
 def job(args):
     name = "opsd.py --filter correct"
-    parts = measured("job", {name: dict(threads=args.threads)}, args)[name]
+    parts = measured("job", {name: dict(threads=args.threads, device=args.device)}, args)[name]
     whole, memory = parts.pop("seconds"), parts.pop("memory")
     rows = [[part, f"{value:.1f}", f"{value / whole:.0%}"] for part, value in parts.items()]
     title = f"the main job: {whole:.0f} s, peak {memory:,.0f} MB"
@@ -172,28 +246,50 @@ def job(args):
 
 QUESTIONS = dict(loss=loss, step=step, sampling=sampling, growth=growth, job=job)
 
+# Of the loss, by device: --tokens, --dtypes and --variants.
+CPU = [512, 1024, 2048, 4096], ["float32", "bfloat16"], [name for name in LOSSES if name != "liger"]
+CUDA = [4096, 16384, 65536], ["bfloat16"], list(LOSSES)
+
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("what", choices=list(QUESTIONS))
+    add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--threads", type=int, default=2, help="CPU threads of torch")
     add("--rounds", type=int, default=3, help="measurements of each variant, shown by their median")
-    add("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="loss: of responses")
-    add("--dtypes", nargs="+", default=["float32", "bfloat16"], help="loss: of weights and states")
+    add("--tokens", type=int, nargs="+", help="loss: of responses")
+    add("--dtypes", nargs="+", choices=["float32", "bfloat16"], help="loss: of weights and states")
     add("--variants", nargs="+", choices=list(LOSSES), help="loss: only these")
-    models = ["smollm2", "embedded"]
-    add("--models", nargs="+", choices=models, default=models, help="step, sampling: only these")
+    add("--vocabulary", type=int, default=QWEN["vocabulary"], help="loss: V")
+    add(
+        "--bounds",
+        action="store_true",
+        help="loss: what bandwidth and products allow; on with cuda",
+    )
+    names = ["smollm2", "embedded", *QWEN3]
+    add("--models", nargs="+", choices=names, help="step, sampling: only these")
+    add("--micro-tokens", type=int, default=8192, help="step of a Qwen3 shape: a micro-batch")
     add("--case", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    cuda = args.device == "cuda"
+    tokens, dtypes, variants = CUDA if cuda else CPU
+    args.tokens, args.dtypes = args.tokens or tokens, args.dtypes or dtypes
+    args.variants, args.bounds = args.variants or variants, args.bounds or cuda
+    step_on_card = cuda and args.what == "step"
+    args.models = args.models or (["qwen3-1.7b"] if step_on_card else ["smollm2", "embedded"])
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: there is none here")
     if not args.case:
         return QUESTIONS[args.what](args)
     torch.set_num_threads(args.threads)
-    print(json.dumps(MEASURES[args.what](**json.loads(args.case))))
+    case = json.loads(args.case)
+    print(json.dumps(MEASURES[case.pop("measure")](**case)))
 
 
 if __name__ == "__main__":

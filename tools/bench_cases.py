@@ -3,30 +3,33 @@ own with the settings of one case, and returning seconds, memory (MB) and what e
 """
 
 import contextlib
-import ctypes
-import functools
 import os
 import sys
 import tempfile
 import time
-from statistics import median
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import data
 import eval as evaluation
-import losses
-import model as model_module
 import opsd
+import ranks
 import rollout
 import samplers
-from cli import HERE, peak_memory
-from model import chunks_of, load_model, optimizer_step, response_hidden, save_model
+from cli import HERE, peak_memory, set_up
+from model import load_model, optimizer_step, save_model
 from rollout import Rollout
+from tools import memory
+from tools.bench_loss import (
+    begin_peak,
+    matrix_rate,
+    measure_loss,
+    peak_since,
+    seconds_of,
+    time_and_peak,
+)
 from tools.bench_trl import trl_batches
 
 CPU = torch.device("cpu")
@@ -40,25 +43,6 @@ SMOL = dict(
 )
 
 
-def time_and_peak(work):
-    """(seconds, peak MB above what the process held before) of work(): memory of a first pass, time
-    of a second, for which the first has warmed up.
-    """
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before does not count as held
-    with open("/proc/self/clear_refs", "w") as stream:
-        stream.write("5")  # sets the peak back to the present size
-    held = process_memory("VmRSS")
-    work()
-    peak, begun = process_memory("VmHWM"), time.perf_counter()
-    work()
-    return time.perf_counter() - begun, peak - held
-
-
-def process_memory(key):
-    with open("/proc/self/status") as stream:
-        return next(int(line.split()[1]) for line in stream if line.startswith(key)) / 1024
-
-
 def process_age():
     """Seconds since this process began, imports included."""
     with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
@@ -67,148 +51,10 @@ def process_age():
 
 
 # ------------------------------------------------------------------------------------------------
-# The loss. Axes: R response tokens, D width, V vocabulary. A model without layers: its body is an
-# embedding and a norm. A variant is a function (student, teacher, rollouts) that adds the gradient
-# of the mean reverse KL over all tokens to the student's.
-
-
-def head_only_model(vocabulary, width, dtype):
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=8,
-            num_hidden_layers=0,
-            num_attention_heads=1,
-            tie_word_embeddings=False,
-        )
-    )
-    # Small: the rows use the first 1,000 ids only.
-    model.model.embed_tokens = torch.nn.Embedding(1000, width).requires_grad_(False)
-    with torch.no_grad():
-        model.lm_head.weight.normal_(0, 2 / width**0.5)
-    return model.to(dtype).eval()
-
-
-def hidden_states(student, teacher, rollouts):
-    """(R, D) of student and teacher."""
-    with torch.no_grad():
-        frozen = response_hidden(teacher, [r.teacher_row for r in rollouts])
-    return response_hidden(student, [r.row for r in rollouts]), frozen
-
-
-def ours(student, teacher, rollouts, divergence="reverse_kl"):
-    args = opsd.parse_args([])
-    args.divergence = divergence
-    for r, weights in zip(rollouts, opsd.token_weights(rollouts, "token"), strict=True):
-        r.weights = weights
-    opsd.read_by_teacher(teacher, rollouts, args)
-    opsd.opsd_loss(student, teacher, rollouts, args)
-
-
-def naive(student, teacher, rollouts):
-    s, t = hidden_states(student, teacher, rollouts)
-    with torch.no_grad():
-        t = F.log_softmax(teacher.lm_head(t).float(), -1)
-    s = F.log_softmax(student.lm_head(s).float(), -1)
-    (s.exp() * (s - t)).sum(-1).mean().backward()
-
-
-def checkpointed(student, teacher, rollouts):
-    def part(s, t):
-        with torch.no_grad():
-            t = F.log_softmax(teacher.lm_head(t).float(), -1)
-        return losses.kl(F.log_softmax(student.lm_head(s).float(), -1), t).sum()
-
-    s, t = hidden_states(student, teacher, rollouts)
-    parts = [checkpoint(part, s[c], t[c], use_reentrant=False) for c in chunks_of(s, student)]
-    (sum(parts) / len(s)).backward()
-
-
-@functools.cache
-def compiled_kl():
-    return torch.compile(losses.kl, dynamic=True)
-
-
-def compiled(student, teacher, rollouts):
-    def divergence(student_logps, teacher_logps, tokens, args):
-        return compiled_kl()(student_logps, teacher_logps)
-
-    opsd.DIVERGENCES["compiled"] = divergence
-    ours(student, teacher, rollouts, "compiled")
-
-
-def trl_logits(student, teacher, rollouts):
-    from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
-
-    s, t = hidden_states(student, teacher, rollouts)
-    with torch.no_grad():
-        t = teacher.lm_head(t)
-    loss = compute_full_logit_self_distillation_loss(student.lm_head(s), t, distillation_alpha=1.0)
-    loss.mean().backward()
-
-
-def trl_chunked(student, teacher, rollouts):
-    from trl.trainer.distillation_trainer import _chunked_divergence_loss
-
-    s, t = hidden_states(student, teacher, rollouts)
-    heads, mask = (student.lm_head.weight, teacher.lm_head.weight), torch.ones(1, len(s))
-    _chunked_divergence_loss(s[None], t[None], *heads, mask, beta=1.0)[0].backward()
-
-
-def trl_jsd(student, teacher, rollouts):
-    from trl.experimental.gkd import GKDTrainer
-
-    s, t = hidden_states(student, teacher, rollouts)
-    with torch.no_grad():
-        t = teacher.lm_head(t)
-    loss = GKDTrainer.generalized_jsd_loss(student.lm_head(s), t, beta=1, reduction="sum")
-    (loss / len(s)).backward()
-
-
-LOSSES = {
-    "ours": (ours, "ours: backward chunk by chunk"),
-    "naive": (naive, "naive: full logits"),
-    "checkpointed": (checkpointed, "chunks, recomputed in backward"),
-    "compiled": (compiled, "ours, divergence by torch.compile"),
-    "trl_logits": (trl_logits, "TRL experimental.sdft, full_logits"),
-    "trl_chunked": (trl_chunked, "TRL DistillationTrainer, chunked"),
-    "trl_jsd": (trl_jsd, "TRL experimental.gkd, as the trainer of OPSD's authors"),
-}
-
-
-def measure_loss(variant, *, tokens, vocabulary, width, dtype, chunk=None):
-    """`chunk`: logits, instead of model.CHUNK."""
-    torch.manual_seed(0)
-    student = head_only_model(vocabulary, width, getattr(torch, dtype))
-    teacher = head_only_model(vocabulary, width, getattr(torch, dtype)).requires_grad_(False)
-    model_module.CHUNK["cpu"] = chunk or model_module.CHUNK["cpu"]
-    run, _ = LOSSES[variant]
-
-    def inputs(count):
-        torch.manual_seed(count)
-        ids = torch.randint(1000, (count + 1,)).tolist()
-        return [Rollout(None, ids[:1], ids[1:], teacher_row=[ids[:1], ids[1:]])]
-
-    run(student, teacher, inputs(64))
-    if variant == "compiled":
-        run(student, teacher, inputs(tokens))  # each new shape may be compiled anew
-    rollouts = inputs(tokens)
-
-    def work():
-        student.zero_grad(set_to_none=False)
-        run(student, teacher, rollouts)
-
-    seconds, memory = time_and_peak(work)
-    gradient = student.lm_head.weight.grad.float().norm().item()
-    return dict(seconds=seconds, memory=memory, gradient=gradient)
-
-
-# ------------------------------------------------------------------------------------------------
 # A whole update: student forward and backward, teacher forward, clipping, AdamW.
 
 
-def saved_model(name):
+def saved_model(name, device):
     """(model, tokenizer) with a directory of their own, as trainers and engines want: the embedded
     one, or random weights of the SmolLM2 shape.
     """
@@ -218,7 +64,7 @@ def saved_model(name):
         tokenizer, path = load_model(path, CPU)[1], tempfile.mkdtemp()
         config = LlamaConfig(**SMOL, tie_word_embeddings=True, max_position_embeddings=8192)
         save_model(path, LlamaForCausalLM(config), tokenizer)
-    return load_model(path, CPU)
+    return load_model(path, device)
 
 
 def step_rollouts(name, model, tokenizer, count):
@@ -262,20 +108,9 @@ def matrix_flops(config, rollouts):
     return 3 * (student + head) + teacher + head
 
 
-def matrix_rate(d, wide):
-    """Multiply-adds x 2 a second of a float32 product of the model's own shape, (2048, d) by
-    (d, wide): median of the last eight of ten.
-    """
-    a, b, times = torch.randn(2048, d), torch.randn(d, wide), []
-    for _ in range(10):
-        begun = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - begun)
-    return 2 * 2048 * d * wide / median(times[2:])
-
-
-def measure_step(variant, *, model, count=96):
-    student, tokenizer = saved_model(model)
+def measure_step(variant, *, model, device, count=96):
+    device = torch.device(device)
+    student, tokenizer = saved_model(model, device)
     rollouts = step_rollouts(model, student, tokenizer, count)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
     if variant == "ours":
@@ -298,8 +133,8 @@ def measure_step(variant, *, model, count=96):
 
     norm = update()  # makes the optimizer's state
     repeats = 1 if model == "smollm2" else 20
-    seconds, memory = time_and_peak(lambda: [update() for _ in range(repeats)])
-    rate = matrix_rate(student.config.hidden_size, student.config.intermediate_size)
+    seconds, memory = time_and_peak(lambda: [update() for _ in range(repeats)], device)
+    rate = matrix_rate(student.config.hidden_size, student.config.intermediate_size, device)
     return dict(
         seconds=seconds / repeats,
         memory=memory,
@@ -310,13 +145,74 @@ def measure_step(variant, *, model, count=96):
     )
 
 
+# Random weights of a Qwen3 shape, readied as opsd.py does; "qwen3-tiny" tries the command.
+QWEN3 = {
+    "qwen3-1.7b": lambda: memory.qwen3("Qwen3-1.7B"),
+    "qwen3-tiny": lambda: memory.qwen3_config((256, 768, 6, 4, 2, True), 8192, 64),
+}
+
+
+def measure_training(model, *, tokens, device, flags):
+    """A whole step of two micro-batches of `tokens` padded tokens: four responses of the same
+    length, prompts of 80 tokens, the teacher's of 280. Memory: all that the step needs, models and
+    optimizer included. Also under torchrun.
+    """
+    args = opsd.parse_args(["--device", device, "--micro-tokens", str(tokens), *flags])
+    device = set_up(args)
+    held, config = begin_peak(device), QWEN3[model]()
+    with torch.device(ranks.load_device(device)):
+        student = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    teacher = opsd.frozen_copy(student)
+    ranks.prepare(student, args, device)
+    ranks.prepare(teacher, args, device, low=True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
+    length, rng = tokens // 2 - 280, np.random.default_rng(0)
+    rollouts = []
+    for _ in range(4):
+        ids = rng.integers(5, config.vocab_size, 280 + length).tolist()
+        rollouts.append(Rollout(None, ids[200:280], ids[280:], outcome="correct"))
+        rollouts[-1].teacher_row = [ids[:280], ids[280:]]
+
+    def update():
+        opsd.read_by_teacher(teacher, rollouts, args)
+        opsd.accumulate_gradients(student, teacher, rollouts, args)
+        return optimizer_step(student, optimizer)[0]
+
+    norms = [update() for _ in range(2)]  # the first makes the optimizer's state
+    peak, seconds = peak_since(device) - held, seconds_of(update, device)
+    estimate = memory.estimate(
+        config,
+        gpus=1,
+        tokens=tokens,
+        read=4 * length,
+        device=device.type,
+        dtype=args.dtype,
+        checkpointing=args.checkpointing,
+        sampler=False,
+        sharded=ranks.distributed(),
+    )
+    dtype = getattr(torch, args.dtype)
+    rate = matrix_rate(config.hidden_size, config.intermediate_size, device, dtype)
+    ranks.leave()
+    return dict(
+        seconds=seconds,
+        memory=peak,
+        estimate=sum(estimate.values()) / 2**20,
+        gradient=norms[0],
+        floor=matrix_flops(config, rollouts) / rate,
+        tokens=4 * length,
+        gflops=rate / 1e9,
+    )
+
+
 # ------------------------------------------------------------------------------------------------
 # Sampling at temperature 1: the embedded model, 256 prompts, responses that end when they like; the
 # SmolLM2 shape, 64 responses of 256 tokens.
 
 
-def measure_sampling(variant, *, model):
-    name, (model, tokenizer) = model, saved_model(model)
+def measure_sampling(variant, *, model, device):
+    device = torch.device(device)
+    name, (model, tokenizer) = model, saved_model(model, device)
     if name == "embedded":
         problems, cap = data.embedded_problems(256, 0), 160
         prompts = [data.render_prompt(tokenizer, problem) for problem in problems]
@@ -336,7 +232,7 @@ def measure_sampling(variant, *, model):
             return sampler.sample(prompts, cap, seed=1)
 
     results = []
-    seconds, memory = time_and_peak(lambda: results.append(run()))
+    seconds, memory = time_and_peak(lambda: results.append(run()), device)
     return dict(seconds=seconds, memory=memory, tokens=sum(len(ids) for ids, _ in results[-1]))
 
 
@@ -352,8 +248,9 @@ def bare_generate(model, tokenizer, prompts, cap):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=0,
     )
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    mask = torch.tensor(mask, device=model.device)
     with torch.no_grad():
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     stop = [tokenizer.eos_token_id]
@@ -380,7 +277,7 @@ JOB = {
 }
 
 
-def measure_job(threads):
+def measure_job(threads, device):
     parts = {"imports of torch and transformers": process_age()} | dict.fromkeys(JOB, 0.0)
 
     def timed(part, function):
@@ -396,12 +293,19 @@ def measure_job(threads):
     for part, functions in JOB.items():
         for owner, name in functions:
             setattr(owner, name, timed(part, getattr(owner, name)))
-    flags = ["--threads", str(threads), "--overwrite", "--out", tempfile.mkdtemp()]
+    flags = ["--threads", str(threads), "--device", device]
+    flags += ["--overwrite", "--out", tempfile.mkdtemp()]
     with contextlib.redirect_stdout(sys.stderr):
         opsd.main(["--filter", "correct", *flags])
     seconds = process_age()
     rest = {"all else": seconds - sum(parts.values())}
-    return dict(seconds=seconds, memory=peak_memory(CPU), **parts, **rest)
+    return dict(seconds=seconds, memory=peak_memory(torch.device(device)), **parts, **rest)
 
 
-MEASURES = dict(loss=measure_loss, step=measure_step, sampling=measure_sampling, job=measure_job)
+MEASURES = dict(
+    loss=measure_loss,
+    step=measure_step,
+    training=measure_training,
+    sampling=measure_sampling,
+    job=measure_job,
+)

@@ -30,7 +30,7 @@ def trl_batches(student, tokenizer, rollouts, batch, alone):
         gradient_checkpointing=False,
         bf16=False,
         report_to=[],
-        use_cpu=True,
+        use_cpu=student.device.type == "cpu",
         teacher_model_kind="base",
     )
     numbers = range(len(rollouts))

@@ -1,0 +1,246 @@
+"""What matters on a card. `pytest -m cuda` runs the marked tests where there is one; elsewhere they
+are skipped, and CHECK_DEVICE=cpu tries them on the CPU. The others need no card.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import model as modelling
+import opsd
+import ranks
+import rlvr
+import run
+from cli import HERE
+from data import embedded_problems, render_prompt
+from model import load_model
+from rollout import Rollout
+from samplers import make_sampler
+from tests.helpers import (
+    CPU,
+    SMALL,
+    TINY,
+    apart,
+    flat_gradient,
+    lines_without_times,
+    metrics,
+    some_rollouts,
+    teacher_prompts,
+    weights,
+    with_teacher_rows,
+)
+from tools import memory
+from tools.bench_loss import LOSSES, Traffic, begin_peak, head_only_model, peak_since
+
+DEVICE = os.environ.get("CHECK_DEVICE", "cuda")
+QWEN = 151_936  # ids of Qwen3's vocabulary
+
+
+@pytest.fixture
+def device():
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device (CHECK_DEVICE=cpu tries these tests on the CPU)")
+    return torch.device(DEVICE)
+
+
+def random_rollouts(count, prompt, response, vocabulary):
+    """Of random ids, the teacher's prompt twice as long."""
+    rollouts = []
+    for _ in range(count):
+        ids = torch.randint(vocabulary, (2 * prompt + response,)).tolist()
+        r = Rollout(None, ids[prompt : 2 * prompt], ids[2 * prompt :], outcome="correct")
+        r.teacher_row = [ids[: 2 * prompt], r.response_ids]
+        rollouts.append(r)
+    return rollouts
+
+
+def loss_and_gradient(model, teacher, rollouts, flags):
+    args = opsd.parse_args(flags)
+    model.zero_grad()
+    opsd.read_by_teacher(teacher, rollouts, args)
+    loss = opsd.accumulate_gradients(model, teacher, rollouts, args)
+    return loss, flat_gradient(model)
+
+
+# ------------------------------------------------------------------------------------------------
+# Without a card
+
+
+def operators(tokens, vocabulary=152):
+    """Operators of our loss on a model without layers."""
+    torch.manual_seed(0)
+    student, teacher = (head_only_model(vocabulary, 8, torch.float32) for _ in range(2))
+    teacher.requires_grad_(False)
+    rollouts = random_rollouts(1, 1, tokens, vocabulary)
+    with Traffic() as traffic:
+        LOSSES["ours"][0](student, teacher, rollouts)
+    return traffic.calls
+
+
+def test_on_a_card_launches_grow_with_chunks_and_not_with_tokens(monkeypatch):
+    """A thousandth of the card's sizes and of Qwen3's vocabulary: a chunk has 1,684 tokens as
+    there, a piece 421.
+    """
+    of_cpu = modelling.PIECE["cpu"]
+    monkeypatch.setitem(modelling.CHUNK, "cpu", modelling.CHUNK["cuda"] / 1000)
+    monkeypatch.setitem(modelling.PIECE, "cpu", modelling.PIECE["cuda"] / 1000)
+    pieces = math.ceil(1684 / 421)
+    assert operators(100) == operators(421)  # one piece
+    one, two, three = (operators(count * 1684) for count in (1, 2, 3))
+    assert two - one == three - two <= 60 * pieces
+    assert (one - operators(421)) / (pieces - 1) <= 60  # of a further piece
+    monkeypatch.setitem(modelling.PIECE, "cpu", of_cpu / 1000)  # 6 tokens
+    assert operators(2 * 1684) - operators(1684) > 50 * (two - one)
+
+
+def test_one_rank_under_torchrun_is_one_rank_without(tmp_path):
+    argv = [*SMALL, *"--device cpu --filter all --temperature 0 --eval-problems 0".split()]
+    argv += "--steps 2 --state-every 0 --overwrite --out".split()
+    plain, sharded = str(tmp_path / "plain"), str(tmp_path / "sharded")
+    opsd.main([*argv, plain])
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 1".split()
+    command = [sys.executable, *launcher, os.path.join(HERE, "opsd.py"), *argv, sharded]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for one, other in zip(metrics(plain)[1:], metrics(sharded)[1:], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    start = weights(TINY)
+    assert apart(weights(sharded) - start, weights(plain) - start) < 1e-2
+
+
+# ------------------------------------------------------------------------------------------------
+# The method
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pieces_of_1_and_64_million_logits_give_one_gradient(device, dtype, monkeypatch):
+    vocabulary = QWEN if device.type == "cuda" else 2000
+    scale = vocabulary / QWEN
+    torch.manual_seed(0)
+    config = memory.qwen3_config((64, 128, 2, 2, 1, True), vocabulary, 32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
+    teacher = opsd.frozen_copy(model)
+    flags = ["--dtype", dtype, "--micro-tokens", "100000"]
+    for each in (model, teacher):
+        ranks.prepare(each, opsd.parse_args(flags), device, low=each is teacher)
+    rollouts, found = random_rollouts(4, 16, 150, vocabulary), []  # 600 tokens: 91 million logits
+    for piece in (1e6, 64e6, 256e6):
+        monkeypatch.setitem(modelling.PIECE, device.type, piece * scale)
+        monkeypatch.setitem(modelling.CHUNK, device.type, 256e6 * scale)
+        found.append(loss_and_gradient(model, teacher, rollouts, flags))
+    (loss, gradient), *others = found
+    assert loss > 0 and gradient.norm() > 0
+    for other, other_gradient in others:
+        assert other == pytest.approx(loss, rel=1e-4)
+        assert apart(other_gradient, gradient) < (1e-4 if dtype == "float32" else 1e-2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-3), ("bfloat16", 0.1)])
+def test_the_loss_is_that_of_full_logits_in_float32(device, dtype, bound):
+    model, tokenizer = load_model(TINY, device)
+    plain, teacher = opsd.frozen_copy(model).requires_grad_(True), opsd.frozen_copy(model)
+    plain_teacher = opsd.frozen_copy(model)
+    rollouts = some_rollouts(tokenizer)
+    prompts = teacher_prompts(tokenizer, rollouts)
+    with_teacher_rows(rollouts, prompts)
+    flags = ["--dtype", dtype, "--micro-tokens", "300"]
+    for each in (model, teacher):
+        ranks.prepare(each, opsd.parse_args(flags), device, low=each is teacher)
+    loss, gradient = loss_and_gradient(model, teacher, rollouts, flags)
+    means = []
+    for r, prompt in zip(rollouts, prompts, strict=True):
+        count = len(r.response_ids)
+        row, other = (torch.tensor([p + r.response_ids]) for p in (r.prompt_ids, prompt))
+        s = plain(row.to(device)).logits[0, -count - 1 : -1].log_softmax(-1)
+        t = plain_teacher(other.to(device)).logits[0, -count - 1 : -1].log_softmax(-1).detach()
+        means.append((s.exp() * (s - t)).sum(-1).mean())
+    dense = torch.stack(means).mean()
+    dense.backward()
+    assert loss == pytest.approx(dense.item(), rel=bound)
+    assert apart(gradient, flat_gradient(plain)) < bound
+
+
+@pytest.mark.cuda
+def test_memory_of_the_loss_does_not_grow_with_the_response(device):
+    if device.type != "cuda":
+        pytest.skip("of the card's allocator")
+    student, teacher = (head_only_model(QWEN, 64, torch.bfloat16).to(device) for _ in range(2))
+    teacher.requires_grad_(False)
+    peaks = []
+    for tokens in (4096, 4096, 16384):  # the first makes the gradients
+        rollouts = random_rollouts(tokens // 512, 8, 512, 1000)
+        held = begin_peak(device)
+        LOSSES["ours"][0](student, teacher, rollouts)
+        peaks.append(peak_since(device) - held)
+    assert peaks[2] < 1.1 * peaks[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Sampler, scripts, resuming
+
+
+@pytest.mark.cuda
+def test_greedy_sampling_is_that_of_a_loop(device):
+    model, tokenizer = load_model(TINY, device)
+    args = opsd.parse_args("--backend transformers --dtype float32".split())
+    prompts = [render_prompt(tokenizer, problem) for problem in embedded_problems(6, 1)]
+    samples = make_sampler(model, tokenizer, args).sample(prompts, 60, temperature=0)
+    for prompt, (ids, _) in zip(prompts, samples, strict=True):
+        row = list(prompt)
+        for token in ids:  # without cache and padding
+            with torch.no_grad():
+                logits = model(torch.tensor([row], device=device)).logits[0, -1]
+            assert logits.argmax() == token
+            row.append(token)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (opsd, "--filter all"),
+        (opsd, "--filter all --checkpointing --teacher ema --divergence jsd"),
+        (opsd, "--filter all --context resolve --context-tokens 60"),
+        (rlvr, "--hard 1 --group 8 --updates 2 --kl 0.1"),
+    ],
+)
+def test_scripts_train(device, script, flags, tmp_path):
+    out = str(tmp_path / "run")
+    argv = [*SMALL, *flags.split(), *"--backend transformers --steps 2 --lr 1e-3".split()]
+    script.main([*argv, "--device", device.type, "--out", out])
+    head, *steps, last = metrics(out)
+    assert head["args"]["dtype"] == ("bfloat16" if device.type == "cuda" else "float32")
+    assert len(steps) == 2 and "evaluation" in last
+    for step in steps:
+        assert math.isfinite(step["loss"]) and step["peak_memory_mb"] > 0
+    trained = weights(out)
+    assert trained.isfinite().all() and not torch.equal(trained, weights(TINY))
+
+
+@pytest.mark.cuda
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(device, tmp_path, crash, monkeypatch):
+    """On a CPU bit for bit; on a card the two steps that are run again may differ by rounding."""
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    flags = "--filter all --teacher ema --backend transformers --steps 6 --state-every 2"
+    argv = [*SMALL, *flags.split(), "--device", device.type, "--out"]
+    with pytest.raises(crash):
+        opsd.main([*argv, broken])
+    monkeypatch.undo()
+    assert run.find_states(broken)[0].startswith("state-0000004")
+    opsd.main([*argv, broken, "--resume"])
+    opsd.main([*argv, whole])
+    logs, others = lines_without_times(whole), lines_without_times(broken)
+    assert [row["step"] for row in others["metrics.jsonl"]] == [1, 2, 3, 4, 5, 6, 6]
+    if device == CPU:
+        assert logs == others and torch.equal(weights(whole), weights(broken))
+    pairs = zip(logs["metrics.jsonl"], others["metrics.jsonl"], strict=True)
+    for row, other in list(pairs)[:-1]:
+        assert other["loss"] == pytest.approx(row["loss"], rel=0.1)

@@ -1,0 +1,289 @@
+"""The loss for tools/bench.py: ours, the naive form, TRL's (pip install trl==1.16.0) and Liger's
+(pip install liger-kernel; CUDA only). And how time, memory and a machine's rates are measured.
+"""
+
+import ctypes
+import functools
+import time
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import losses
+import model as model_module
+import opsd
+from model import chunks_of, response_hidden
+from rollout import Rollout
+
+
+def time_and_peak(work, device):
+    """(seconds, peak MB above what was held before) of work(): memory of a first pass, time of a
+    second, for which the first has warmed up. CPU: of the process; CUDA: of the allocator, and the
+    time is the median of five.
+    """
+    held = begin_peak(device)
+    work()
+    memory = peak_since(device) - held
+    return seconds_of(work, device), memory
+
+
+def begin_peak(device):
+    """Sets the peak back to what is held now, and returns that, in MB."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before does not count as held
+    with open("/proc/self/clear_refs", "w") as stream:
+        stream.write("5")
+    return process_memory("VmRSS")
+
+
+def peak_since(device):
+    cuda = device.type == "cuda"
+    return torch.cuda.max_memory_allocated() / 2**20 if cuda else process_memory("VmHWM")
+
+
+def seconds_of(work, device):
+    """CPU: of one pass; CUDA: the median of five, each waited for."""
+    wait, times = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
+    for _ in range(5 if device.type == "cuda" else 1):
+        wait()
+        begun = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - begun)
+    return median(times)
+
+
+def process_memory(key):
+    with open("/proc/self/status") as stream:
+        return next(int(line.split()[1]) for line in stream if line.startswith(key)) / 1024
+
+
+def matrix_rate(d, wide, device, dtype=torch.float32):
+    """Multiply-adds x 2 a second of a product of the model's own shape, (rows, d) by (d, wide), of
+    2,048 rows (CUDA: 8,192): median of the last eight of ten.
+    """
+    rows = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(rows, d).to(device, dtype), torch.randn(d, wide).to(device, dtype)
+    times = [seconds_of(lambda: torch.mm(a, b), device) for _ in range(10)]
+    return 2 * rows * d * wide / median(times[2:])
+
+
+def copy_rate(device):
+    """Bytes read and written a second, by a copy of 1 GB (CPU: 0.2 GB)."""
+    a = torch.ones(int(2.5e8 if device.type == "cuda" else 5e7), device=device)
+    b = torch.empty_like(a)
+    b.copy_(a)
+    return 2 * a.nbytes / seconds_of(lambda: b.copy_(a), device)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what PyTorch computes within it: operators (`calls`; about one kernel each, views are
+    none) and the bytes that they read and write, products aside. Other libraries' kernels do not
+    pass here.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        aliases = [r.alias_info for r in func._schema.returns if r.alias_info]
+        if any(not alias.is_write for alias in aliases) or name.startswith(("empty", "new_empty")):
+            return out
+        self.calls += 1
+        if name not in ("mm", "addmm", "bmm", "matmul", "linear"):
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+            # An expanded tensor is read once.
+            self.bytes += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)
+        return out
+
+
+# ------------------------------------------------------------------------------------------------
+# The loss. Axes: R response tokens, D width, V vocabulary. A model without layers: its body is an
+# embedding and a norm. A variant is a function (student, teacher, rollouts) that adds the gradient
+# of the mean reverse KL over all tokens to the student's.
+
+
+def head_only_model(vocabulary, width, dtype):
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=8,
+            num_hidden_layers=0,
+            num_attention_heads=1,
+            tie_word_embeddings=False,
+        )
+    )
+    # Small: the rows use the first 1,000 ids only.
+    model.model.embed_tokens = torch.nn.Embedding(1000, width).requires_grad_(False)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 2 / width**0.5)
+    return model.to(dtype).eval()
+
+
+def hidden_states(student, teacher, rollouts):
+    """(R, D) of student and teacher."""
+    with torch.no_grad():
+        frozen = response_hidden(teacher, [r.teacher_row for r in rollouts])
+    return response_hidden(student, [r.row for r in rollouts]), frozen
+
+
+def ours(student, teacher, rollouts, divergence="reverse_kl"):
+    args = opsd.parse_args([])
+    args.divergence = divergence
+    for r, weights in zip(rollouts, opsd.token_weights(rollouts, "token"), strict=True):
+        r.weights = weights
+    opsd.read_by_teacher(teacher, rollouts, args)
+    opsd.opsd_loss(student, teacher, rollouts, args)
+
+
+def naive(student, teacher, rollouts):
+    s, t = hidden_states(student, teacher, rollouts)
+    with torch.no_grad():
+        t = F.log_softmax(teacher.lm_head(t).float(), -1)
+    s = F.log_softmax(student.lm_head(s).float(), -1)
+    (s.exp() * (s - t)).sum(-1).mean().backward()
+
+
+def checkpointed(student, teacher, rollouts):
+    def part(s, t):
+        with torch.no_grad():
+            t = F.log_softmax(teacher.lm_head(t).float(), -1)
+        return losses.kl(F.log_softmax(student.lm_head(s).float(), -1), t).sum()
+
+    s, t = hidden_states(student, teacher, rollouts)
+    parts = [checkpoint(part, s[c], t[c], use_reentrant=False) for c in chunks_of(s, student)]
+    (sum(parts) / len(s)).backward()
+
+
+@functools.cache
+def compiled_kl():
+    return torch.compile(losses.kl, dynamic=True)
+
+
+def compiled(student, teacher, rollouts):
+    def divergence(student_logps, teacher_logps, tokens, args):
+        return compiled_kl()(student_logps, teacher_logps)
+
+    opsd.DIVERGENCES["compiled"] = divergence
+    ours(student, teacher, rollouts, "compiled")
+
+
+def trl_logits(student, teacher, rollouts):
+    from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
+
+    s, t = hidden_states(student, teacher, rollouts)
+    with torch.no_grad():
+        t = teacher.lm_head(t)
+    loss = compute_full_logit_self_distillation_loss(student.lm_head(s), t, distillation_alpha=1.0)
+    loss.mean().backward()
+
+
+def trl_chunked(student, teacher, rollouts):
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    s, t = hidden_states(student, teacher, rollouts)
+    mask = torch.ones(1, len(s), device=s.device)
+    heads = student.lm_head.weight, teacher.lm_head.weight
+    _chunked_divergence_loss(s[None], t[None], *heads, mask, beta=1.0)[0].backward()
+
+
+def trl_jsd(student, teacher, rollouts):
+    from trl.experimental.gkd import GKDTrainer
+
+    s, t = hidden_states(student, teacher, rollouts)
+    with torch.no_grad():
+        t = teacher.lm_head(t)
+    loss = GKDTrainer.generalized_jsd_loss(student.lm_head(s), t, beta=1, reduction="sum")
+    (loss / len(s)).backward()
+
+
+def liger(student, teacher, rollouts):
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    s, t = hidden_states(student, teacher, rollouts)
+    fused = LigerFusedLinearJSD(jsd_beta=1.0)  # reverse KL
+    fused(s, student.lm_head.weight, t, teacher.lm_head.weight, None).backward()
+
+
+# Function, name, package if it is not ours.
+LOSSES = {
+    "ours": (ours, "ours: backward chunk by chunk", None),
+    "naive": (naive, "naive: full logits", None),
+    "checkpointed": (checkpointed, "chunks, recomputed in backward", None),
+    "compiled": (compiled, "ours, divergence by torch.compile", None),
+    "trl_logits": (trl_logits, "TRL experimental.sdft, full_logits", "trl"),
+    "trl_chunked": (trl_chunked, "TRL DistillationTrainer, chunked", "trl"),
+    "trl_jsd": (trl_jsd, "TRL experimental.gkd, as the trainer of OPSD's authors", "trl"),
+    "liger": (liger, "Liger fused linear JSD", "liger_kernel"),
+}
+
+
+def measure_loss(variant, *, tokens, vocabulary, width, dtype, device, chunk=None, bounds=False):
+    """`chunk`: logits, instead of model.CHUNK. bounds: with those of `least_times`."""
+    device = torch.device(device)
+    torch.manual_seed(0)
+    student, teacher = (
+        head_only_model(vocabulary, width, getattr(torch, dtype)).to(device) for _ in range(2)
+    )
+    teacher.requires_grad_(False)
+    chunks = model_module.CHUNK
+    chunks[device.type] = chunk or chunks[device.type]
+    run = LOSSES[variant][0]
+
+    def inputs(count):
+        torch.manual_seed(count)
+        ids = torch.randint(1000, (count + 1,)).tolist()
+        return [Rollout(None, ids[:1], ids[1:], teacher_row=[ids[:1], ids[1:]])]
+
+    run(student, teacher, inputs(64))
+    if variant == "compiled":
+        run(student, teacher, inputs(tokens))  # each new shape may be compiled anew
+    rollouts = inputs(tokens)
+
+    def work():
+        student.zero_grad(set_to_none=False)
+        run(student, teacher, rollouts)
+
+    seconds, memory = time_and_peak(work, device)
+    gradient = student.lm_head.weight.grad.float().norm().item()
+    result = dict(seconds=seconds, memory=memory, gradient=gradient)
+    if bounds:
+        with Traffic() as traffic:
+            work()
+        result |= least_times(traffic, tokens, student.lm_head.weight)
+    return result
+
+
+def least_times(traffic, tokens, head):
+    """Seconds that the machine's rates, measured here, allow for a loss of `tokens` tokens with a
+    head (V, D). products: the head forward for student and teacher, and twice backward. traffic:
+    the bytes that this variant moves. least: those of any that has logits in memory: both models'
+    written and read once, the gradient written.
+    """
+    vocabulary, width = head.shape
+    products = 8 * tokens * vocabulary * width
+    rate = matrix_rate(width, vocabulary, head.device, head.dtype)
+    bandwidth = copy_rate(head.device)
+    least = 5 * tokens * vocabulary * head.element_size()
+    return dict(
+        products=products / rate,
+        traffic=traffic.bytes / bandwidth,
+        least=least / bandwidth,
+        calls=traffic.calls,
+        moved=traffic.bytes / (tokens * vocabulary),
+        bandwidth=bandwidth / 1e9,
+        gflops=rate / 1e9,
+    )

@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# What a card must show, in one command; meant to take less than ten minutes on an H100. Prints the
+# benchmarks' tables, then a table of all parts; exit code 1 if one of them failed.
+#     bash tools/gpu_check.sh               # needs one CUDA device, no network, no vLLM
+#     DEVICE=cpu bash tools/gpu_check.sh    # tries every command on a CPU, with tiny sizes
+#     OUT=folder bash tools/gpu_check.sh    # keeps the logs and runs there
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export DEVICE=${DEVICE:-cuda} OUT=${OUT:-$(mktemp -d)}
+mkdir -p "$OUT"
+
+LOSS="--variants ours naive trl_logits trl_jsd liger --rounds 1"
+STEP="--rounds 1"
+RUN="--filter correct --backend transformers --overwrite --device $DEVICE"
+SHORT="$RUN --filter all --steps 8 --state-every 2 --batch 16 --eval-problems 16"
+if [ "$DEVICE" = cpu ]; then
+    LOSS="--variants ours naive --rounds 1 --vocabulary 8192 --tokens 128 --bounds --threads 1"
+    STEP="--rounds 1 --models qwen3-tiny --micro-tokens 600 --threads 1"
+    RUN="$RUN --threads 1 --steps 2 --batch 16 --eval-problems 16"
+    SHORT="$SHORT --threads 1 --max-new-tokens 40"
+fi
+ONE_RANK="python -m torch.distributed.run --standalone --nproc-per-node 1"
+
+# Name, command: runs it, keeps its output in NAME.log, its exit code and seconds in parts.txt.
+part() {
+    local begun=$SECONDS code
+    echo "== $1"
+    "${@:2}" > "$OUT/$1.log" 2>&1
+    code=$?
+    case "$1" in loss | step) cat "$OUT/$1.log" ;; *) tail -n 3 "$OUT/$1.log" ;; esac
+    echo "$1 $code $((SECONDS - begun))" >> "$OUT/parts.txt"
+}
+
+# A run killed in its middle and resumed, and one that nobody disturbed.
+kill_and_resume() {
+    rm -rf "$OUT/killed"
+    python opsd.py $SHORT --out "$OUT/killed" &
+    local pid=$! looks=0
+    until compgen -G "$OUT/killed/state-0000004-*" > /dev/null || ((++looks > 4000)); do
+        sleep 0.02
+    done
+    kill -9 $pid || return 1  # it should not have ended yet
+    wait $pid
+    timeout 120 python opsd.py ${SHORT/--overwrite/} --out "$OUT/killed" --resume || return 1
+    timeout 120 python opsd.py $SHORT --out "$OUT/whole" || return 1
+    python - "$OUT" << 'END'
+import json
+import sys
+
+logs = []
+for run in ("killed", "whole"):
+    with open(f"{sys.argv[1]}/{run}/metrics.jsonl") as stream:
+        logs.append([row["loss"] for row in map(json.loads, stream) if "loss" in row])
+killed, whole = logs
+gap = max(abs(a - b) / abs(b) for a, b in zip(killed, whole, strict=True))
+print("losses bit for bit" if killed == whole else f"losses at most {gap:.1%} apart")
+sys.exit(gap > 0.1)
+END
+}
+
+rm -f "$OUT/parts.txt"
+part loss timeout 240 python -m tools.bench loss --device "$DEVICE" $LOSS
+part step timeout 240 python -m tools.bench step --device "$DEVICE" $STEP
+part tests env CHECK_DEVICE="$DEVICE" timeout 180 python -m pytest -q -m cuda tests/test_cuda.py
+part job timeout 180 python opsd.py $RUN --out "$OUT/job"
+part job-torchrun timeout 180 $ONE_RANK opsd.py $RUN --out "$OUT/torchrun"
+part kill-and-resume kill_and_resume
+
+python - "$OUT" << 'END'
+import json
+import os
+import sys
+
+import torch
+import transformers
+
+out = sys.argv[1]
+
+
+def last_line(name):
+    with open(f"{out}/{name}.log") as stream:
+        return (stream.read().strip().splitlines() or ["nothing was printed"])[-1].strip("= ")
+
+
+def measured(name):
+    """(text, whether something is missing that is installed and fits in memory)."""
+    with open(f"{out}/{name}.log") as stream:
+        lines = stream.read().splitlines()
+    missing = [line for line in lines if "not measured" in line]
+    rows = sum(line.startswith("| ") for line in lines)
+    rows -= sum(line.startswith("|---") for line in lines)  # a header each
+    expected = ("is not installed", "memory")
+    bad = any(not any(word in line for word in expected) for line in missing)
+    return f"{rows} rows above, {len(missing)} not measured", bad or not rows
+
+
+def changes(run):
+    """Of accuracy and length, and the seconds of the steps."""
+    path = f"{out}/{run}/metrics.jsonl"
+    if not os.path.exists(path):
+        return "no run"
+    with open(path) as stream:
+        rows = [json.loads(line) for line in stream]
+    steps = [row for row in rows if "loss" in row]
+    seconds = sum(row["sampling_seconds"] + row["training_seconds"] for row in steps)
+    text = f"{len(steps)} steps in {seconds:.0f} s"
+    for row in rows[-1].get("evaluation", ()):
+        if (row["name"], row["group"]) == ("after", "all"):
+            accuracy, length = row["change"]["accuracy"][0], row["change"]["length"][0]
+            text += f", accuracy {accuracy:+.1f} points, length {length:+.1f}%"
+    return text
+
+
+results = {
+    "loss": lambda: measured("loss")[0],
+    "step": lambda: measured("step")[0],
+    "job": lambda: changes("job"),
+    "job-torchrun": lambda: changes("torchrun"),
+}
+cuda = os.environ["DEVICE"] == "cuda" and torch.cuda.is_available()
+card = torch.cuda.get_device_name() if cuda else os.environ["DEVICE"]
+print(f"\n{card}, torch {torch.__version__}, transformers {transformers.__version__}; logs: {out}\n")
+print("| part | | seconds | result |\n|---|---|---|---|")
+failed = False
+with open(f"{out}/parts.txt") as stream:
+    for line in stream:
+        name, code, seconds = line.split()
+        bad = code != "0" or name in ("loss", "step") and measured(name)[1]
+        failed = failed or bad
+        result = results.get(name, lambda name=name: last_line(name))()
+        print(f"| {name} | {'FAILED' if bad else 'ok'} | {seconds} | {result} |")
+sys.exit(failed)
+END
