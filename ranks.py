@@ -67,6 +67,7 @@ def leave():
     """The end of a script: without it NCCL complains."""
     global joined
     if joined:
+        dist.barrier()  # a rank that left while another still wrote could abort in its last moment
         dist.destroy_process_group()
         joined = False
 
