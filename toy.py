@@ -114,8 +114,8 @@ CONTEXTS = ("none", "solution", "answer", "instruction")  # those that the model
 
 # What sft.py draws from: (share, context in the prompt, thinking).
 MIXTURE = [
-    (0.56, "none", True),
-    (0.24, "solution", True),
+    (0.30, "none", True),
+    (0.50, "solution", True),
     (0.06, "answer", True),
     (0.06, "instruction", True),
     (0.05, "none", False),
@@ -317,8 +317,8 @@ def build_model(tokenizer, seed):
             vocab_size=len(tokenizer),
             hidden_size=96,
             num_hidden_layers=3,
-            num_attention_heads=3,
-            num_key_value_heads=3,
+            num_attention_heads=6,
+            num_key_value_heads=6,
             intermediate_size=256,
             max_position_embeddings=2048,
             rope_parameters=dict(rope_type="default", rope_theta=10000.0),
