@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Every table and figure of the documents from a fresh clone: three seeds of training and
-# evaluation problems on the committed tiny/sft and tiny/rlvr. Interrupted, it goes on where it
-# was: a run or an evaluation whose output exists in runs/table is skipped.
+# Every table and figure of the documents from a fresh clone: eight pipelines, each of SFT, RLVR and
+# OPSD from its own seed, and on the first three of them what is not the finding itself. Interrupted,
+# it goes on where it was: what exists in runs/table is skipped. Logs and evaluations of all runs
+# are kept in results/, compressed.
 #     bash reproduce.sh                         # two jobs of one thread each; docs/experiments.md
 #                                               # says how long it takes
 #     SEEDS="1 2 3" JOBS=4 bash reproduce.sh    # other seeds, more cores
 set -euo pipefail
 cd "$(dirname "$0")"
-export SEEDS=${SEEDS:-"101 102 103"} JOBS=${JOBS:-2}
+export SEEDS=${SEEDS:-"101 102 103 104 105 106 107 108"} JOBS=${JOBS:-2}
+FEW=$(echo $SEEDS | cut -d " " -f -3)
 mkdir -p results/metrics results/evaluations results/kl_by_position runs/table
 
-# Script, name, seed, flags: one training run; its log is kept in results/metrics.
+# File, name in results/.
+keep() { gzip -9n < "$1" > "results/$2.gz"; }
+
+# Script, name, seed, flags: one training run; its log is kept.
 run() {
     local out=runs/table/$2-$3
     if [ ! -f "$out/model.safetensors" ]; then
@@ -22,70 +27,97 @@ run() {
             exit 255
         }
     fi
-    cp "$out/metrics.jsonl" "results/metrics/$2-$3.jsonl"
+    [ "$1" = sft ] || keep "$out/metrics.jsonl" "metrics/$2-$3.jsonl"
 }
 
-# Name, seed, flags of eval.py: one evaluation.
+# Name, seed, names of models, flags of eval.py: one evaluation, changes against the first model.
 evaluate() {
     local out=runs/table/$1-$2
     if [ ! -f "$out.json" ]; then
         echo "== evaluation $1, seed $2"
         python eval.py --seed "$2" --threads 1 --problems 1024 --samples 2 --out "$out.json" \
-            "${@:3}" > "$out.txt" 2>&1 || {
+            --model $(printf "runs/table/%s-$2 " $3) "${@:4}" > "$out.txt" 2>&1 || {
             echo "failed: evaluation $1, seed $2"
+            tail -n 3 "$out.txt"
             exit 255
         }
     fi
-    cp "$out.json" results/evaluations/
+    keep "$out.json" "evaluations/$1-$2.json"
 }
-export -f run evaluate
 
-# The filters and divergences have trajectories and figure 2's log, the others only a model.
-for seed in $SEEDS; do
-    logs="--kl-by-position 8 --eval-every 10 --eval-problems 256"
-    cat <<END
-opsd correct $seed $logs --filter correct
-opsd incorrect $seed $logs --filter incorrect
-opsd all $seed $logs --filter all
-opsd split $seed $logs --filter all --divergence split
-opsd jsd $seed $logs --filter all --divergence jsd
-opsd answer-correct $seed --eval-problems 0 --filter correct --context answer
-opsd answer-incorrect $seed --eval-problems 0 --filter incorrect --context answer
-opsd instruction-correct $seed --eval-problems 0 --filter correct --context instruction
-opsd instruction-incorrect $seed --eval-problems 0 --filter incorrect --context instruction
-opsd reinject-correct $seed --eval-problems 0 --filter correct --reinject 32
-opsd reinject-all $seed --eval-problems 0 --filter all --reinject 32
-opsd rft-correct $seed --eval-problems 0 --filter correct --divergence rft
-rlvr length-penalty $seed --eval-problems 0 --model tiny/rlvr --length-penalty 0.5 --steps 20
-opsd sft-correct $seed --eval-problems 0 --filter correct --model tiny/sft
-opsd sft-incorrect $seed --eval-problems 0 --filter incorrect --model tiny/sft
-opsd off-correct $seed --eval-problems 0 --filter correct --thinking off
-opsd off-incorrect $seed --eval-problems 0 --filter incorrect --thinking off
-END
-done | xargs -P "$JOBS" -L 1 bash -c 'run "$@"' _
+# Seed: a whole pipeline, and the OPSD branches that start from it. Those of figures 1 to 3 are
+# evaluated on their way, the others only at its end.
+pipeline() {
+    local from="--model runs/table/rlvr-$1" end="--eval-problems 0"
+    local way="--eval-every 10 --eval-problems 256 --kl-by-position 8"
+    run sft sft "$1"
+    run rlvr rlvr "$1" --model "runs/table/sft-$1" $end
+    for filter in correct incorrect all; do
+        run opsd $filter "$1" $from $way --filter $filter
+    done
+    run opsd split "$1" $from $end --filter all --divergence split
+    run opsd jsd "$1" $from $end --filter all --divergence jsd
+    keep "runs/table/all-$1/kl_by_position.jsonl" "kl_by_position/all-$1.jsonl"
+    evaluate filters "$1" "rlvr correct incorrect all split jsd" --context solution
 
-for seed in $SEEDS; do
-    models() { printf " runs/table/%s-$seed" "$@"; }
-    contexts="answer-correct answer-incorrect instruction-correct instruction-incorrect"
-    contexts="$contexts reinject-correct reinject-all"
-    cat <<END
-filters $seed --context solution --model tiny/rlvr$(models correct incorrect all split jsd)
-contexts $seed --context answer instruction --model tiny/rlvr$(models $contexts)
-baselines $seed --model tiny/rlvr$(models rft-correct length-penalty)
-order $seed --context solution --model tiny/sft tiny/rlvr$(models sft-correct sft-incorrect)
-off $seed --context solution --thinking off --model tiny/rlvr$(models off-correct off-incorrect)
-END
-done | xargs -P "$JOBS" -L 1 bash -c 'evaluate "$@"' _
+    local contexts="answer instruction part other wrong" names=rlvr
+    for context in $contexts; do
+        for filter in correct incorrect; do
+            run opsd $context-$filter "$1" $from $end --filter $filter --context $context
+            names="$names $context-$filter"
+        done
+    done
+    evaluate contexts "$1" "$names" --context $contexts
 
-files() { for seed in $SEEDS; do echo "${1/SEED/$seed}"; done; }
-for seed in $SEEDS; do
-    cp "runs/table/all-$seed/kl_by_position.jsonl" "results/kl_by_position/all-$seed.jsonl"
-done
+    for filter in correct incorrect; do
+        run opsd sft-$filter "$1" --model "runs/table/sft-$1" $end --filter $filter
+    done
+    evaluate order "$1" "sft rlvr sft-correct sft-incorrect" --context solution
+}
+
+# Seed: baselines, reinjection, thinking off, shorter SFT, the grid of learning rates and steps.
+more() {
+    local from="--model runs/table/rlvr-$1" end="--eval-problems 0"
+    run opsd rft-correct "$1" $from $end --filter correct --divergence rft
+    run rlvr length-penalty "$1" $from $end --length-penalty 0.5 --steps 20
+    run opsd reinject-correct "$1" $from $end --filter correct --reinject 32
+    run opsd reinject-all "$1" $from $end --filter all --reinject 32
+    evaluate baselines "$1" "rlvr rft-correct length-penalty reinject-correct reinject-all"
+
+    for filter in correct incorrect; do
+        run opsd off-$filter "$1" $from $end --filter $filter --thinking off
+    done
+    evaluate off "$1" "rlvr off-correct off-incorrect" --context solution --thinking off
+
+    for steps in 400 700; do
+        run sft sft$steps "$1" --steps $steps
+        run rlvr rlvr$steps "$1" --model "runs/table/sft$steps-$1" $end
+        for filter in correct incorrect; do
+            run opsd $filter$steps "$1" --model "runs/table/rlvr$steps-$1" $end --filter $filter
+        done
+        evaluate sft$steps "$1" "rlvr$steps correct$steps incorrect$steps" --context solution
+    done
+
+    for rate in 5e-5 1e-4 2e-4; do
+        for filter in correct incorrect; do
+            run opsd grid-$rate-$filter "$1" $from --filter $filter --lr $rate --steps 80 \
+                --eval-every 20 --eval-problems 1024
+        done
+    done
+}
+export -f keep run evaluate pipeline more
+
+{
+    for seed in $SEEDS; do echo pipeline "$seed"; done
+    for seed in $FEW; do echo more "$seed"; done
+} | xargs -P "$JOBS" -L 1 bash -c 'set -euo pipefail; "$@"' _
+
+files() { for seed in $SEEDS; do echo "results/${1/SEED/$seed}"; done; }
+python -m tools.dose --seeds $SEEDS --out results/dose
 python -m tools.table --seeds $SEEDS --docs
-python -m tools.plot path $(files results/metrics/correct-SEED.jsonl) \
-    $(files results/metrics/incorrect-SEED.jsonl) $(files results/metrics/all-SEED.jsonl) \
-    --out results/figure1
-python -m tools.plot position $(files results/kl_by_position/all-SEED.jsonl) --out results/figure2
-python -m tools.plot trajectory $(files results/metrics/correct-SEED.jsonl) \
-    $(files results/metrics/incorrect-SEED.jsonl) --out results/figure3
-python -m tools.plot shift $(files results/evaluations/filters-SEED.json) --out results/figure4
+python -m tools.plot path $(files metrics/correct-SEED.jsonl.gz) \
+    $(files metrics/incorrect-SEED.jsonl.gz) $(files metrics/all-SEED.jsonl.gz) --out results/figure1
+python -m tools.plot position $(files kl_by_position/all-SEED.jsonl.gz) --out results/figure2
+python -m tools.plot trajectory $(files metrics/correct-SEED.jsonl.gz) \
+    $(files metrics/incorrect-SEED.jsonl.gz) --out results/figure3
+python -m tools.plot shift $(files evaluations/filters-SEED.json.gz) --out results/figure4

@@ -1,5 +1,12 @@
 """Tools beside the method, run as `python -m tools.NAME` in the repository root."""
 
+import gzip
+
+
+def open_text(path):
+    """A text file to read, as it is or compressed (its name ends in .gz)."""
+    return gzip.open(path, "rt") if path.endswith(".gz") else open(path)
+
 
 def markdown(header, rows):
     """A Markdown table of cells that are text."""

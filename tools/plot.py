@@ -11,7 +11,7 @@ and damaged; both from what eval.py --out writes. position: per-token KL by posi
 summed over steps, from opsd.py --kl-by-position. trajectory: accuracy and length over the steps;
 path: the same steps in the plane; both from the logs of runs with --eval-every.
 
-Several files: runs, or evaluations, whose settings differ in the seed alone are seeds of one thing;
+Files may be compressed (.gz). Several files: runs, or evaluations, whose settings differ in the seed alone are seeds of one thing;
 in a folder's name that is a trailing -SEED, the run's own.
 """
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from cli import Parser, fail, start
 from run import HARMLESS
+from tools import open_text
 
 COLOURS = {"correct": "#1b7837", "incorrect": "#b2182b", "truncated": "#8c8c8c"}
 
@@ -41,7 +42,7 @@ def colour(name):
 
 
 def read_lines(file):
-    with open(file) as stream:
+    with open_text(file) as stream:
         return [json.loads(line) for line in stream]
 
 
@@ -93,7 +94,7 @@ def changes(files):
     """
     items = []
     for file in files:
-        with open(file) as stream:
+        with open_text(file) as stream:
             evaluation = json.load(stream)
         records = [r for r in evaluation["records"] if r["group"] == "all" and r["change"]]
         means = [r for r in records if r["benchmark"] == "mean"]
