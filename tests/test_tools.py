@@ -1,8 +1,10 @@
 """Tools: tables, figures, memory, token classes."""
 
+import gzip
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +16,8 @@ import sft
 import toy
 from rollout import kl_by_position
 from tests.helpers import graded, some_rollouts, write
-from tools import memory, plot, table, token_classes
+from tools import dose, memory, paper, plot, table, token_classes
+from tools import results as results_module
 
 
 def test_token_classes_add_up_to_the_whole_kl(tokenizer, tmp_path, capsys):
@@ -40,43 +43,52 @@ def test_token_classes_add_up_to_the_whole_kl(tokenizer, tmp_path, capsys):
 # Tables and figures
 
 
-BRANCHES = {part: [e.branch for e in table.EXPERIMENTS if e.part == part] for part in table.TITLES}
+BRANCHES = {part: [e.branch for e in paper.EXPERIMENTS if e.part == part] for part in table.PARTS}
 
 
 def pairs(part, seed):
     """An evaluation in which every branch is right everywhere and 20 or 21 tokens shorter than the
-    baseline.
+    baseline, and the baseline right everywhere with the solution in its prompt.
     """
-    baseline = "tiny/sft" if part == "order" else "tiny/rlvr"
+    branches = [branch for branch in BRANCHES[part] if branch != "rlvr reading solution"]
+    baseline = f"runs/table/{'sft' if part == 'order' else 'rlvr'}-{seed}"
     named = [(baseline, graded(["correct"] * 3 + ["incorrect"], 100))]
-    for branch in BRANCHES[part]:
-        name = branch if branch.startswith("tiny") else f"runs/table/{branch}-{seed}"
+    for name in [f"{baseline} reading solution", *(f"runs/table/{b}-{seed}" for b in branches)]:
         named.append((name, graded(["correct"] * 4, 80 - seed)))
     return named
 
 
+def write_gz(path, *lines):
+    with gzip.open(path, "wt") as stream:
+        stream.write("\n".join(lines) + "\n")
+
+
 def write_results(path, seed):
-    """What reproduce.sh leaves of a seed: evaluations, a run's metrics, its KL by position."""
-    for part in table.TITLES:
+    """What reproduce.sh leaves of a seed: evaluations, metrics of runs, a run's KL by position."""
+    for part in table.PARTS:
         named = pairs(part, seed)
         record = dict(
             args=dict(model=[name for name, _ in named], seed=seed),
             records=evaluation.compare(named, 1),
             traces={name: toy.trace_table([]) for name, _ in named},
         )
-        write(path / "evaluations" / f"{part}-{seed}.json", json.dumps(record))
-    rows = [
-        dict(args=dict(out=f"runs/table/correct-{seed}", seed=seed)),
-        dict(step=1, kept=5, loss_tokens=50),
-        dict(step=2, kept=7, loss_tokens=70),
-        dict(step=2, evaluation=evaluation.compare(pairs("filters", seed)[:2], 1)),
-    ]
-    write(path / "metrics" / f"correct-{seed}.jsonl", *map(json.dumps, rows))
+        write_gz(path / "evaluations" / f"{part}-{seed}.json.gz", json.dumps(record))
+    grid = [f"grid-{rate}-{name}" for rate in table.RATES for name in ("correct", "incorrect")]
+    for name in ["correct", "incorrect", *grid]:
+        args = dict(out=f"runs/table/{name}-{seed}", seed=seed, model=f"runs/table/rlvr-{seed}")
+        args |= dict(filter=name.rpartition("-")[2], context="solution", thinking="on", reinject=0)
+        rows = [dict(args=dict(args, divergence="reverse_kl"))]
+        for step in (20, 40, 80):
+            rows.append(dict(step=step, kept=5 + step / 10, loss_tokens=step))
+            rows.append(
+                dict(step=step, evaluation=evaluation.compare(pairs("filters", seed)[:2], 1))
+            )
+        write_gz(path / "metrics" / f"{name}-{seed}.jsonl.gz", *map(json.dumps, rows))
     rollouts = pairs("filters", seed)[0][1]
     for r in rollouts:
         r.measures = torch.rand(5, 100)
     bins = kl_by_position(rollouts, 8)
-    write(path / f"kl-{seed}.jsonl", json.dumps(dict(step=1, bin=8, **bins)))
+    write_gz(path / f"kl-{seed}.jsonl.gz", json.dumps(dict(step=1, bin=8, **bins)))
 
 
 @pytest.fixture
@@ -88,7 +100,7 @@ def results(tmp_path, monkeypatch):
         write_results(tmp_path, seed)
     write(tmp_path / "README.md", "before", "<!-- experiments -->", "old", "<!-- end -->", "after")
     monkeypatch.setattr(table, "HERE", str(tmp_path))
-    monkeypatch.setattr(table, "RESULTS", str(tmp_path))
+    monkeypatch.setattr(results_module, "RESULTS", str(tmp_path))
     return tmp_path
 
 
@@ -107,7 +119,7 @@ def test_tables_from_the_runs_own_files(results, capsys):
     row = next(line for line in capsys.readouterr().out.split("\n") if line.startswith("| correct"))
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[3] == "100.0" and cells[4].startswith("+25.0") and cells[5] == "78.5"
-    assert cells[6].startswith("-21.5 [-27.9, -15.1]") and cells[9:11] == ["6.0", "120"]
+    assert cells[6].startswith("-21.5 [-27.9, -15.1]") and cells[9:11] == ["9.7", "140"]
 
 
 def test_check_names_the_tables_that_are_stale_and_writes_nothing(results, capsys):
@@ -129,10 +141,10 @@ def test_check_names_the_tables_that_are_stale_and_writes_nothing(results, capsy
 @pytest.mark.parametrize(
     "figure, name",
     [
-        ("plane", "evaluations/filters-{}.json"),
-        ("shift", "evaluations/filters-{}.json"),
-        ("trajectory", "metrics/correct-{}.jsonl"),
-        ("position", "kl-{}.jsonl"),
+        ("plane", "evaluations/filters-{}.json.gz"),
+        ("shift", "evaluations/filters-{}.json.gz"),
+        ("trajectory", "metrics/correct-{}.jsonl.gz"),
+        ("position", "kl-{}.jsonl.gz"),
     ],
 )
 def test_figures_from_the_runs_own_files(figure, name, results):
@@ -145,6 +157,39 @@ def test_figures_from_the_runs_own_files(figure, name, results):
 def test_a_figure_from_another_figures_file_is_an_error(results):
     with pytest.raises(SystemExit):
         plot.main(["plane", str(results / "kl-1.jsonl"), "--out", str(results / "x")])
+
+
+def test_dose_and_response_of_plain_branches_only(results):
+    log = results / "metrics" / "incorrect-2.jsonl.gz"
+    lines = gzip.open(log, "rt").read().strip().replace('"reinject": 0', '"reinject": 32').split("\n")
+    write_gz(log, *lines)
+    points = dose.read_points(["1", "2"])
+    assert [(p["seed"], p["branch"]) for p in points] == [
+        ("1", "correct"),
+        ("1", "incorrect"),
+        ("2", "correct"),
+    ]
+    assert all(p["dose"] == p["response"] == 25 for p in points)
+    assert "| solution | 2 | +25.0 [+25.0, +25.0] | +25.0 |" in dose.dose_table(points)
+
+
+def test_the_slope_is_a_line_of_least_squares_with_an_interval_over_pipelines(tmp_path):
+    rng = np.random.default_rng(0)
+    points = []
+    for seed in range(8):
+        for context in dose.MARKERS:
+            x = rng.uniform(0, 20)
+            point = dict(seed=seed, filter="incorrect", context=context, dose=x)
+            points.append(dict(point, response=1 - 0.5 * x + rng.normal(0, 0.1)))
+    found, low, high = dose.slope(points)
+    assert low < -0.5 < high < low + 0.05 and low < found < high
+    with plot.figure(tmp_path / "dose") as axes:
+        dose.draw(axes, points, dict(incorrect=(found, low, high)))
+        drawn = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]
+        (line,) = [line for line in drawn if "points a point" in str(line.get_label())]
+        rise = np.diff(line.get_ydata()) / np.diff(line.get_xdata())
+        assert rise[0] == pytest.approx(found) and (tmp_path / "dose.svg").exists() is False
+    assert (tmp_path / "dose.svg").exists()
 
 
 # ------------------------------------------------------------------------------------------------

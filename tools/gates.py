@@ -32,8 +32,8 @@ from losses import MEASURES
 from model import load_model
 from run import write_json
 from tools import markdown
-from tools.plot import COLOURS, read_lines
-from tools.table import mean_interval
+from tools.plot import COLOURS, figure, read_lines
+from tools.results import mean_interval
 from verify import Verifier
 
 # In the first step of tiny/rlvr 0.01 nats is about the top 10% of tokens by student entropy and by
@@ -224,14 +224,8 @@ def make_table(records):
     return markdown(header, rows)
 
 
-def draw(records, path):
+def draw(axes, records):
     """Change of accuracy (points) against change of length (percent), a point a gate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 5))
     seen = set()
     for r in records:
         x, y = r["length"][0], r["accuracy"][0]
@@ -246,10 +240,6 @@ def draw(records, path):
     axes.set_xlabel("change of mean response length, percent")
     axes.set_ylabel("change of accuracy, points")
     axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    for ending in ("png", "svg"):
-        figure.savefig(f"{path}.{ending}", bbox_inches="tight", dpi=150)
-    plt.close(figure)
 
 
 def main(argv=None):
@@ -273,8 +263,9 @@ def main(argv=None):
     with open(os.path.join(args.out, "table.md"), "w") as stream:
         stream.write(f"{table}\n\n{made}\n")
     write_json(os.path.join(args.out, "table.json"), dict(args=vars(args), records=records))
-    draw(records, os.path.join(args.out, "figure"))
-    print(f"\n{table}\n\n{made}\n\nwritten: table.md, table.json, figure.png, .svg in {args.out}")
+    print(f"\n{table}\n\n{made}\n\nwritten: table.md, table.json in {args.out}")
+    with figure(os.path.join(args.out, "figure"), size=(7.5, 5)) as axes:
+        draw(axes, records)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ and damaged; both from what eval.py --out writes. position: per-token KL by posi
 summed over steps, from opsd.py --kl-by-position. trajectory: accuracy and length over the steps;
 path: the same steps in the plane; both from the logs of runs with --eval-every.
 
-Files may be compressed (.gz). Several files: runs, or evaluations, whose settings differ in the seed alone are seeds of one thing;
-in a folder's name that is a trailing -SEED, the run's own.
+Several files: runs, or evaluations, whose settings differ in the seed alone are seeds of one thing;
+in a folder's name that is a trailing -SEED, the run's own. Files may be compressed (.gz).
 """
 
 import json
 import os
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -263,6 +264,26 @@ FIGURES = {
 }
 
 
+@contextmanager
+def figure(out, size=(6.5, 4.2)):
+    """The axes of a figure that is then written to OUT.png and OUT.svg, `size` in inches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn, axes = plt.subplots(figsize=size)
+    axes.spines[["top", "right"]].set_visible(False)
+    yield axes
+    for ending in ("png", "svg"):
+        try:
+            drawn.savefig(f"{out}.{ending}", bbox_inches="tight", dpi=150)
+        except OSError as error:
+            fail(f"--out {out}: {error.strerror}")
+        print(f"written {out}.{ending}")
+    plt.close(drawn)
+
+
 def main(argv=None):
     args = parse_args(argv)
     out, ending = os.path.splitext(args.out)
@@ -270,27 +291,14 @@ def main(argv=None):
     folder = os.path.dirname(os.path.abspath(out))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         fail(f"--out {args.out}: {folder} is not a folder that can be written to")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.5, 4.2))
-    axes.spines[["top", "right"]].set_visible(False)
-    try:
-        FIGURES[args.figure](axes, args.files, args)
-    except OSError as error:
-        fail(f"{args.figure}: {error.filename}: {error.strerror}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        files = " ".join(args.files)
-        fail(f"{args.figure} {files}: not such a file ({type(error).__name__}: {error})")
-    for ending in ("png", "svg"):
+    with figure(out) as axes:
         try:
-            figure.savefig(f"{out}.{ending}", bbox_inches="tight", dpi=150)
+            FIGURES[args.figure](axes, args.files, args)
         except OSError as error:
-            fail(f"--out {args.out}: {error.strerror}")
-        print(f"written {out}.{ending}")
-    plt.close(figure)
+            fail(f"{args.figure}: {error.filename}: {error.strerror}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            files = " ".join(args.files)
+            fail(f"{args.figure} {files}: not such a file ({type(error).__name__}: {error})")
 
 
 if __name__ == "__main__":

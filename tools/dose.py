@@ -1,0 +1,148 @@
+"""Dose and response: what a branch of OPSD loses, against what its teacher knows more than the
+student, over the pipelines, contexts and lengths of SFT of reproduce.sh.
+
+    python -m tools.dose --out results/dose
+
+Dose: accuracy of the model before OPSD with the context in its prompt, minus without. Response:
+change of its accuracy by OPSD with that context. Both in points, on the same held-out problems.
+The slope is that of a line of least squares through all points of right references (not `wrong`,
+not `other`: there the dose is negative), its 95% interval by resampling whole pipelines. Writes
+OUT.png, OUT.svg and OUT.json.
+"""
+
+import glob
+import os
+
+import numpy as np
+
+from cli import Parser, fail, start
+from run import write_json
+from tools import markdown, results
+from tools.plot import COLOURS, figure, read_lines
+from tools.results import SEEDS, change, mean_interval, read_json
+
+FALSE = ("wrong", "other")  # references that are not this problem's right one
+MARKERS = dict(zip("solution answer instruction part other wrong".split(), "os^Dv<", strict=True))
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--seeds", nargs="+", default=SEEDS, help="of reproduce.sh")
+    parser.add_argument("--out", required=True, help=".png, .svg and .json are written")
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------
+# Points and slope
+
+
+def read_points(seeds):
+    """A dict a branch: seed, branch, filter, context, dose and response (points)."""
+    points = []
+    for seed in seeds:
+        for path in sorted(
+            glob.glob(os.path.join(results.RESULTS, "evaluations", f"*-{seed}.json.gz"))
+        ):
+            records = read_json("evaluations", os.path.basename(path))["records"]
+            change = {r["name"]: r["change"] for r in records if r["group"] == "all"}
+            for name in change:
+                branch = os.path.basename(name)
+                log = os.path.join(results.RESULTS, "metrics", f"{branch}.jsonl.gz")
+                args = read_lines(log)[0]["args"] if os.path.isfile(log) else {}
+                prompt_only = f"{args.get('model')} reading {args.get('context')}"
+                if prompt_only in change and is_plain(args):
+                    point = dict(seed=seed, branch=branch.removesuffix(f"-{seed}"))
+                    point |= {key: args[key] for key in ("filter", "context")}
+                    point["dose"] = change[prompt_only]["accuracy"][0]
+                    point["response"] = change[name]["accuracy"][0]
+                    points.append(point)
+    return points
+
+
+def is_plain(args):
+    """Correct or incorrect rollouts after RLVR, all settings but the context as they come."""
+    after_rlvr = os.path.basename(args["model"]).startswith("rlvr")
+    plain = args["divergence"] == "reverse_kl" and args["thinking"] == "on" and not args["reinject"]
+    return after_rlvr and plain and args["filter"] in ("correct", "incorrect")
+
+
+def slope(points):
+    """(slope, low, high): points of response a point of dose, 95% over draws of pipelines."""
+    of_seed = {}
+    for point in points:
+        of_seed.setdefault(point["seed"], []).append((point["dose"], point["response"]))
+    groups = [np.array(group) for group in of_seed.values()]
+
+    def fit(chosen):
+        x, y = np.concatenate(chosen).T
+        return np.polyfit(x, y, 1)[0]
+
+    rng = np.random.default_rng(0)
+    draws = rng.integers(len(groups), size=(10_000, len(groups)))
+    low, high = np.percentile([fit([groups[i] for i in draw]) for draw in draws], [2.5, 97.5])
+    return fit(groups), low, high
+
+
+# ------------------------------------------------------------------------------------------------
+# Table and figure
+
+
+def dose_table(points):
+    """A row a context and length of SFT: dose, and response of both filters, over its pipelines."""
+    found = {}
+    for p in points:
+        row = found.setdefault((p["context"], "".join(filter(str.isdigit, p["branch"]))), {})
+        row.setdefault(p["filter"], []).append(p["response"])
+        row.setdefault("dose", {})[p["seed"]] = p["dose"]
+    rows = []
+    for context, steps in sorted(found, key=lambda key: (list(MARKERS).index(key[0]), key[1])):
+        row = found[context, steps]
+        dose = list(row["dose"].values())
+        cells = [dose, row.get("incorrect"), row.get("correct")]
+        name = context + (f", SFT of {steps} steps" if steps else "")
+        rows.append([name, str(len(dose)), *(change(v and mean_interval(v)) for v in cells)])
+    header = ["context", "pipelines", "dose, points", "incorrect: points", "correct: points"]
+    return markdown(header, rows)
+
+
+def draw(axes, points, slopes):
+    for p in points:
+        color, marker = COLOURS[p["filter"]], MARKERS[p["context"]]
+        hollow = dict(markerfacecolor="none") if p["context"] in FALSE else {}
+        axes.plot(p["dose"], p["response"], marker, color=color, markersize=4, **hollow)
+    for name, (found, _, _) in slopes.items():
+        pairs = [(p["dose"], p["response"]) for p in right_references(points, name)]
+        x, y = np.array(pairs).T
+        ends = np.array([x.min(), x.max()])
+        label = f"{name}: {found:+.2f} points a point"
+        axes.plot(ends, y.mean() + found * (ends - x.mean()), color=COLOURS[name], label=label)
+    for context in dict.fromkeys(p["context"] for p in points):
+        hollow = dict(markerfacecolor="none") if context in FALSE else {}
+        axes.plot([], [], MARKERS[context], color="black", markersize=4, label=context, **hollow)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("dose: accuracy with the context minus without, points")
+    axes.set_ylabel("response: change of accuracy by OPSD, points")
+    axes.legend(frameon=False, fontsize=7)
+
+
+def right_references(points, name):
+    return [p for p in points if p["filter"] == name and p["context"] not in FALSE]
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    points = read_points(args.seeds)
+    if not points:
+        fail(f"no branch of --seeds {' '.join(args.seeds)} in results/; run reproduce.sh first")
+    slopes = {name: slope(right_references(points, name)) for name in ("incorrect", "correct")}
+    print(dose_table(points))
+    for name, (found, low, high) in slopes.items():
+        print(f"{name}: {found:+.2f} [{low:+.2f}, {high:+.2f}] points a point of dose")
+    with figure(args.out) as axes:
+        draw(axes, points, slopes)
+    write_json(f"{args.out}.json", dict(slopes=slopes, points=points))
+
+
+if __name__ == "__main__":
+    start(main)

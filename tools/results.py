@@ -1,0 +1,51 @@
+"""What reproduce.sh left in results/, and means over its pipelines with their intervals."""
+
+import json
+import os
+
+import numpy as np
+
+from cli import HERE
+from tools import open_text
+
+RESULTS = os.path.join(HERE, "results")
+SEEDS = [str(seed) for seed in range(101, 109)]  # of the pipelines; the first FEW have more runs
+FEW = 3
+
+# Two-sided 95% quantile of Student's t for n seeds.
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+
+
+def read_json(*names):
+    with open_text(os.path.join(RESULTS, *names)) as stream:
+        return json.load(stream)
+
+
+def evaluations(part, seeds):
+    return [read_json("evaluations", f"{part}-{seed}.json.gz") for seed in seeds]
+
+
+def branch_of(name, seed):
+    """The branch of a name like runs/table/BRANCH-SEED, with "reading CONTEXT" if it is there."""
+    model, *reading = name.split(" ", 1)
+    return " ".join([os.path.basename(model).removesuffix(f"-{seed}"), *reading])
+
+
+def mean_interval(values):
+    """(mean, low, high) over seeds; low and high are None for a single seed."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None, None
+    half = T95[len(values)] * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def mean(value, digits=1):
+    return "" if value is None else f"{value[0]:.{digits}f}"
+
+
+def change(value):
+    if value is None:
+        return ""
+    interval = "" if value[1] is None else f" [{value[1]:+.1f}, {value[2]:+.1f}]"
+    return f"{value[0]:+.1f}{interval}"
