@@ -297,6 +297,10 @@ TEACHERS = {
 # ------------------------------------------------------------------------------------------------
 
 
+def make_optimizer(model, args):
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+
+
 def main(argv=None):
     args = parse_args(argv)
     device = set_up(args)
@@ -317,7 +321,7 @@ def main(argv=None):
     sampler = samplers.make_sampler(model, tokenizer, args)
     teacher_sampler = samplers.make_sampler(teacher, tokenizer, args, sampler)
     problems = rollout.drop_long(problems, tokenizer, args, sampler.limit, args.context)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    optimizer = make_optimizer(model, args)
     verifier = Verifier()
     held_out = HeldOut(sampler, tokenizer, held_out, verifier, args)
     with verifier, Run(args, f"opsd-{args.filter}", problems, state) as run:

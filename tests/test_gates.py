@@ -1,15 +1,17 @@
 """The bench of gates and the dial."""
 
 import json
+import os
 
 import pytest
 import torch
 
 import opsd
 import toy
+from model import load_model
 from rollout import Rollout
 from tests.helpers import TINY, changed_model, read_lines
-from tools import dial, gates
+from tools import dial, gates, optimizer
 
 
 def test_the_dial_at_0_and_1_is_the_checkpoints(model, tokenizer):
@@ -89,9 +91,54 @@ def test_the_bench_trains_once_and_goes_on(tmp_path, monkeypatch, capsys):
     assert "has other --steps" in capsys.readouterr().err
 
 
+def test_frozen_moments_make_steps_in_proportion_to_the_gradient():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    gradient, moment = torch.tensor([1.0, -2.0, 4.0]), torch.tensor([1.0, 4.0, 16.0])
+    adam = optimizer.FrozenAdam([weight], lr=0.1, moments=[moment])
+    for scale, expected in ((1, -0.1), (0, -0.1 - 0.1 * 0.9 * 0.1 / 0.19)):
+        weight.grad = scale * gradient
+        adam.step()
+        wanted = expected * torch.tensor([1.0, -1.0, 1.0])
+        torch.testing.assert_close(weight.detach(), wanted)
+
+
+def test_another_optimizer_moves_other_weights_by_the_same_gradient(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(opsd, "make_optimizer", opsd.make_optimizer)  # put back at the end
+    flags = f"--model {TINY} --steps 1 --batch 8 --eval-problems 0 --threads 1 --lr 1e-4".split()
+    run = str(tmp_path / "adamw")
+    opsd.main([*flags, "--out", run])
+
+    def weights(path):
+        return torch.cat([weight.flatten() for weight in load_model(path, "cpu")[0].parameters()])
+
+    moves = []
+    for name in ("sgd", run):
+        out = str(tmp_path / os.path.basename(name)) + "-2"
+        optimizer.main([name, *flags, "--out", out])
+        moves.append((weights(out) - weights(TINY)).detach())
+    sgd, adam = moves
+    # After one step Adam's moments are the squared gradient, so each weight moves by the rate.
+    large = sgd.abs() > 1e-8
+    expected = 1e-4 * sgd[large].sign()
+    torch.testing.assert_close(adam[large], expected, rtol=0.05, atol=0)
+    gradient = read_lines(tmp_path / "sgd-2" / "metrics.jsonl")[1]["grad_norm"]
+    assert sgd.norm().item() == pytest.approx(1e-4 * gradient, rel=1e-2)
+    with pytest.raises(SystemExit):
+        optimizer.main([str(tmp_path / "nowhere"), *flags])
+    assert "no state in it" in capsys.readouterr().err
+
+
+def test_the_bench_hands_its_optimizer_on():
+    args = gates.parse_args(["--optimizer", "runs/gates"])
+    assert gates.optimizer(args, 7, "all") == ["tools.optimizer", "runs/gates/7/all-all"]
+    assert gates.optimizer(gates.parse_args([]), 7, "all") == ["opsd"]
+    args = gates.parse_args(["--optimizer", "sgd"])
+    assert gates.optimizer(args, 7, "all") == ["tools.optimizer", "sgd"]
+
+
 def test_the_bench_names_a_missing_pipeline_and_why_a_run_failed(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gates.main(["--seeds", "7", "--out", str(tmp_path)])
-    assert "runs/pipelines/7-rlvr: no such directory" in capsys.readouterr().err
+    assert "runs/table/rlvr-7: no such directory" in capsys.readouterr().err
     args = gates.parse_args(["--pipelines", "nowhere", "--out", str(tmp_path)])
     assert "--model nowhere" in gates.train(args, 0, "all", "correct")

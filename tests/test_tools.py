@@ -161,7 +161,9 @@ def test_a_figure_from_another_figures_file_is_an_error(results):
 
 def test_dose_and_response_of_plain_branches_only(results):
     log = results / "metrics" / "incorrect-2.jsonl.gz"
-    lines = gzip.open(log, "rt").read().strip().replace('"reinject": 0', '"reinject": 32').split("\n")
+    lines = (
+        gzip.open(log, "rt").read().strip().replace('"reinject": 0', '"reinject": 32').split("\n")
+    )
     write_gz(log, *lines)
     points = dose.read_points(["1", "2"])
     assert [(p["seed"], p["branch"]) for p in points] == [

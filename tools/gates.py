@@ -1,18 +1,16 @@
 """The bench of token gates, where the truth is known: every gate on correct, incorrect and all
-rollouts of the embedded task, each seed on SFT and RLVR of its own.
+rollouts of the embedded task, on several pipelines of reproduce.sh.
 
-    python -m tools.gates --seeds 101 102 103         # one night on two cores; interrupted, the
-                                                      # same command goes on
+    python -m tools.gates       # interrupted, the same command goes on
     python -m tools.gates --seeds 0 --pipelines tiny/rlvr --gates all the-digit --filters incorrect
+    python -m tools.gates --gates all the-digit --optimizer runs/gates --out runs/gates-frozen
 
 Writes table.md, table.json and figure.png, .svg (accuracy against length, a point a gate) to --out.
 The table: changes of accuracy and length (means over the seeds with their 95% interval, or for one
 seed the interval over problems), the gate's mass over the whole run, and of the first step the
 share of each kind of token that the gate lets through: redundant checks, the digit that nobody can
-know, and the rest (toy.REDUNDANT, toy.UNKNOWABLE). A pipeline that is missing is made by
-
-    python sft.py --seed 101 --out runs/pipelines/101-sft
-    python rlvr.py --seed 101 --model runs/pipelines/101-sft --out runs/pipelines/101-rlvr
+know, and the rest (toy.REDUNDANT, toy.UNKNOWABLE). The third line trains by Adam with the second
+moments of the first bench's ungated runs (tools/optimizer.py); sgd is another such choice.
 """
 
 import json
@@ -26,7 +24,7 @@ import opsd
 import rollout
 import samplers
 import toy
-from cli import HERE, Parser, fail, set_up, start
+from cli import Parser, fail, set_up, start
 from data import CONTEXTS
 from losses import MEASURES
 from model import load_model
@@ -70,10 +68,16 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[101, 102, 103], help="of training and evaluation")
-    add("--pipelines", default="runs/pipelines/SEED-rlvr", help="models, SEED being the seed")
+    add("--pipelines", default="runs/table/rlvr-SEED", help="models, SEED being the seed")
     add("--gates", nargs="+", default=list(GATES), choices=list(GATES), help="rows of the table")
     add("--filters", nargs="+", default=["correct", "incorrect", "all"], choices=list(opsd.FILTERS))
     add("--steps", type=int, default=40, help="of each run")
+    add("--lr", type=float, default=1e-4, help="of each run")
+    add(
+        "--optimizer",
+        default="adamw",
+        help="or sgd; or --out of a bench: its ungated runs' second moments (tools/optimizer.py)",
+    )
     add("--eval-problems", type=int, default=1024, help="held-out problems, one response each")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each")
     add("--out", default="runs/gates", help="folder of the runs, the table and the figure")
@@ -99,12 +103,13 @@ def train(args, seed, gate, outcome):
     """One run of opsd.py, unless it is there: "", or why it failed."""
     out = folder(args, seed, gate, outcome)
     flags = f"--filter {outcome} --seed {seed} --steps {args.steps} {GATES[gate]} --threads 1"
-    command = [sys.executable, os.path.join(HERE, "opsd.py"), *flags.split()]
+    flags += f" --lr {args.lr}"
+    command = [sys.executable, "-m", *optimizer(args, seed, outcome), *flags.split()]
     command += ["--model", pipeline(args, seed), "--eval-problems", str(args.eval_problems)]
     if finished(out):
         before, now = read_lines(os.path.join(out, "metrics.jsonl"))[0]["args"], vars(args)
-        if any(before[key] != now[key] for key in ("steps", "eval_problems")):
-            return f"{out}: has other --steps or --eval-problems; give another --out"
+        if any(before[key] != now[key] for key in ("steps", "lr", "eval_problems")):
+            return f"{out}: has other --steps, --lr or --eval-problems; give another --out"
         if before["model"] != pipeline(args, seed):
             return f"{out}: started from {before['model']}; give another --out"
         return ""
@@ -112,6 +117,15 @@ def train(args, seed, gate, outcome):
     print(f"{out}: {'done' if done.returncode == 0 else 'failed'}", flush=True)
     said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
     return "" if done.returncode == 0 else f"{out}: {said[-1]}"
+
+
+def optimizer(args, seed, outcome):
+    """The module that trains, and its first argument if it has one."""
+    if args.optimizer == "adamw":
+        return ["opsd"]
+    if args.optimizer == "sgd":
+        return ["tools.optimizer", "sgd"]
+    return ["tools.optimizer", os.path.join(args.optimizer, str(seed), f"all-{outcome}")]
 
 
 def finished(out):
@@ -246,7 +260,7 @@ def main(argv=None):
     args = parse_args(argv)
     for seed in args.seeds:
         if not os.path.isdir(pipeline(args, seed)):
-            fail(f"--pipelines {pipeline(args, seed)}: no such directory (--help has its commands)")
+            fail(f"--pipelines {pipeline(args, seed)}: no such directory (reproduce.sh makes them)")
     os.makedirs(args.out, exist_ok=True)
     truth = {seed: measure_truth(args, seed) for seed in args.seeds}
     cells = [(s, g, f) for s in args.seeds for g in args.gates for f in args.filters]
