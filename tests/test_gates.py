@@ -11,7 +11,7 @@ import toy
 from model import load_model
 from rollout import Rollout
 from tests.helpers import TINY, changed_model, read_lines
-from tools import dial, gates, optimizer
+from tools import dial, gates, optimizer, plot
 
 
 def test_the_dial_at_0_and_1_is_the_checkpoints(model, tokenizer):
@@ -40,6 +40,12 @@ def test_the_dials_table_holds_the_checkpoints_own_rows(tmp_path, capsys):
         for key in ("reasons", "lengths"):
             assert of_dial[at][key] == of_eval[number][key]
     assert of_dial[1]["lengths"] != of_dial[0]["lengths"]
+    name, args, curve = plot.dial_of(str(tmp_path / "d.json"))
+    change = next(r["change"] for r in e["records"] if r["name"] == other and r["group"] == "all")
+    assert name == other and curve[0].tolist() == [0, 0, 0]
+    assert curve[2].tolist() == [1, change["accuracy"][0], change["length"][0]]
+    plot.main(["path", str(tmp_path / "d.json"), "--out", str(tmp_path / "dial")])
+    assert (tmp_path / "dial.png").stat().st_size > 5000
 
 
 def test_a_line_between_two_models_that_do_not_match_is_an_error(tmp_path, capsys):

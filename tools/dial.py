@@ -4,7 +4,7 @@ The weights are A + at * (B - A): 0 is A, 1 is B, between them a mixture, above 
 that training went. The table and the file are eval.py's; changes are against the first of --at.
 
     python -m tools.dial tiny/rlvr runs/opsd-correct-001 --at 0 0.25 0.5 1 1.5
-    python -m tools.plot plane dial.json --out dial     # the figure, from --out dial.json
+    python -m tools.plot path dial.json --out dial      # the figure, from --out dial.json
 """
 
 import torch

@@ -9,7 +9,8 @@
 plane: change of accuracy against change of length, a cross a checkpoint; shift: problems repaired
 and damaged; both from what eval.py --out writes. position: per-token KL by position and outcome,
 summed over steps, from opsd.py --kl-by-position. trajectory: accuracy and length over the steps;
-path: the same steps in the plane; both from the logs of runs with --eval-every.
+path: the same steps in the plane; both from the logs of runs with --eval-every; path also from what
+tools.dial --out writes.
 
 Several files: runs, or evaluations, whose settings differ in the seed alone are seeds of one thing;
 in a folder's name that is a trailing -SEED, the run's own. Files may be compressed (.gz).
@@ -164,6 +165,19 @@ def trajectory_of(file):
     return head["args"]["out"], head["args"], np.array(curve)
 
 
+def dial_of(file):
+    """The same of a file of tools.dial: shares of the way instead of steps, from its first on."""
+    with open_text(file) as stream:
+        evaluation = json.load(stream)
+    args = evaluation["args"]
+    records = [r for r in evaluation["records"] if r["group"] == "all"]
+    changes = [r["change"] or dict(accuracy=[0.0], length=[0.0]) for r in records]
+    curve = [
+        (at, c["accuracy"][0], c["length"][0]) for at, c in zip(args["at"], changes, strict=True)
+    ]
+    return args["models"][1], args, np.array(curve)
+
+
 def trajectory(axes, files, args):
     """Change of accuracy (points) and of length (percent) over the steps: a thin line a seed, a
     thick one for their mean.
@@ -188,17 +202,19 @@ def trajectory(axes, files, args):
 
 def path(axes, files, args):
     """The same in the plane of the two changes, as paths from the start: compression comes first,
-    damage apart from it. A thin path a seed, a thick one for their mean; the numbers are steps.
+    damage apart from it. A thin path a seed, a thick one for their mean; the numbers are steps, or
+    shares of the way.
     """
-    for name, curves in group_seeds([trajectory_of(file) for file in files]).items():
+    found = [trajectory_of(f) if ".jsonl" in f else dial_of(f) for f in files]
+    for name, curves in group_seeds(found).items():
         for curve in curves if len(curves) > 1 else ():
             axes.plot(curve[:, 2], curve[:, 1], color=colour(name), linewidth=0.6, alpha=0.45)
         mean = np.mean(curves, 0)  # (steps, 3)
         style = dict(color=colour(name), marker="o", markersize=4, linewidth=2, label=name)
         axes.plot(mean[:, 2], mean[:, 1], **style)
-        for step, y, x in mean[1:]:
+        for step, y, x in mean[np.any(mean[:, 1:] != 0, 1)]:
             text = dict(textcoords="offset points", xytext=(4, 4), fontsize=7, color=colour(name))
-            axes.annotate(f"{step:.0f}", (x, y), **text)
+            axes.annotate(f"{step:g}", (x, y), **text)
     axes.plot(0, 0, "o", color="black")
     axes.annotate("before", (0, 0), textcoords="offset points", xytext=(-4, 6), fontsize=8)
     axes.axhline(0, color="black", linewidth=0.8)
