@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ import samplers
 from model import load_model
 from run import Run
 from tests.helpers import CPU, TINY
+
+# A shell that starts the tests with & has them, and what they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
