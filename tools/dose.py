@@ -5,9 +5,9 @@ student, over the pipelines, contexts and lengths of SFT of reproduce.sh.
 
 Dose: accuracy of the model before OPSD with the context in its prompt, minus without. Response:
 change of its accuracy by OPSD with that context. Both in points, on the same held-out problems.
-The slope is that of a line of least squares through all points of right references (not `wrong`,
-not `other`: there the dose is negative), its 95% interval by resampling whole pipelines. Writes
-OUT.png, OUT.svg and OUT.json.
+A slope is that of a line of least squares, its 95% interval by resampling whole pipelines: through
+the points of contexts that SFT taught to read (drawn), and with half a solution among them. A
+reference that is not this problem's right one has none. Writes OUT.png, OUT.svg and OUT.json.
 """
 
 import glob
@@ -21,7 +21,7 @@ from tools import markdown, results
 from tools.plot import COLOURS, figure, read_lines
 from tools.results import SEEDS, change, mean_interval, read_json
 
-FALSE = ("wrong", "other")  # references that are not this problem's right one
+TAUGHT = ("solution", "answer", "instruction")  # what a slope is through
 MARKERS = dict(zip("solution answer instruction part other wrong".split(), "os^Dv<", strict=True))
 
 
@@ -108,16 +108,16 @@ def dose_table(points):
 def draw(axes, points, slopes):
     for p in points:
         color, marker = COLOURS[p["filter"]], MARKERS[p["context"]]
-        hollow = dict(markerfacecolor="none") if p["context"] in FALSE else {}
+        hollow = {} if p["context"] in TAUGHT else dict(markerfacecolor="none")
         axes.plot(p["dose"], p["response"], marker, color=color, markersize=4, **hollow)
     for name, (found, _, _) in slopes.items():
-        pairs = [(p["dose"], p["response"]) for p in right_references(points, name)]
+        pairs = [(p["dose"], p["response"]) for p in chosen(points, name)]
         x, y = np.array(pairs).T
         ends = np.array([x.min(), x.max()])
         label = f"{name}: {found:+.2f} points a point"
         axes.plot(ends, y.mean() + found * (ends - x.mean()), color=COLOURS[name], label=label)
     for context in dict.fromkeys(p["context"] for p in points):
-        hollow = dict(markerfacecolor="none") if context in FALSE else {}
+        hollow = {} if context in TAUGHT else dict(markerfacecolor="none")
         axes.plot([], [], MARKERS[context], color="black", markersize=4, label=context, **hollow)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axvline(0, color="black", linewidth=0.8)
@@ -126,8 +126,8 @@ def draw(axes, points, slopes):
     axes.legend(frameon=False, fontsize=7)
 
 
-def right_references(points, name):
-    return [p for p in points if p["filter"] == name and p["context"] not in FALSE]
+def chosen(points, name, contexts=TAUGHT):
+    return [p for p in points if p["filter"] == name and p["context"] in contexts]
 
 
 def main(argv=None):
@@ -135,13 +135,15 @@ def main(argv=None):
     points = read_points(args.seeds)
     if not points:
         fail(f"no branch of --seeds {' '.join(args.seeds)} in results/; run reproduce.sh first")
-    slopes = {name: slope(right_references(points, name)) for name in ("incorrect", "correct")}
+    slopes = {name: slope(chosen(points, name)) for name in ("incorrect", "correct")}
+    wider = {name: slope(chosen(points, name, (*TAUGHT, "part"))) for name in slopes}
     print(dose_table(points))
-    for name, (found, low, high) in slopes.items():
-        print(f"{name}: {found:+.2f} [{low:+.2f}, {high:+.2f}] points a point of dose")
+    for title, found in (("", slopes), (", with half a solution", wider)):
+        for name, (value, low, high) in found.items():
+            print(f"{name}{title}: {value:+.2f} [{low:+.2f}, {high:+.2f}] points a point of dose")
     with figure(args.out) as axes:
         draw(axes, points, slopes)
-    write_json(f"{args.out}.json", dict(slopes=slopes, points=points))
+    write_json(f"{args.out}.json", dict(slopes=slopes, with_part=wider, points=points))
 
 
 if __name__ == "__main__":
