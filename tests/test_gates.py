@@ -80,15 +80,16 @@ def test_every_gate_of_the_bench_parses_and_every_gate_is_in_it():
 
 def test_the_bench_trains_once_and_goes_on(tmp_path, monkeypatch, capsys):
     argv = f"--seeds 0 --pipelines {TINY} --gates the-digit --filters all --steps 1".split()
-    argv += ["--eval-problems", "8", "--out", str(tmp_path)]
+    argv += ["--problems", "8", "--out", str(tmp_path)]
     gates.main(argv)
     row = next(line for line in capsys.readouterr().out.split("\n") if "| the-digit" in line)
     assert row.endswith("| 0.0 | 100.0 | 0.0 |")  # of the truth it is the unknowable digit alone
     assert 0 < float(row.split("|")[5]) < 5  # percent of the weight
     assert (tmp_path / "figure.png").stat().st_size > 5000
-    assert read_lines(tmp_path / "0" / "the-digit-all" / "metrics.jsonl")[-1]["evaluation"]
+    change = json.loads((tmp_path / "0" / "evaluation.json").read_text())["records"][3]["change"]
+    assert row.split(" | ")[3] == "{:+.1f} [{:+.1f}, {:+.1f}]".format(*change["length"])
     table = (tmp_path / "table.md").read_text()
-    monkeypatch.setattr(gates.subprocess, "run", None)  # nothing is trained again
+    monkeypatch.setattr(gates, "run", None)  # nothing is trained or evaluated again
     monkeypatch.setattr(gates, "load_model", None)  # nor measured
     gates.main(argv)
     assert (tmp_path / "table.md").read_text() == table

@@ -19,7 +19,7 @@ from cli import Parser, fail, start
 from run import write_json
 from tools import markdown, results
 from tools.plot import COLOURS, figure, read_lines
-from tools.results import SEEDS, change, mean_interval, read_json
+from tools.results import SEEDS, change, mean_interval, read_result
 
 TAUGHT = ("solution", "answer", "instruction")  # what a slope is through
 MARKERS = dict(zip("solution answer instruction part other wrong".split(), "os^Dv<", strict=True))
@@ -43,7 +43,7 @@ def read_points(seeds):
         for path in sorted(
             glob.glob(os.path.join(results.RESULTS, "evaluations", f"*-{seed}.json.gz"))
         ):
-            records = read_json("evaluations", os.path.basename(path))["records"]
+            records = read_result("evaluations", os.path.basename(path))["records"]
             change = {r["name"]: r["change"] for r in records if r["group"] == "all"}
             for name in change:
                 branch = os.path.basename(name)

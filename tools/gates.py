@@ -13,7 +13,6 @@ know, and the rest (toy.REDUNDANT, toy.UNKNOWABLE). The third line trains by Ada
 moments of the first bench's ungated runs (tools/optimizer.py); sgd is another such choice.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from data import CONTEXTS
 from losses import MEASURES
 from model import load_model
 from run import write_json
-from tools import markdown
+from tools import markdown, read_json
 from tools.plot import COLOURS, figure, read_lines
 from tools.results import mean_interval
 from verify import Verifier
@@ -78,7 +77,7 @@ def parse_args(argv=None):
         default="adamw",
         help="or sgd; or --out of a bench: its ungated runs' second moments (tools/optimizer.py)",
     )
-    add("--eval-problems", type=int, default=1024, help="held-out problems, one response each")
+    add("--problems", type=int, default=1024, help="held-out problems, one response each")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each")
     add("--out", default="runs/gates", help="folder of the runs, the table and the figure")
     args = parser.parse_args(argv)
@@ -102,21 +101,16 @@ def folder(args, seed, gate, outcome):
 def train(args, seed, gate, outcome):
     """One run of opsd.py, unless it is there: "", or why it failed."""
     out = folder(args, seed, gate, outcome)
-    flags = f"--filter {outcome} --seed {seed} --steps {args.steps} {GATES[gate]} --threads 1"
-    flags += f" --lr {args.lr}"
-    command = [sys.executable, "-m", *optimizer(args, seed, outcome), *flags.split()]
-    command += ["--model", pipeline(args, seed), "--eval-problems", str(args.eval_problems)]
-    if finished(out):
+    if os.path.isfile(os.path.join(out, "model.safetensors")):
         before, now = read_lines(os.path.join(out, "metrics.jsonl"))[0]["args"], vars(args)
-        if any(before[key] != now[key] for key in ("steps", "lr", "eval_problems")):
-            return f"{out}: has other --steps, --lr or --eval-problems; give another --out"
+        if any(before[key] != now[key] for key in ("steps", "lr")):
+            return f"{out}: has other --steps or --lr; give another --out"
         if before["model"] != pipeline(args, seed):
             return f"{out}: started from {before['model']}; give another --out"
         return ""
-    done = subprocess.run([*command, "--out", out, "--overwrite"], capture_output=True, text=True)
-    print(f"{out}: {'done' if done.returncode == 0 else 'failed'}", flush=True)
-    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    return "" if done.returncode == 0 else f"{out}: {said[-1]}"
+    flags = f"--filter {outcome} --steps {args.steps} --lr {args.lr} {GATES[gate]} --overwrite"
+    where = ["--model", pipeline(args, seed), "--eval-problems", "0", "--out", out]
+    return run([*optimizer(args, seed, outcome), *flags.split(), *where], seed, out)
 
 
 def optimizer(args, seed, outcome):
@@ -128,11 +122,28 @@ def optimizer(args, seed, outcome):
     return ["tools.optimizer", os.path.join(args.optimizer, str(seed), f"all-{outcome}")]
 
 
-def finished(out):
-    """The evaluation after the last step is a run's last line."""
-    return os.path.isfile(os.path.join(out, "model.safetensors")) and (
-        "evaluation" in read_lines(os.path.join(out, "metrics.jsonl"))[-1]
-    )
+def evaluate(args, seed):
+    """All runs of a seed against its pipeline, unless it is there: likewise."""
+    cells = [folder(args, seed, gate, outcome) for gate in args.gates for outcome in args.filters]
+    models, out = [pipeline(args, seed), *cells], evaluation(args, seed)
+    if os.path.isfile(out):
+        before = read_json(out)["args"]
+        if (before["model"], before["problems"]) == (models, args.problems):
+            return ""
+    flags = f"--problems {args.problems} --samples 1 --overwrite --out {out}"
+    return run(["eval", "--model", *models, *flags.split()], seed, out)
+
+
+def evaluation(args, seed):
+    return os.path.join(args.out, str(seed), "evaluation.json")
+
+
+def run(module, seed, out):
+    command = [sys.executable, "-m", *module, "--seed", str(seed), "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(f"{out}: {'done' if done.returncode == 0 else 'failed'}", flush=True)
+    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return "" if done.returncode == 0 else f"{out}: {said[-1]}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -146,8 +157,7 @@ def measure_truth(args, seed):
     path = os.path.join(args.out, str(seed), "truth.json")
     truth = {}
     if os.path.isfile(path):
-        with open(path) as stream:
-            truth = json.load(stream)
+        truth = read_json(path)
     missing = [gate for gate in GATES if gate in args.gates and gate not in truth]
     if not missing:
         return truth
@@ -194,20 +204,25 @@ def shares(rollouts, name, args):
 # The table and the figure
 
 
-def read_run(out):
-    """{accuracy, length: (change, low, high) over problems; gate_mass: mean over the steps}."""
-    rows = read_lines(os.path.join(out, "metrics.jsonl"))
-    masses = [row["gate_mass"] for row in rows if row.get("gate_mass") is not None]
-    after = next(r for r in rows[-1]["evaluation"] if r["name"] == "after" and r["group"] == "all")
-    return dict(**after["change"], gate_mass=sum(masses) / len(masses))
+def read_runs(args, seed):
+    """{folder of a run: dict(accuracy, length: (change, low, high) over problems; gate_mass: mean
+    over the steps)}.
+    """
+    runs = {}
+    for r in read_json(evaluation(args, seed))["records"]:
+        if r["group"] == "all" and r["change"]:
+            rows = read_lines(os.path.join(r["name"], "metrics.jsonl"))
+            masses = [row["gate_mass"] for row in rows if row.get("gate_mass") is not None]
+            runs[r["name"]] = dict(**r["change"], gate_mass=sum(masses) / len(masses))
+    return runs
 
 
 def collect(args, truth):
     """A record a gate and filter; each number as (mean, low, high)."""
-    records = []
+    records, found = [], {seed: read_runs(args, seed) for seed in args.seeds}
     for gate in args.gates:
         for outcome in args.filters:
-            runs = [read_run(folder(args, seed, gate, outcome)) for seed in args.seeds]
+            runs = [found[seed][folder(args, seed, gate, outcome)] for seed in args.seeds]
             record = dict(gate=gate, filter=outcome, seeds=args.seeds)
             for key in ("accuracy", "length"):
                 several = mean_interval([run[key][0] for run in runs])
@@ -266,14 +281,19 @@ def main(argv=None):
     cells = [(s, g, f) for s in args.seeds for g in args.gates for f in args.filters]
     print(f"{len(cells)} runs, {args.jobs} at a time", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        failures = [text for text in pool.map(lambda cell: train(args, *cell), cells) if text]
+        failures = list(filter(None, pool.map(lambda cell: train(args, *cell), cells)))
+        if not failures:
+            failures = list(filter(None, pool.map(lambda seed: evaluate(args, seed), args.seeds)))
     if failures:
-        fail(f"{len(failures)} of {len(cells)} runs failed: {'; '.join(failures)}")
+        fail(f"{len(failures)} failed: {'; '.join(failures)}")
     records = collect(args, truth)
     table = make_table(records)
     seeds = ", ".join(map(str, args.seeds))
-    made = f"Seeds {seeds}; models {args.pipelines}; {args.steps} steps; {args.eval_problems}"
-    made += " held-out problems, one response each; shares let through: 256 problems, first step."
+    made = (
+        f"Seeds {seeds}; models {args.pipelines}; {args.steps} steps, learning rate {args.lr:g}, "
+    )
+    made += f"{args.optimizer}; {args.problems} held-out problems, one response each; shares let "
+    made += "through: 256 problems, first step."
     with open(os.path.join(args.out, "table.md"), "w") as stream:
         stream.write(f"{table}\n\n{made}\n")
     write_json(os.path.join(args.out, "table.json"), dict(args=vars(args), records=records))

@@ -24,7 +24,7 @@ import numpy as np
 
 from cli import Parser, fail, start
 from run import HARMLESS
-from tools import open_text
+from tools import open_text, read_json
 
 COLOURS = {"correct": "#1b7837", "incorrect": "#b2182b", "truncated": "#8c8c8c"}
 
@@ -96,8 +96,7 @@ def changes(files):
     """
     items = []
     for file in files:
-        with open_text(file) as stream:
-            evaluation = json.load(stream)
+        evaluation = read_json(file)
         records = [r for r in evaluation["records"] if r["group"] == "all" and r["change"]]
         means = [r for r in records if r["benchmark"] == "mean"]
         # The other checkpoints of an evaluation do not matter, its baseline does.
@@ -167,8 +166,7 @@ def trajectory_of(file):
 
 def dial_of(file):
     """The same of a file of tools.dial: shares of the way instead of steps, from its first on."""
-    with open_text(file) as stream:
-        evaluation = json.load(stream)
+    evaluation = read_json(file)
     args = evaluation["args"]
     records = [r for r in evaluation["records"] if r["group"] == "all"]
     changes = [r["change"] or dict(accuracy=[0.0], length=[0.0]) for r in records]

@@ -1,12 +1,11 @@
 """What reproduce.sh left in results/, and means over its pipelines with their intervals."""
 
-import json
 import os
 
 import numpy as np
 
 from cli import HERE
-from tools import open_text
+from tools import read_json
 
 RESULTS = os.path.join(HERE, "results")
 SEEDS = [str(seed) for seed in range(101, 109)]  # of the pipelines; the first FEW have more runs
@@ -16,13 +15,12 @@ FEW = 3
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 
-def read_json(*names):
-    with open_text(os.path.join(RESULTS, *names)) as stream:
-        return json.load(stream)
+def read_result(*names):
+    return read_json(os.path.join(RESULTS, *names))
 
 
 def evaluations(part, seeds):
-    return [read_json("evaluations", f"{part}-{seed}.json.gz") for seed in seeds]
+    return [read_result("evaluations", f"{part}-{seed}.json.gz") for seed in seeds]
 
 
 def branch_of(name, seed):
