@@ -45,12 +45,18 @@ def second_moments(path):
     return [states[i]["exp_avg_sq"] / (1 - beta ** states[i]["step"]) for i in sorted(states)]
 
 
-def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0].startswith("-"):
+def parse_args(argv=None):
+    """(sgd or a run directory, the flags of opsd.py)."""
+    name, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name.startswith("-"):
         print(__doc__)
-        raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
-    name, *flags = argv
+        raise SystemExit(0 if name in ("-h", "--help") else 2)
+    opsd.parse_args(flags)
+    return name, flags
+
+
+def main(argv=None):
+    name, flags = parse_args(argv)
     if name == "sgd":
         opsd.make_optimizer = lambda model, args: torch.optim.SGD(
             model.parameters(), lr=args.lr, momentum=0.9

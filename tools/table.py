@@ -184,6 +184,8 @@ FRONT = [
     ("filters", "incorrect", "incorrect"),
     ("filters", "all", "all"),
     ("contexts", "instruction-incorrect", "incorrect, `--context instruction`"),
+    ("contexts", "wrong-correct", "correct, `--context wrong`"),
+    ("contexts", "wrong-incorrect", "incorrect, `--context wrong`"),
 ]
 
 
@@ -195,7 +197,7 @@ def front_table(records):
     for part, branch, name in FRONT:
         r = found[part, branch]
         ours = change(r["accuracy_change"]), change(r["length_change"])
-        rows.append([name, *ours, papers[part, branch]])
+        rows.append([name, *ours, papers.get((part, branch), "not run")])
     return markdown([*header, "the paper: Qwen3-8B / AceReason-7B"], rows)
 
 
