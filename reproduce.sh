@@ -115,6 +115,8 @@ export -f keep run evaluate pipeline more
 files() { for seed in $SEEDS; do echo "results/${1/SEED/$seed}"; done; }
 python -m tools.dose --seeds $SEEDS --out results/dose
 python -m tools.table --seeds $SEEDS --docs
+python -m tools.plot pairs $(files evaluations/filters-SEED.json.gz) \
+    $(files evaluations/contexts-SEED.json.gz) --out results/pairs
 python -m tools.plot path $(files metrics/correct-SEED.jsonl.gz) \
     $(files metrics/incorrect-SEED.jsonl.gz) $(files metrics/all-SEED.jsonl.gz) --out results/figure1
 python -m tools.plot position $(files kl_by_position/all-SEED.jsonl.gz) --out results/figure2

@@ -44,6 +44,7 @@ def test_token_classes_add_up_to_the_whole_kl(tokenizer, tmp_path, capsys):
 
 
 BRANCHES = {part: [e.branch for e in paper.EXPERIMENTS if e.part == part] for part in table.PARTS}
+BRANCHES["contexts"] += ["wrong-correct", "wrong-incorrect"]
 
 
 def pairs(part, seed):
@@ -152,6 +153,32 @@ def test_figures_from_the_runs_own_files(figure, name, results):
     plot.main([figure, *files, "--out", str(results / figure)])
     assert (results / f"{figure}.png").stat().st_size > 5000
     assert (results / f"{figure}.svg").exists()
+
+
+def test_pairs_are_a_line_a_pipeline_and_means_with_their_interval(monkeypatch):
+    """Pipelines in which wrong references cost correct rollouts 10 and 30 points, and no other
+    context anything.
+    """
+
+    def found(files):
+        values = {}
+        for context in sum(plot.PANELS, ()):
+            for outcome in ("correct", "incorrect"):
+                name = outcome if context == "solution" else f"{context}-{outcome}"
+                costs = (10, 30) if name == "wrong-correct" else (0, 0)
+                values[name] = [dict(change=dict(accuracy=[-cost])) for cost in costs]
+        return values
+
+    monkeypatch.setattr(plot, "changes", found)
+    with plot.figure(os.devnull) as axes:
+        monkeypatch.setattr(axes.figure, "savefig", lambda *args, **kwargs: None)
+        plot.pairs(axes, [], None)
+        panel = axes.child_axes[0]
+        lines = [line.get_ydata() for line in panel.get_lines() if line.get_linestyle() == "-"]
+        assert [list(y) for y in lines if len(y) == 2 and min(y) < 0] == [[-10, 0], [-30, 0]]
+        (mean,) = [line for line in panel.get_lines() if list(line.get_ydata()) == [-20]]
+        assert mean.get_color() == plot.COLOURS["correct"] and mean.get_xdata()[0] < 0
+        assert all(not any(line.get_ydata()) for line in axes.get_lines())
 
 
 def test_a_figure_from_another_figures_file_is_an_error(results):

@@ -1,16 +1,18 @@
-"""The paper's figures 1 to 4 from the runs' own files, as PNG and SVG.
+"""The paper's figures 1 to 4 and others from the runs' own files, as PNG and SVG.
 
+    python -m tools.plot pairs filters-*.json contexts-*.json --out pairs
     python -m tools.plot path runs/*/metrics.jsonl --out figure1
     python -m tools.plot plane evaluation.json --out plane
     python -m tools.plot position runs/mine/kl_by_position.jsonl --out figure2
     python -m tools.plot trajectory runs/*/metrics.jsonl --out figure3
     python -m tools.plot shift evaluation.json --out figure4
 
-plane: change of accuracy against change of length, a cross a checkpoint; shift: problems repaired
-and damaged; both from what eval.py --out writes. position: per-token KL by position and outcome,
-summed over steps, from opsd.py --kl-by-position. trajectory: accuracy and length over the steps;
-path: the same steps in the plane; both from the logs of runs with --eval-every; path also from what
-tools.dial --out writes.
+pairs: change of accuracy by what the teacher reads, from reproduce.sh's evaluations. plane: change
+of accuracy against change of length, a cross a checkpoint; shift: problems repaired and damaged;
+both from what eval.py --out writes. position: per-token KL by position and outcome, summed over
+steps, from opsd.py --kl-by-position. trajectory: accuracy and length over the steps; path: the same
+steps in the plane; both from the logs of runs with --eval-every, path also from what tools.dial
+--out writes.
 
 Several files: runs, or evaluations, whose settings differ in the seed alone are seeds of one thing;
 in a folder's name that is a trailing -SEED, the run's own. Files may be compressed (.gz).
@@ -25,6 +27,7 @@ import numpy as np
 from cli import Parser, fail, start
 from run import HARMLESS
 from tools import open_text, read_json
+from tools.results import mean_interval
 
 COLOURS = {"correct": "#1b7837", "incorrect": "#b2182b", "truncated": "#8c8c8c"}
 
@@ -146,6 +149,34 @@ def plane(axes, files, args):
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("change of mean response length, percent")
     axes.set_ylabel("change of accuracy, points")
+
+
+# Right and whole references, and the others.
+PANELS = (("solution", "answer", "instruction"), ("wrong", "other", "part"))
+
+
+def pairs(axes, files, args):
+    """Change of accuracy (points) with correct and with incorrect rollouts, a line a pipeline, by
+    what the teacher reads; dots are means with their 95% interval over the pipelines.
+    """
+    found = changes(files)
+    for panel, contexts in zip((axes, axes.inset_axes([1.15, 0, 1, 1])), PANELS, strict=True):
+        for place, context in enumerate(contexts):
+            prefix, both = "" if context == "solution" else f"{context}-", []
+            for outcome, x in (("correct", place - 0.2), ("incorrect", place + 0.2)):
+                values = [r["change"]["accuracy"][0] for r in found[prefix + outcome]]
+                mean, low, high = mean_interval(values)
+                style = dict(fmt="o", markersize=5, capsize=3, color=COLOURS[outcome], zorder=3)
+                label = f"{outcome} rollouts" if place == 0 else None
+                panel.errorbar(x, mean, yerr=[[mean - low], [high - mean]], label=label, **style)
+                both.append(values)
+            panel.plot([place - 0.2, place + 0.2], both, color="#bbbbbb", linewidth=0.8)
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.set_xticks(range(len(contexts)), contexts)
+        panel.set_xlabel("what the teacher reads")
+        panel.spines[["top", "right"]].set_visible(False)
+    axes.set_ylabel("change of accuracy, points")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def trajectory_of(file):
@@ -270,6 +301,7 @@ def position(axes, files, args):
 
 
 FIGURES = {
+    "pairs": pairs,
     "path": path,
     "plane": plane,
     "position": position,

@@ -135,7 +135,7 @@ def pipelines_table(seeds):
     """
     columns = [("rlvr reading solution", "accuracy")]
     columns += [(name, key) for name in ("correct", "incorrect") for key in ("accuracy", "length")]
-    rows, changes, before = [], {column: [] for column in columns}, []
+    rows, changes, before, gaps = [], {column: [] for column in columns}, [], []
     for seed, evaluation in zip(seeds, evaluations("filters", seeds), strict=True):
         found = {
             branch_of(r["name"], seed): r for r in evaluation["records"] if r["group"] == "all"
@@ -143,17 +143,22 @@ def pipelines_table(seeds):
         before.append(found["rlvr"]["accuracy"])
         for branch, key in columns:
             changes[branch, key].append(found[branch]["change"][key])
-        rows.append([str(seed), f"{before[-1]:.1f}", *(change(changes[c][-1]) for c in columns)])
+        gap = changes["incorrect", "accuracy"][-1][0] - changes["correct", "accuracy"][-1][0]
+        gaps.append(gap)
+        cells = [change(changes[c][-1]) for c in columns]
+        rows.append([str(seed), f"{before[-1]:.1f}", *cells, f"{gap:+.1f}"])
     over = [mean_interval([value for value, _, _ in changes[c]]) for c in columns]
-    rows.append(["mean, over pipelines", mean(mean_interval(before)), *map(change, over)])
+    cells = [*map(change, over), change(mean_interval(gaps))]
+    rows.append(["mean, over pipelines", mean(mean_interval(before)), *cells])
     within = []
     for (value, _, _), column in zip(over, columns, strict=True):
         halves = [(high - low) / 2 for _, low, high in changes[column]]
         half = float(np.sqrt(np.square(halves).sum())) / len(halves)
         within.append((value, value - half, value + half))
-    rows.append(["mean, over problems", "", *map(change, within)])
+    rows.append(["mean, over problems", "", *map(change, within), ""])
     header = ["pipeline", "after RLVR", "reading the solution, points", "correct: points"]
     header += ["correct: length, %", "incorrect: points", "incorrect: length, %"]
+    header += ["incorrect minus correct, points"]
     return markdown(header, rows)
 
 
