@@ -33,8 +33,8 @@ from tools.plot import COLOURS, figure, read_lines
 from tools.results import mean_interval
 from verify import Verifier
 
-# In the first step of tiny/rlvr 0.01 nats is about the top 10% of tokens by student entropy and by
-# gap, between the top 10 and 20% by teacher entropy; 40 tokens are half of a response.
+# In the first step of tiny/rlvr above 0.01 nats lie 11% of the loss's weight by the student's
+# entropy, 13% by the teacher's and 8% by gap; 58% lie in the first 40 tokens.
 GATES = {
     "all": "",
     "student-entropy-high": "--gate student-entropy --gate-above 0.01",
