@@ -199,7 +199,10 @@ def test_dose_and_response_of_plain_branches_only(results):
         ("2", "correct"),
     ]
     assert all(p["dose"] == p["response"] == 25 for p in points)
-    assert "| solution | 2 | +25.0 [+25.0, +25.0] | +25.0 |" in dose.dose_table(points)
+    assert (
+        "| solution | 2 | +25.0 [+25.0, +25.0] | +25.0 | +25.0 [+25.0, +25.0] |  |"
+        in dose.dose_table(points)
+    )
 
 
 def test_the_slope_is_a_line_of_least_squares_with_an_interval_over_pipelines(tmp_path):

@@ -17,10 +17,11 @@ import numpy as np
 
 from cli import Parser, fail, start
 from run import write_json
-from tools import markdown, results
+from tools import markdown, read_json, results
 from tools.plot import COLOURS, figure, read_lines
-from tools.results import SEEDS, change, mean_interval, read_result
+from tools.results import SEEDS, change, mean_interval
 
+FILTERS = ("incorrect", "correct", "all")
 TAUGHT = ("solution", "answer", "instruction")  # what a slope is through
 MARKERS = dict(zip("solution answer instruction part other wrong".split(), "os^Dv<", strict=True))
 
@@ -38,32 +39,28 @@ def parse_args(argv=None):
 
 def read_points(seeds):
     """A dict a branch: seed, branch, filter, context, dose and response (points)."""
-    points = []
+    points, folder = [], os.path.join(results.RESULTS, "evaluations")
     for seed in seeds:
-        for path in sorted(
-            glob.glob(os.path.join(results.RESULTS, "evaluations", f"*-{seed}.json.gz"))
-        ):
-            records = read_result("evaluations", os.path.basename(path))["records"]
-            change = {r["name"]: r["change"] for r in records if r["group"] == "all"}
-            for name in change:
+        for path in sorted(glob.glob(os.path.join(folder, f"*-{seed}.json.gz"))):
+            records = [r for r in read_json(path)["records"] if r["group"] == "all" and r["change"]]
+            changes = {r["name"]: r["change"]["accuracy"][0] for r in records}
+            for name, response in changes.items():
                 branch = os.path.basename(name)
                 log = os.path.join(results.RESULTS, "metrics", f"{branch}.jsonl.gz")
                 args = read_lines(log)[0]["args"] if os.path.isfile(log) else {}
                 prompt_only = f"{args.get('model')} reading {args.get('context')}"
-                if prompt_only in change and is_plain(args):
+                if prompt_only in changes and is_plain(args):
                     point = dict(seed=seed, branch=branch.removesuffix(f"-{seed}"))
                     point |= {key: args[key] for key in ("filter", "context")}
-                    point["dose"] = change[prompt_only]["accuracy"][0]
-                    point["response"] = change[name]["accuracy"][0]
-                    points.append(point)
+                    points.append(point | dict(dose=changes[prompt_only], response=response))
     return points
 
 
 def is_plain(args):
-    """Correct or incorrect rollouts after RLVR, all settings but the context as they come."""
+    """A branch after RLVR, all settings but filter and context as they come."""
     after_rlvr = os.path.basename(args["model"]).startswith("rlvr")
-    plain = args["divergence"] == "reverse_kl" and args["thinking"] == "on" and not args["reinject"]
-    return after_rlvr and plain and args["filter"] in ("correct", "incorrect")
+    plain = args["divergence"] == "reverse_kl" and args["thinking"] == "on"
+    return after_rlvr and plain and not args["reinject"]
 
 
 def slope(points):
@@ -88,7 +85,7 @@ def slope(points):
 
 
 def dose_table(points):
-    """A row a context and length of SFT: dose, and response of both filters, over its pipelines."""
+    """A row a context and length of SFT: dose, and response by filter, over its pipelines."""
     found = {}
     for p in points:
         row = found.setdefault((p["context"], "".join(filter(str.isdigit, p["branch"]))), {})
@@ -98,16 +95,16 @@ def dose_table(points):
     for context, steps in sorted(found, key=lambda key: (list(MARKERS).index(key[0]), key[1])):
         row = found[context, steps]
         dose = list(row["dose"].values())
-        cells = [dose, row.get("incorrect"), row.get("correct")]
+        cells = [dose, *(row.get(name) for name in FILTERS)]
         name = context + (f", SFT of {steps} steps" if steps else "")
         rows.append([name, str(len(dose)), *(change(v and mean_interval(v)) for v in cells)])
-    header = ["context", "pipelines", "dose, points", "incorrect: points", "correct: points"]
-    return markdown(header, rows)
+    columns = [f"{name}: points" for name in FILTERS]
+    return markdown(["context", "pipelines", "dose, points", *columns], rows)
 
 
 def draw(axes, points, slopes):
     for p in points:
-        color, marker = COLOURS[p["filter"]], MARKERS[p["context"]]
+        color, marker = COLOURS.get(p["filter"], "#4d4d4d"), MARKERS[p["context"]]
         hollow = {} if p["context"] in TAUGHT else dict(markerfacecolor="none")
         axes.plot(p["dose"], p["response"], marker, color=color, markersize=4, **hollow)
     for name, (found, _, _) in slopes.items():
@@ -116,9 +113,9 @@ def draw(axes, points, slopes):
         ends = np.array([x.min(), x.max()])
         label = f"{name}: {found:+.2f} points a point"
         axes.plot(ends, y.mean() + found * (ends - x.mean()), color=COLOURS[name], label=label)
-    for context in dict.fromkeys(p["context"] for p in points):
+    for context, marker in MARKERS.items():
         hollow = {} if context in TAUGHT else dict(markerfacecolor="none")
-        axes.plot([], [], MARKERS[context], color="black", markersize=4, label=context, **hollow)
+        axes.plot([], [], marker, color="black", markersize=4, label=context, **hollow)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("dose: accuracy with the context minus without, points")
