@@ -211,7 +211,7 @@ def test_the_slope_is_a_line_of_least_squares_with_an_interval_over_pipelines(tm
     for seed in range(8):
         for context in dose.MARKERS:
             x = rng.uniform(0, 20)
-            point = dict(seed=seed, filter="incorrect", context=context, dose=x)
+            point = dict(seed=seed, filter="incorrect", context=context, dose=x, before=75)
             points.append(dict(point, response=1 - 0.5 * x + rng.normal(0, 0.1)))
     found, low, high = dose.slope(points)
     assert low < -0.5 < high < low + 0.05 and low < found < high

@@ -5,9 +5,10 @@ student, over the pipelines, contexts and lengths of SFT of reproduce.sh.
 
 Dose: accuracy of the model before OPSD with the context in its prompt, minus without. Response:
 change of its accuracy by OPSD with that context. Both in points, on the same held-out problems.
-A slope is that of a line of least squares, its 95% interval by resampling whole pipelines: through
-the points of contexts that SFT taught to read (drawn), and with half a solution among them. A
-reference that is not this problem's right one has none. Writes OUT.png, OUT.svg and OUT.json.
+A slope is that of a line of least squares, its 95% interval by resampling whole pipelines. The line
+is drawn through contexts that SFT taught to read (TAUGHT) on models that solve half of the problems
+without one; "all right references" has half a solution and weaker models, too. Both choices were
+made after those points were seen. Writes OUT.png, OUT.svg and OUT.json.
 """
 
 import glob
@@ -38,12 +39,12 @@ def parse_args(argv=None):
 
 
 def read_points(seeds):
-    """A dict a branch: seed, branch, filter, context, dose and response (points)."""
+    """A dict a branch: seed, branch, filter, context, accuracy before (percent), dose, response."""
     points, folder = [], os.path.join(results.RESULTS, "evaluations")
     for seed in seeds:
         for path in sorted(glob.glob(os.path.join(folder, f"*-{seed}.json.gz"))):
-            records = [r for r in read_json(path)["records"] if r["group"] == "all" and r["change"]]
-            changes = {r["name"]: r["change"]["accuracy"][0] for r in records}
+            records = [r for r in read_json(path)["records"] if r["group"] == "all"]
+            changes = {r["name"]: r["change"]["accuracy"][0] for r in records if r["change"]}
             for name, response in changes.items():
                 branch = os.path.basename(name)
                 log = os.path.join(results.RESULTS, "metrics", f"{branch}.jsonl.gz")
@@ -52,6 +53,7 @@ def read_points(seeds):
                 if prompt_only in changes and is_plain(args):
                     point = dict(seed=seed, branch=branch.removesuffix(f"-{seed}"))
                     point |= {key: args[key] for key in ("filter", "context")}
+                    point["before"] = records[0]["accuracy"]
                     points.append(point | dict(dose=changes[prompt_only], response=response))
     return points
 
@@ -105,7 +107,7 @@ def dose_table(points):
 def draw(axes, points, slopes):
     for p in points:
         color, marker = COLOURS.get(p["filter"], "#4d4d4d"), MARKERS[p["context"]]
-        hollow = {} if p["context"] in TAUGHT else dict(markerfacecolor="none")
+        hollow = {} if chosen([p], p["filter"]) else dict(markerfacecolor="none")
         axes.plot(p["dose"], p["response"], marker, color=color, markersize=4, **hollow)
     for name, (found, _, _) in slopes.items():
         pairs = [(p["dose"], p["response"]) for p in chosen(points, name)]
@@ -123,8 +125,10 @@ def draw(axes, points, slopes):
     axes.legend(frameon=False, fontsize=7)
 
 
-def chosen(points, name, contexts=TAUGHT):
-    return [p for p in points if p["filter"] == name and p["context"] in contexts]
+def chosen(points, name):
+    """Those of a filter that its line goes through."""
+    right = [p for p in points if p["filter"] == name and p["before"] >= 50]
+    return [p for p in right if p["context"] in TAUGHT]
 
 
 def main(argv=None):
@@ -133,14 +137,15 @@ def main(argv=None):
     if not points:
         fail(f"no branch of --seeds {' '.join(args.seeds)} in results/; run reproduce.sh first")
     slopes = {name: slope(chosen(points, name)) for name in ("incorrect", "correct")}
-    wider = {name: slope(chosen(points, name, (*TAUGHT, "part"))) for name in slopes}
+    right = [p for p in points if p["context"] in (*TAUGHT, "part")]
+    wider = {name: slope([p for p in right if p["filter"] == name]) for name in slopes}
     print(dose_table(points))
-    for title, found in (("", slopes), (", with half a solution", wider)):
+    for title, found in (("", slopes), (", all right references", wider)):
         for name, (value, low, high) in found.items():
             print(f"{name}{title}: {value:+.2f} [{low:+.2f}, {high:+.2f}] points a point of dose")
     with figure(args.out) as axes:
         draw(axes, points, slopes)
-    write_json(f"{args.out}.json", dict(slopes=slopes, with_part=wider, points=points))
+    write_json(f"{args.out}.json", dict(slopes=slopes, all_right_references=wider, points=points))
 
 
 if __name__ == "__main__":
