@@ -33,10 +33,13 @@ def write_whole(path, write):
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+    # torch turns a full disk, and a Ctrl-C while it writes, into a RuntimeError.
+    except (OSError, RuntimeError, KeyboardInterrupt) as error:
         if os.path.exists(temporary):
             os.remove(temporary)
         reason = error.__context__ or error  # what torch met first
+        if KeyboardInterrupt in (type(error), type(reason)):
+            raise KeyboardInterrupt from None
         fail(f"{path}: cannot be written ({one_line(reason)})")
     return result
 

@@ -78,9 +78,20 @@ def test_eval_writes_a_table_and_json(tmp_path, capsys):
     flags = "--context solution --problems 12 --samples 2 --max-new-tokens 90".split()
     evaluation.main(["--model", TINY, SFT, *flags, "--out", str(out)])
     printed, saved = capsys.readouterr().out, json.loads(out.read_text())
-    assert "accuracy" in printed and len({r["name"] for r in saved["records"]}) == 3
+    header = "accuracy change, points length change, percent correct wrong".split()
+    assert header == next(line for line in printed.split("\n") if "markers" in line).split()[:8]
+    assert ("truncated and no answer: 0.0%" in printed) == (
+        not any(r["truncated"] or r["no_answer"] for r in saved["records"])
+    )
+    assert len({r["name"] for r in saved["records"]}) == 3
     for m in saved["responses"]["embedded"]["models"]:
         assert len(m["reasons"]) == len(m["lengths"]) == 12 and len(m["reasons"][0]) == 2
+
+
+def test_a_rate_that_is_zero_everywhere_is_a_line_below_the_table(capsys):
+    records = evaluation.compare([("a", graded(["correct", "incorrect"], 10))], 1)
+    evaluation.print_table(records)
+    assert capsys.readouterr().out.endswith("\ntruncated and no answer: 0.0%\n")
 
 
 def test_eval_averages_several_files_of_the_shapes_that_benchmarks_have(tmp_path, capsys):

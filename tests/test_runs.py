@@ -1,5 +1,6 @@
 """Runs: resuming, damage, bad input. One line, exit code 2, nothing left behind."""
 
+import io
 import json
 import math
 import os
@@ -393,6 +394,27 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert error.strip() == f"interrupted; --out {out} --resume goes on"
+
+
+@pytest.mark.parametrize("after", range(5))
+def test_ctrl_c_while_a_state_is_written_is_no_write_error(after, tmp_path):
+    """torch.save may raise a RuntimeError of its own when its stream was interrupted."""
+    writes = []
+
+    class Interrupted(io.BytesIO):
+        def write(self, data):
+            writes.append(data)
+            if len(writes) == after + 1:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    def save(target):
+        with open(target, "wb"):
+            torch.save([torch.zeros(9)], Interrupted())
+
+    with pytest.raises(KeyboardInterrupt):
+        run.write_whole(str(tmp_path / "state"), save)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_run_that_fails_before_its_first_step_leaves_no_numbered_directory(

@@ -211,6 +211,7 @@ def check_step_line(line, seen, kept):
     assert line["length_correct"] == length([r for r in seen if r.outcome == "correct"])
     for rows, what, activity in ((seen, "sampled", "sampling"), (kept, "trained", "training")):
         rate = sum(len(r.ids) for r in rows) / line[f"{activity}_seconds"]
+        assert line[f"{activity}_seconds"] < 1e6  # a duration, no clock's reading
         assert line[f"{what}_tokens_per_second"] == pytest.approx(rate)
 
 
@@ -636,6 +637,26 @@ def test_thinking_off_needs_a_template_that_knows_it(script, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.main(["--model", path, "--thinking", "off", "--out", str(tmp_path / "out")])
     assert "template has no enable_thinking switch" in capsys.readouterr().err
+
+
+def test_thinking_on_needs_no_switch(tmp_path):
+    path = changed_model(tmp_path / "model")
+    write(tmp_path / "model" / "chat_template.jinja", "{{ messages[0].content }}")
+    flags = "--problems 2 --samples 1 --max-new-tokens 8 --threads 1 --thinking on".split()
+    evaluation.main(["--model", path, *flags, "--out", str(tmp_path / "e.json")])
+    assert (tmp_path / "e.json").exists()
+
+
+def test_the_defaults_are_those_of_the_documents():
+    """Of docs/experiments.md and the paper's tables here: what a bare command trains with."""
+    wanted = {opsd: (40, 96, 1e-4), rlvr: (40, 32, 7e-5), sft: (1500, 32, 3e-3)}
+    for script, values in wanted.items():
+        args = script.parse_args([])
+        assert (args.steps, args.batch, args.lr) == values
+    args = opsd.parse_args([])
+    assert (args.filter, args.context, args.divergence) == ("correct", "solution", "reverse_kl")
+    assert (args.teacher, args.temperature, args.max_new_tokens) == ("frozen", 1, 160)
+    assert rlvr.parse_args([]).group == 8
 
 
 def test_bootstrap_of_the_length_pairs_problems():
