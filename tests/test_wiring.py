@@ -7,6 +7,8 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +24,7 @@ import rlvr
 import rollout
 import run
 import sft
+from cli import HERE
 from data import embedded_problems, problem_batch
 from samplers import TransformersSampler
 from tests.helpers import (
@@ -645,6 +648,13 @@ def test_thinking_on_needs_no_switch(tmp_path):
     flags = "--problems 2 --samples 1 --max-new-tokens 8 --threads 1 --thinking on".split()
     evaluation.main(["--model", path, *flags, "--out", str(tmp_path / "e.json")])
     assert (tmp_path / "e.json").exists()
+
+
+@pytest.mark.parametrize("script", ["opsd", "rlvr", "sft", "eval"])
+def test_a_script_runs_its_main(script):
+    command = [sys.executable, os.path.join(HERE, f"{script}.py"), "--seed", "x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "--seed" in done.stderr
 
 
 def test_the_defaults_are_those_of_the_documents():
