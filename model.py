@@ -274,6 +274,11 @@ def replace_by_gradient(logits, teacher_logits, token_loss, chunk):
     return torch.stack(losses).sum().item(), torch.cat(measures, 1)
 
 
+def make_optimizer(model, args):
+    """Of opsd.py and rlvr.py; at a constant rate."""
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+
+
 def optimizer_step(model, optimizer):
     """(gradient norm before clipping, whether a step was taken): none where it is not finite.
 

@@ -49,6 +49,7 @@ from losses import DIVERGENCES, GATES, MEASURES, WEIGHTS, Tokens, gate_metrics, 
 from model import (
     backward_in_chunks,
     load_model,
+    make_optimizer,
     my_micro_batches,
     optimizer_step,
     response_hidden,
@@ -187,13 +188,9 @@ def accumulate_gradients(student, teacher, rollouts, args):
             loss += micro_loss
             lengths = [len(r.response_ids) for r in micro]
             measures.update(zip(group, micro_measures.cpu().split(lengths, 1), strict=True))
-    everyone = ranks.gather([(loss, measures)])  # an entry a rank
-    for _, of_rank in everyone:
-        for i, value in of_rank.items():
-            rollouts[i].measures = value
     for r in rollouts:
         r.teacher_hidden = None  # memory
-    return sum(rank_loss for rank_loss, _ in everyone)
+    return rollout.hand_out(rollouts, loss, measures)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -295,10 +292,6 @@ TEACHERS = {
 }
 
 # ------------------------------------------------------------------------------------------------
-
-
-def make_optimizer(model, args):
-    return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
 
 
 def main(argv=None):

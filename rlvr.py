@@ -31,6 +31,7 @@ from eval import HeldOut
 from model import (
     backward_in_chunks,
     load_model,
+    make_optimizer,
     my_micro_batches,
     optimizer_step,
     response_targets,
@@ -147,11 +148,7 @@ def accumulate_gradients(model, start_model, rollouts, old_logps, args):
             loss += part_loss
             split = part_measures.cpu().split([len(r.response_ids) for r in part], 1)
             measures.update(zip(group, split, strict=True))
-    everyone = ranks.gather([(loss, measures)])  # an entry a rank
-    for _, part in everyone:
-        for i, value in part.items():
-            rollouts[i].measures = value
-    return sum(part for part, _ in everyone)
+    return rollout.hand_out(rollouts, loss, measures)
 
 
 def logps_before(model, rollouts, args):
@@ -184,7 +181,7 @@ def main(argv=None):
         ranks.prepare(start_model, args, device, low=True)
     sampler = samplers.make_sampler(model, tokenizer, args)
     problems = rollout.drop_long(problems, tokenizer, args, sampler.limit)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    optimizer = make_optimizer(model, args)
     verifier = Verifier()
     held_out = HeldOut(sampler, tokenizer, held_out, verifier, args)
     with verifier, Run(args, "rlvr", problems, state) as run:

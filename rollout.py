@@ -87,6 +87,18 @@ def grade_rollouts(verifier, rollouts):
         rollout.outcome, rollout.reason = verdict
 
 
+def hand_out(rollouts, loss, measures):
+    """The loss of all ranks together; every rank's rollouts get all measures, (M, tokens) each.
+
+    loss, measures: this rank's; {index of a rollout: its measures}.
+    """
+    everyone = gather([(loss, measures)])  # an entry a rank
+    for _, of_rank in everyone:
+        for i, value in of_rank.items():
+            rollouts[i].measures = value
+    return sum(rank_loss for rank_loss, _ in everyone)
+
+
 def drop_long(problems, tokenizer, args, limit, context="none"):
     """The problems whose prompts, student's and teacher's, leave room for the response.
 

@@ -19,12 +19,13 @@ import numpy as np
 from cli import Parser, fail, start
 from run import write_json
 from tools import markdown, read_json, results
-from tools.plot import COLOURS, figure, read_lines
-from tools.results import SEEDS, change, mean_interval
+from tools.plot import colour, figure, read_lines
+from tools.results import SEEDS, branch_of, change, mean_interval
 
 FILTERS = ("incorrect", "correct", "all")
 TAUGHT = ("solution", "answer", "instruction")  # what a slope is through
 MARKERS = dict(zip("solution answer instruction part other wrong".split(), "os^Dv<", strict=True))
+HOLLOW = dict(markerfacecolor="none")
 
 
 def parse_args(argv=None):
@@ -46,12 +47,11 @@ def read_points(seeds):
             records = [r for r in read_json(path)["records"] if r["group"] == "all"]
             changes = {r["name"]: r["change"]["accuracy"][0] for r in records if r["change"]}
             for name, response in changes.items():
-                branch = os.path.basename(name)
-                log = os.path.join(results.RESULTS, "metrics", f"{branch}.jsonl.gz")
+                log = results.log_of(os.path.basename(name))
                 args = read_lines(log)[0]["args"] if os.path.isfile(log) else {}
                 prompt_only = f"{args.get('model')} reading {args.get('context')}"
                 if prompt_only in changes and is_plain(args):
-                    point = dict(seed=seed, branch=branch.removesuffix(f"-{seed}"))
+                    point = dict(seed=seed, branch=branch_of(name, seed))
                     point |= {key: args[key] for key in ("filter", "context")}
                     point["before"] = records[0]["accuracy"]
                     points.append(point | dict(dose=changes[prompt_only], response=response))
@@ -63,6 +63,18 @@ def is_plain(args):
     after_rlvr = os.path.basename(args["model"]).startswith("rlvr")
     plain = args["divergence"] == "reverse_kl" and args["thinking"] == "on"
     return after_rlvr and plain and not args["reinject"]
+
+
+def on_line(point):
+    """Whether a slope's line goes through it."""
+    return point["context"] in TAUGHT and point["before"] >= 50
+
+
+def slopes_of(points):
+    """{filter: its slope}."""
+    return {
+        name: slope([p for p in points if p["filter"] == name]) for name in ("incorrect", "correct")
+    }
 
 
 def slope(points):
@@ -106,18 +118,17 @@ def dose_table(points):
 
 def draw(axes, points, slopes):
     for p in points:
-        color, marker = COLOURS.get(p["filter"], "#4d4d4d"), MARKERS[p["context"]]
-        hollow = {} if chosen([p], p["filter"]) else dict(markerfacecolor="none")
-        axes.plot(p["dose"], p["response"], marker, color=color, markersize=4, **hollow)
+        style = dict(color=colour(p["filter"]), markersize=4) | ({} if on_line(p) else HOLLOW)
+        axes.plot(p["dose"], p["response"], MARKERS[p["context"]], **style)
     for name, (found, _, _) in slopes.items():
-        pairs = [(p["dose"], p["response"]) for p in chosen(points, name)]
-        x, y = np.array(pairs).T
+        line = [p for p in points if on_line(p) and p["filter"] == name]
+        x, y = np.array([(p["dose"], p["response"]) for p in line]).T
         ends = np.array([x.min(), x.max()])
         label = f"{name}: {found:+.2f} points a point"
-        axes.plot(ends, y.mean() + found * (ends - x.mean()), color=COLOURS[name], label=label)
+        axes.plot(ends, y.mean() + found * (ends - x.mean()), color=colour(name), label=label)
     for context, marker in MARKERS.items():
-        hollow = {} if context in TAUGHT else dict(markerfacecolor="none")
-        axes.plot([], [], marker, color="black", markersize=4, label=context, **hollow)
+        style = dict(color="black", markersize=4) | ({} if context in TAUGHT else HOLLOW)
+        axes.plot([], [], marker, label=context, **style)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("dose: accuracy with the context minus without, points")
@@ -125,20 +136,13 @@ def draw(axes, points, slopes):
     axes.legend(frameon=False, fontsize=7)
 
 
-def chosen(points, name):
-    """Those of a filter that its line goes through."""
-    right = [p for p in points if p["filter"] == name and p["before"] >= 50]
-    return [p for p in right if p["context"] in TAUGHT]
-
-
 def main(argv=None):
     args = parse_args(argv)
     points = read_points(args.seeds)
     if not points:
         fail(f"no branch of --seeds {' '.join(args.seeds)} in results/; run reproduce.sh first")
-    slopes = {name: slope(chosen(points, name)) for name in ("incorrect", "correct")}
-    right = [p for p in points if p["context"] in (*TAUGHT, "part")]
-    wider = {name: slope([p for p in right if p["filter"] == name]) for name in slopes}
+    slopes = slopes_of([p for p in points if on_line(p)])
+    wider = slopes_of([p for p in points if p["context"] in (*TAUGHT, "part")])
     print(dose_table(points))
     for title, found in (("", slopes), (", all right references", wider)):
         for name, (value, low, high) in found.items():

@@ -128,7 +128,7 @@ def evaluate(args, seed):
     models, out = [pipeline(args, seed), *cells], evaluation(args, seed)
     if os.path.isfile(out):
         before = read_json(out)["args"]
-        if (before["model"], before["problems"]) == (models, args.problems):
+        if set(models) <= set(before["model"]) and before["problems"] == args.problems:
             return ""
     flags = f"--problems {args.problems} --samples 1 --overwrite --out {out}"
     return run(["eval", "--model", *models, *flags.split()], seed, out)
@@ -289,11 +289,11 @@ def main(argv=None):
     records = collect(args, truth)
     table = make_table(records)
     seeds = ", ".join(map(str, args.seeds))
-    made = (
-        f"Seeds {seeds}; models {args.pipelines}; {args.steps} steps, learning rate {args.lr:g}, "
+    made = f"Seeds {seeds}; models {args.pipelines}; {args.steps} steps of {args.optimizer}, rate "
+    made += (
+        f"{args.lr:g}; {args.problems} held-out problems, one response each; shares let through: "
     )
-    made += f"{args.optimizer}; {args.problems} held-out problems, one response each; shares let "
-    made += "through: 256 problems, first step."
+    made += "256 problems, first step."
     with open(os.path.join(args.out, "table.md"), "w") as stream:
         stream.write(f"{table}\n\n{made}\n")
     write_json(os.path.join(args.out, "table.json"), dict(args=vars(args), records=records))

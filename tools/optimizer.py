@@ -47,10 +47,12 @@ def second_moments(path):
 
 def parse_args(argv=None):
     """(sgd or a run directory, the flags of opsd.py)."""
-    name, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name.startswith("-"):
+    name, *flags = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help"):
         print(__doc__)
-        raise SystemExit(0 if name in ("-h", "--help") else 2)
+        raise SystemExit
+    if not name or name.startswith("-"):
+        fail("first sgd or a run directory of opsd.py, then opsd.py's flags (--help)")
     opsd.parse_args(flags)
     return name, flags
 

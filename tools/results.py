@@ -15,12 +15,14 @@ FEW = 3
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 
-def read_result(*names):
-    return read_json(os.path.join(RESULTS, *names))
-
-
 def evaluations(part, seeds):
-    return [read_result("evaluations", f"{part}-{seed}.json.gz") for seed in seeds]
+    folder = os.path.join(RESULTS, "evaluations")
+    return [read_json(os.path.join(folder, f"{part}-{seed}.json.gz")) for seed in seeds]
+
+
+def log_of(name):
+    """The kept log of the run BRANCH-SEED."""
+    return os.path.join(RESULTS, "metrics", f"{name}.jsonl.gz")
 
 
 def branch_of(name, seed):

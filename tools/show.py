@@ -49,8 +49,8 @@ LIMIT = 2_000_000  # bytes of a page
 BEST = 5  # tokens listed of each distribution
 SHOWN = ["none", "instruction", "other", "answer", "part", "solution"]  # by what they give away
 EMBEDDED_NOTE = (
-    "The problems are chains of sums; “-59?” is a smudged digit that a quick scan takes for 5 and "
-    "a careful one for 9."
+    "The problems are chains of sums; “-59?” is a smudged digit that a quick scan takes for 5 "
+    "and a careful one for 9."
 )
 
 

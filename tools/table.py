@@ -21,7 +21,17 @@ from run import write_json
 from tools import dose, markdown, memory, results
 from tools.paper import EXPERIMENTS, experiments_table
 from tools.plot import read_lines, trajectory_of
-from tools.results import FEW, SEEDS, T95, branch_of, change, evaluations, mean, mean_interval
+from tools.results import (
+    FEW,
+    SEEDS,
+    T95,
+    branch_of,
+    change,
+    evaluations,
+    log_of,
+    mean,
+    mean_interval,
+)
 
 
 class Part(NamedTuple):
@@ -87,7 +97,7 @@ def training(branch, seeds):
     """Rollouts kept a step and tokens in the loss of a branch; nothing if it is no run of ours."""
     kept, tokens = [], []
     for seed in seeds:
-        path = os.path.join(results.RESULTS, "metrics", f"{branch}-{seed}.jsonl.gz")
+        path = log_of(f"{branch}-{seed}")
         if not os.path.isfile(path):
             return {}
         steps = [row for row in read_lines(path) if "kept" in row]
@@ -135,26 +145,26 @@ def pipelines_table(seeds):
     """
     columns = [("rlvr reading solution", "accuracy")]
     columns += [(name, key) for name in ("correct", "incorrect") for key in ("accuracy", "length")]
-    rows, changes, before, gaps = [], {column: [] for column in columns}, [], []
-    for seed, evaluation in zip(seeds, evaluations("filters", seeds), strict=True):
-        found = {
-            branch_of(r["name"], seed): r for r in evaluation["records"] if r["group"] == "all"
-        }
-        before.append(found["rlvr"]["accuracy"])
-        for branch, key in columns:
-            changes[branch, key].append(found[branch]["change"][key])
-        gap = changes["incorrect", "accuracy"][-1][0] - changes["correct", "accuracy"][-1][0]
-        gaps.append(gap)
-        cells = [change(changes[c][-1]) for c in columns]
-        rows.append([str(seed), f"{before[-1]:.1f}", *cells, f"{gap:+.1f}"])
-    over = [mean_interval([value for value, _, _ in changes[c]]) for c in columns]
+    found = [
+        {branch_of(r["name"], seed): r for r in evaluation["records"] if r["group"] == "all"}
+        for seed, evaluation in zip(seeds, evaluations("filters", seeds), strict=True)
+    ]
+    before = [pipeline["rlvr"]["accuracy"] for pipeline in found]
+    changes = {(b, key): [pipeline[b]["change"][key] for pipeline in found] for b, key in columns}
+    pairs = [changes[name, "accuracy"] for name in ("incorrect", "correct")]
+    gaps = [incorrect[0] - correct[0] for incorrect, correct in zip(*pairs, strict=True)]
+    rows = [
+        [str(seed), f"{accuracy:.1f}", *map(change, cells), f"{gap:+.1f}"]
+        for seed, accuracy, gap, *cells in zip(seeds, before, gaps, *changes.values(), strict=True)
+    ]
+    over, within = [], []
+    for column in changes.values():
+        over.append(mean_interval([value for value, _, _ in column]))
+        halves = [(high - low) / 2 for _, low, high in column]
+        half = float(np.sqrt(np.square(halves).sum())) / len(halves)
+        within.append((over[-1][0], over[-1][0] - half, over[-1][0] + half))
     cells = [*map(change, over), change(mean_interval(gaps))]
     rows.append(["mean, over pipelines", mean(mean_interval(before)), *cells])
-    within = []
-    for (value, _, _), column in zip(over, columns, strict=True):
-        halves = [(high - low) / 2 for _, low, high in changes[column]]
-        half = float(np.sqrt(np.square(halves).sum())) / len(halves)
-        within.append((value, value - half, value + half))
     rows.append(["mean, over problems", "", *map(change, within), ""])
     header = ["pipeline", "after RLVR", "reading the solution, points", "correct: points"]
     header += ["correct: length, %", "incorrect: points", "incorrect: length, %"]
@@ -170,10 +180,8 @@ def grid_table(seeds):
     rows = []
     for branch in ("correct", "incorrect"):
         for rate in RATES:
-            names = [f"grid-{rate}-{branch}-{seed}.jsonl.gz" for seed in seeds]
-            curves = [
-                trajectory_of(os.path.join(results.RESULTS, "metrics", name))[2] for name in names
-            ]  # of rows (step, accuracy, length)
+            logs = [log_of(f"grid-{rate}-{branch}-{seed}") for seed in seeds]
+            curves = [trajectory_of(log)[2] for log in logs]  # of rows (step, accuracy, length)
             cells = []
             for step in STEPS:
                 rows_of_step = [curve[curve[:, 0] == step][0] for curve in curves]
