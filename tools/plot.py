@@ -168,7 +168,10 @@ def pairs(axes, files, args):
                 mean, low, high = mean_interval(values)
                 style = dict(fmt="o", markersize=5, capsize=3, color=COLOURS[outcome], zorder=3)
                 label = f"{outcome} rollouts" if place == 0 else None
-                panel.errorbar(x, mean, yerr=[[mean - low], [high - mean]], label=label, **style)
+                bars = (
+                    None if low is None else [[mean - low], [high - mean]]
+                )  # of one pipeline none
+                panel.errorbar(x, mean, yerr=bars, label=label, **style)
                 both.append(values)
             panel.plot([place - 0.2, place + 0.2], both, color="#bbbbbb", linewidth=0.8)
         panel.axhline(0, color="black", linewidth=0.8)
