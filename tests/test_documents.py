@@ -12,7 +12,10 @@ import sys
 
 import pytest
 
+import data
+import opsd
 from cli import HERE
+from tests.helpers import read_lines
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(glob.glob("docs/*.md", root_dir=HERE))]
 COMMAND = re.compile(
@@ -83,6 +86,58 @@ def test_forks_apply_and_train(fork, tmp_path):
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "step 2/2  loss" in done.stdout
+
+
+# What a fork adds, in at most six lines each, and the flags that choose it.
+ADDED = {
+    "gate": (
+        """
+def first_ten(student_logps, teacher_logps, tokens, args):
+    return (tokens.position < 10).float()
+opsd.GATES["first-ten"] = first_ten""",
+        "--filter all --gate first-ten",
+    ),
+    "context": (
+        """
+def hint(rollouts, write, args):
+    return ["One hint: " + r.problem.solution[:7] for r in rollouts]
+data.CONTEXTS["hint"] = hint""",
+        "--filter all --context hint",
+    ),
+    "filter": (
+        """
+opsd.FILTERS["short"] = lambda r, args: len(r.response_ids) <= 50""",
+        "--filter short",
+    ),
+    "divergence": (
+        """
+def tv(student_logps, teacher_logps, tokens, args):
+    return (student_logps.exp() - teacher_logps.exp()).abs().sum(-1) / 2
+opsd.DIVERGENCES["tv"] = tv""",
+        "--filter all --divergence tv --mean token",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ADDED)
+def test_a_gate_a_context_a_filter_a_divergence_are_a_few_lines(kind, tmp_path, monkeypatch):
+    lines, flags = ADDED[kind]
+    assert lines.count("\n") <= 6
+    table, name = re.search(r"\w+\.([A-Z]+)\[\"(\S+)\"\]", lines).groups()
+    monkeypatch.setitem(getattr(opsd, table), name, None)  # taken out again after the test
+    exec(lines, dict(opsd=opsd, data=data))
+    common = f"--steps 1 --batch 12 --eval-problems 0 --threads 1 --out {tmp_path / 'run'}"
+    opsd.main(f"{flags} {common}".split())
+    step = read_lines(tmp_path / "run" / "metrics.jsonl")[1]
+    samples = read_lines(tmp_path / "run" / "samples.jsonl")
+    if kind == "gate":
+        assert 0 < step["gate_mass"] < 0.5
+    if kind == "context":
+        assert "One hint: " in samples[0]["teacher_prompt"]
+    if kind == "filter":
+        assert 0 < step["kept"] < step["sampled"] and step["length_kept"] <= 50
+    if kind == "divergence":  # Pinsker's inequality, and Jensen's
+        assert 0 < 2 * step["loss"] ** 2 <= step["reverse_kl"] != pytest.approx(step["loss"])
 
 
 def test_the_front_page_is_short_and_files_are_readable():
