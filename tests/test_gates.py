@@ -83,11 +83,19 @@ def test_the_bench_trains_once_and_goes_on(tmp_path, monkeypatch, capsys):
     argv += ["--problems", "8", "--out", str(tmp_path)]
     gates.main(argv)
     row = next(line for line in capsys.readouterr().out.split("\n") if "| the-digit" in line)
-    assert row.endswith("| 0.0 | 100.0 | 0.0 |")  # of the truth it is the unknowable digit alone
-    assert 0 < float(row.split("|")[5]) < 5  # percent of the weight
+    gate, mass, redundant, unknowable, rest, cell = row.strip("| ").split(" | ")
+    assert (redundant, unknowable, rest) == ("0.0", "100.0", "0.0")  # that digit alone
+    assert 0 < float(mass) < 5  # percent of the weight
     assert (tmp_path / "figure.png").stat().st_size > 5000
-    change = json.loads((tmp_path / "0" / "evaluation.json").read_text())["records"][3]["change"]
-    assert row.split(" | ")[3] == "{:+.1f} [{:+.1f}, {:+.1f}]".format(*change["length"])
+    records = json.loads((tmp_path / "0" / "evaluation.json").read_text())["records"]
+    changes = {r["group"]: r["change"] for r in records if r["change"]}
+    whole = changes["all"]
+    points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*whole["accuracy"])
+    assert cell == f"{points}; {whole['length'][0]:+.0f}%"
+    (record,) = json.loads((tmp_path / "table.json").read_text())["records"]
+    for key, group in (("accuracy_easy", "easy"), ("accuracy_hard", "hard"), ("accuracy", "all")):
+        assert record[key] == changes[group]["accuracy"]
+    assert record["length"] == whole["length"]
     table = (tmp_path / "table.md").read_text()
     monkeypatch.setattr(gates, "run", None)  # nothing is trained or evaluated again
     monkeypatch.setattr(gates, "load_model", None)  # nor measured

@@ -6,11 +6,13 @@ rollouts of the embedded task, on several pipelines of reproduce.sh.
     python -m tools.gates --gates all the-digit --optimizer runs/gates --out runs/gates-frozen
 
 Writes table.md, table.json and figure.png, .svg (accuracy against length, a point a gate) to --out.
-The table: changes of accuracy and length (means over the seeds with their 95% interval, or for one
-seed the interval over problems), the gate's mass over the whole run, and of the first step the
-share of each kind of token that the gate lets through: redundant checks, the digit that nobody can
-know, and the rest (toy.REDUNDANT, toy.UNKNOWABLE). The third line trains by Adam with the second
-moments of the first bench's ungated runs (tools/optimizer.py); sgd is another such choice.
+The table, a row a gate: which share of the loss's weight it lets through over the run, and of the
+first step's tokens of each kind: redundant checks, the digit that nobody can know, and the rest
+(toy.REDUNDANT, toy.UNKNOWABLE), all of the last filter; then the changes of accuracy (means over
+the seeds with their 95% interval, or for one seed the interval over problems) and of length.
+table.json has these for each filter, and for easy and hard problems. The third line trains by Adam
+with the second moments of the first bench's ungated runs (tools/optimizer.py); sgd is another such
+choice.
 """
 
 import os
@@ -30,7 +32,7 @@ from model import load_model
 from run import write_json
 from tools import markdown, read_json
 from tools.plot import COLOURS, figure, read_lines
-from tools.results import mean_interval
+from tools.results import change, mean_interval
 from verify import Verifier
 
 # In the first step of tiny/rlvr above 0.01 nats lie 11% of the loss's weight by the student's
@@ -205,15 +207,17 @@ def shares(rollouts, name, args):
 
 
 def read_runs(args, seed):
-    """{folder of a run: dict(accuracy, length: (change, low, high) over problems; gate_mass: mean
-    over the steps)}.
+    """{folder of a run: dict(accuracy, length, accuracy_easy, accuracy_hard: (change, low, high)
+    over problems; gate_mass: mean over the steps)}.
     """
     runs = {}
     for r in read_json(evaluation(args, seed))["records"]:
-        if r["group"] == "all" and r["change"]:
+        if r["change"] and r["group"] == "all":
             rows = read_lines(os.path.join(r["name"], "metrics.jsonl"))
             masses = [row["gate_mass"] for row in rows if row.get("gate_mass") is not None]
             runs[r["name"]] = dict(**r["change"], gate_mass=sum(masses) / len(masses))
+        elif r["change"]:
+            runs[r["name"]][f"accuracy_{r['group']}"] = r["change"]["accuracy"]
     return runs
 
 
@@ -224,7 +228,7 @@ def collect(args, truth):
         for outcome in args.filters:
             runs = [found[seed][folder(args, seed, gate, outcome)] for seed in args.seeds]
             record = dict(gate=gate, filter=outcome, seeds=args.seeds)
-            for key in ("accuracy", "length"):
+            for key in ("accuracy", "accuracy_easy", "accuracy_hard", "length"):
                 several = mean_interval([run[key][0] for run in runs])
                 record[key] = several if len(runs) > 1 else runs[0][key]
             record["gate_mass"] = mean_interval([run["gate_mass"] for run in runs])
@@ -237,18 +241,18 @@ def collect(args, truth):
 
 
 def make_table(records):
-    def change(value):
-        return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*value)
-
     def percent(value):
         return "-" if value is None else f"{100 * value[0]:.1f}"
 
-    header = ["gate", "rollouts", "accuracy, points", "length, %", "gate mass, %"]
-    header += [f"{kind} let through, %" for kind in KINDS]
+    gates = {}  # {gate: its records, one a filter}
+    for r in records:
+        gates.setdefault(r["gate"], []).append(r)
+    header = ["gate", "weight let through, %", *(f"{kind}, %" for kind in KINDS)]
+    header += [f"{r['filter']}: points; length" for r in gates[records[0]["gate"]]]
     rows = [
-        [r["gate"], r["filter"], change(r["accuracy"]), change(r["length"])]
-        + [percent(r[key]) for key in ("gate_mass", *KINDS)]
-        for r in records
+        [gate, *(percent(of_gate[-1][key]) for key in ("gate_mass", *KINDS))]
+        + [f"{change(r['accuracy'])}; {r['length'][0]:+.0f}%" for r in of_gate]
+        for gate, of_gate in gates.items()
     ]
     return markdown(header, rows)
 
@@ -290,10 +294,8 @@ def main(argv=None):
     table = make_table(records)
     seeds = ", ".join(map(str, args.seeds))
     made = f"Seeds {seeds}; models {args.pipelines}; {args.steps} steps of {args.optimizer}, rate "
-    made += (
-        f"{args.lr:g}; {args.problems} held-out problems, one response each; shares let through: "
-    )
-    made += "256 problems, first step."
+    made += f"{args.lr:g}; {args.problems} held-out problems, one response each; shares of tokens: "
+    made += f"{args.filters[-1]} rollouts of 256 problems, first step."
     with open(os.path.join(args.out, "table.md"), "w") as stream:
         stream.write(f"{table}\n\n{made}\n")
     write_json(os.path.join(args.out, "table.json"), dict(args=vars(args), records=records))
