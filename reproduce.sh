@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 export SEEDS=${SEEDS:-"101 102 103 104 105 106 107 108"} JOBS=${JOBS:-2}
 FEW=$(echo $SEEDS | cut -d " " -f -3)
-mkdir -p results/metrics results/evaluations results/kl_by_position runs/table
+mkdir -p results/metrics results/evaluations results/kl_by_position results/gates runs/table
 
 # File, name in results/.
 keep() { gzip -9n < "$1" > "results/$2.gz"; }
@@ -43,6 +43,28 @@ evaluate() {
         }
     fi
     keep "$out.json" "evaluations/$1-$2.json"
+}
+
+# Filter, seed: weights on the line from RLVR's to those of a branch, and beyond.
+dial() {
+    local out=runs/table/dial-$1-$2
+    if [ ! -f "$out.json" ]; then
+        echo "== dial $1, seed $2"
+        python -m tools.dial "runs/table/rlvr-$2" "runs/table/$1-$2" --out "$out.json" \
+            --at 0 0.25 0.5 0.75 1 1.25 1.5 --problems 1024 --samples 1 --seed "$2" --threads 1 \
+            > "$out.txt" 2>&1 || {
+            echo "failed: dial $1, seed $2"
+            tail -n 3 "$out.txt"
+            exit 255
+        }
+    fi
+    keep "$out.json" "evaluations/dial-$1-$2.json"
+}
+
+# Name, flags: a bench of token gates on the first pipelines.
+bench() {
+    python -m tools.gates --seeds $FEW --jobs "$JOBS" --out "runs/$1" "${@:2}"
+    keep "runs/$1/table.json" "gates/$1.json"
 }
 
 # Seed: a whole pipeline, and the OPSD branches that start from it. Those of figures 1 to 3 are
@@ -78,6 +100,8 @@ pipeline() {
 # Seed: baselines, reinjection, thinking off, shorter SFT, the grid of learning rates and steps.
 more() {
     local from="--model runs/table/rlvr-$1" end="--eval-problems 0"
+    dial correct "$1"
+    dial incorrect "$1"
     run opsd rft-correct "$1" $from $end --filter correct --divergence rft
     run rlvr length-penalty "$1" $from $end --length-penalty 0.5 --steps 20
     run opsd reinject-correct "$1" $from $end --filter correct --reinject 32
@@ -105,12 +129,23 @@ more() {
         done
     done
 }
-export -f keep run evaluate pipeline more
+export -f keep run evaluate dial pipeline more
 
 {
     for seed in $SEEDS; do echo pipeline "$seed"; done
     for seed in $FEW; do echo more "$seed"; done
 } | xargs -P "$JOBS" -L 1 bash -c 'set -euo pipefail; "$@"' _
+
+bench gates
+cp runs/gates/figure.png results/gates.png
+cp runs/gates/figure.svg results/gates.svg
+bench gates-kept --filters incorrect --gates redundant-checks+agreement redundant-checks+gap-low \
+    the-digit+agreement the-digit+gap-low
+bench gates-frozen --filters incorrect --gates student-entropy-low redundant-checks the-digit \
+    --optimizer runs/gates
+some="--filters incorrect --gates all student-entropy-low redundant-checks the-digit"
+bench gates-sgd $some --optimizer sgd --lr 0.03
+bench gates-slow $some --lr 2.5e-5
 
 files() { for seed in $SEEDS; do echo "results/${1/SEED/$seed}"; done; }
 python -m tools.dose --seeds $SEEDS --out results/dose
@@ -119,6 +154,8 @@ python -m tools.plot pairs $(files evaluations/filters-SEED.json.gz) \
     $(files evaluations/contexts-SEED.json.gz) --out results/pairs
 python -m tools.plot path $(files metrics/correct-SEED.jsonl.gz) \
     $(files metrics/incorrect-SEED.jsonl.gz) $(files metrics/all-SEED.jsonl.gz) --out results/figure1
+python -m tools.plot path $(SEEDS=$FEW files evaluations/dial-correct-SEED.json.gz) \
+    $(SEEDS=$FEW files evaluations/dial-incorrect-SEED.json.gz) --out results/dial
 python -m tools.plot position $(files kl_by_position/all-SEED.jsonl.gz) --out results/figure2
 python -m tools.plot trajectory $(files metrics/correct-SEED.jsonl.gz) \
     $(files metrics/incorrect-SEED.jsonl.gz) --out results/figure3

@@ -32,7 +32,7 @@ from model import load_model
 from run import write_json
 from tools import markdown, read_json
 from tools.plot import COLOURS, figure, read_lines
-from tools.results import change, mean_interval
+from tools.results import both, mean_interval
 from verify import Verifier
 
 # In the first step of tiny/rlvr above 0.01 nats lie 11% of the loss's weight by the student's
@@ -58,9 +58,8 @@ GATES = {
     "the-digit+agreement": "--gate the-digit agreement",
     "redundant-checks+gap-low": "--gate redundant-checks gap --gate-below 0.01",
     "the-digit+gap-low": "--gate the-digit gap --gate-below 0.01",
-    "student-entropy-high+agreement": "--gate student-entropy agreement --gate-above 0.01",
-    "gap-high+agreement": "--gate gap agreement --gate-above 0.01",
 }
+ALONE = [gate for gate in GATES if "+" not in gate]
 KINDS = {"redundant": toy.REDUNDANT, "unknowable": toy.UNKNOWABLE}
 KINDS["rest"] = set(toy.CLASS_NAMES) - toy.REDUNDANT - toy.UNKNOWABLE
 
@@ -70,8 +69,9 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[101, 102, 103], help="of training and evaluation")
     add("--pipelines", default="runs/table/rlvr-SEED", help="models, SEED being the seed")
-    add("--gates", nargs="+", default=list(GATES), choices=list(GATES), help="rows of the table")
+    add("--gates", nargs="+", default=ALONE, choices=list(GATES), help="rows of the table")
     add("--filters", nargs="+", default=["correct", "incorrect", "all"], choices=list(opsd.FILTERS))
+    add("--context", default="solution", choices=list(CONTEXTS), help="what the teacher reads")
     add("--steps", type=int, default=40, help="of each run")
     add("--lr", type=float, default=1e-4, help="of each run")
     add(
@@ -105,12 +105,13 @@ def train(args, seed, gate, outcome):
     out = folder(args, seed, gate, outcome)
     if os.path.isfile(os.path.join(out, "model.safetensors")):
         before, now = read_lines(os.path.join(out, "metrics.jsonl"))[0]["args"], vars(args)
-        if any(before[key] != now[key] for key in ("steps", "lr")):
-            return f"{out}: has other --steps or --lr; give another --out"
+        if any(before[key] != now[key] for key in ("context", "steps", "lr")):
+            return f"{out}: has another --context, --steps or --lr; give another --out"
         if before["model"] != pipeline(args, seed):
             return f"{out}: started from {before['model']}; give another --out"
         return ""
-    flags = f"--filter {outcome} --steps {args.steps} --lr {args.lr} {GATES[gate]} --overwrite"
+    flags = f"--filter {outcome} --context {args.context} {GATES[gate]} --overwrite"
+    flags += f" --steps {args.steps} --lr {args.lr}"
     where = ["--model", pipeline(args, seed), "--eval-problems", "0", "--out", out]
     return run([*optimizer(args, seed, outcome), *flags.split(), *where], seed, out)
 
@@ -164,6 +165,7 @@ def measure_truth(args, seed):
     if not missing:
         return truth
     flags = ["--model", pipeline(args, seed), "--seed", str(seed), "--threads", "1"]
+    flags += ["--context", args.context]
     common = opsd.parse_args(flags)
     device = set_up(common)
     samplers.choose_backend(common, device)
@@ -251,7 +253,7 @@ def make_table(records):
     header += [f"{r['filter']}: points; length" for r in gates[records[0]["gate"]]]
     rows = [
         [gate, *(percent(of_gate[-1][key]) for key in ("gate_mass", *KINDS))]
-        + [f"{change(r['accuracy'])}; {r['length'][0]:+.0f}%" for r in of_gate]
+        + [both(r["accuracy"], r["length"]) for r in of_gate]
         for gate, of_gate in gates.items()
     ]
     return markdown(header, rows)
@@ -293,9 +295,9 @@ def main(argv=None):
     records = collect(args, truth)
     table = make_table(records)
     seeds = ", ".join(map(str, args.seeds))
-    made = f"Seeds {seeds}; models {args.pipelines}; {args.steps} steps of {args.optimizer}, rate "
-    made += f"{args.lr:g}; {args.problems} held-out problems, one response each; shares of tokens: "
-    made += f"{args.filters[-1]} rollouts of 256 problems, first step."
+    made = f"Seeds {seeds}; models {args.pipelines}; context {args.context}; {args.steps} steps of "
+    made += f"{args.optimizer}, rate {args.lr:g}; {args.problems} held-out problems, one response "
+    made += f"each; shares of tokens: {args.filters[-1]} rollouts of 256 problems, first step."
     with open(os.path.join(args.out, "table.md"), "w") as stream:
         stream.write(f"{table}\n\n{made}\n")
     write_json(os.path.join(args.out, "table.json"), dict(args=vars(args), records=records))

@@ -15,9 +15,12 @@ FEW = 3
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 
+def evaluation(part, seed):
+    return os.path.join(RESULTS, "evaluations", f"{part}-{seed}.json.gz")
+
+
 def evaluations(part, seeds):
-    folder = os.path.join(RESULTS, "evaluations")
-    return [read_json(os.path.join(folder, f"{part}-{seed}.json.gz")) for seed in seeds]
+    return [read_json(evaluation(part, seed)) for seed in seeds]
 
 
 def log_of(name):
@@ -49,3 +52,8 @@ def change(value):
         return ""
     interval = "" if value[1] is None else f" [{value[1]:+.1f}, {value[2]:+.1f}]"
     return f"{value[0]:+.1f}{interval}"
+
+
+def both(accuracy, length):
+    """A cell with a change of accuracy, points, and one of length, percent, without interval."""
+    return f"{change(accuracy)}; {length[0]:+.0f}%"

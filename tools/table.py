@@ -18,13 +18,14 @@ import numpy as np
 
 from cli import HERE, Parser, fail, start
 from run import write_json
-from tools import dose, markdown, memory, results
+from tools import dose, gates, markdown, memory, read_json, results
 from tools.paper import EXPERIMENTS, experiments_table
-from tools.plot import read_lines, trajectory_of
+from tools.plot import dial_of, read_lines, trajectory_of
 from tools.results import (
     FEW,
     SEEDS,
     T95,
+    both,
     branch_of,
     change,
     evaluations,
@@ -186,9 +187,52 @@ def grid_table(seeds):
             for step in STEPS:
                 rows_of_step = [curve[curve[:, 0] == step][0] for curve in curves]
                 accuracy, length = (mean_interval([r[i] for r in rows_of_step]) for i in (1, 2))
-                cells.append(f"{change(accuracy)}; {length[0]:+.0f}%")
+                cells.append(both(accuracy, length))
             rows.append([branch, rate, *cells])
     return markdown(["rollouts", "learning rate", *(f"{s} steps" for s in STEPS)], rows)
+
+
+def bench(name):
+    """Records of a bench of token gates (tools.gates)."""
+    return read_json(os.path.join(results.RESULTS, "gates", f"{name}.json.gz"))["records"]
+
+
+# What holds the student where a gate lets little through: column, bench, suffix of the gate there.
+ANCHORS = [
+    ("AdamW", "gates", ""),
+    ("with the tokens of agreement", "gates-kept", "+agreement"),
+    ("with those of a small gap", "gates-kept", "+gap-low"),
+    ("Adam, second moments of the ungated run", "gates-frozen", ""),
+    ("SGD", "gates-sgd", ""),
+    ("AdamW, a quarter of the rate", "gates-slow", ""),
+]
+
+
+def anchor_table():
+    """Gates on incorrect rollouts, an anchor a column."""
+    cells = {
+        (name, r["gate"]): both(r["accuracy"], r["length"])
+        for name in {name for _, name, _ in ANCHORS}
+        for r in bench(name)
+        if r["filter"] == "incorrect"
+    }
+    rows = [
+        [gate, *(cells.get((name, gate + suffix), "") for _, name, suffix in ANCHORS)]
+        for gate in ("all", "student-entropy-low", "redundant-checks", "the-digit")
+    ]
+    return markdown(["gate", *(column for column, _, _ in ANCHORS)], rows)
+
+
+def dial_table(seeds):
+    """On the way from RLVR's weights to those of a branch, and beyond."""
+    rows = {}
+    for branch in ("correct", "incorrect"):
+        curves = [dial_of(results.evaluation(f"dial-{branch}", seed))[2] for seed in seeds]
+        for points in zip(*curves, strict=True):  # (share, accuracy, length) of each seed
+            accuracy, length = (mean_interval([p[i] for p in points]) for i in (1, 2))
+            rows.setdefault(points[0][0], []).append(both(accuracy, length))
+    rows = [[f"{share:g}", *cells] for share, cells in rows.items() if share]
+    return markdown(["share of the way", "to correct", "to incorrect"], rows)
 
 
 # Rows of README's table: (part, branch, its name there).
@@ -259,6 +303,9 @@ def main(argv=None):
         add("pipelines", "Pipeline by pipeline", pipelines_table(args.seeds))
         add("dose", "Dose and response", dose.dose_table(dose.read_points(args.seeds)))
         add("grid", "Learning rate and steps", grid_table(args.seeds[:FEW]))
+        add("gates", "Token gates", gates.make_table(bench("gates")))
+        add("anchor", "Token gates by optimizer", anchor_table())
+        add("dial", "Weights on the line", dial_table(args.seeds[:FEW]))
     except OSError as error:
         fail(f"{error.filename}: no such file; run reproduce.sh first")
     add("experiments", "The paper's experiments", experiments_table(records))
