@@ -51,7 +51,7 @@ dial() {
     if [ ! -f "$out.json" ]; then
         echo "== dial $1, seed $2"
         python -m tools.dial "runs/table/rlvr-$2" "runs/table/$1-$2" --out "$out.json" \
-            --at 0 0.25 0.5 0.75 1 1.25 1.5 --problems 1024 --samples 1 --seed "$2" --threads 1 \
+            --at 0 0.25 0.5 1 1.5 --problems 1024 --samples 1 --seed "$2" --threads 1 \
             > "$out.txt" 2>&1 || {
             echo "failed: dial $1, seed $2"
             tail -n 3 "$out.txt"
@@ -97,11 +97,19 @@ pipeline() {
     evaluate order "$1" "sft rlvr sft-correct sft-incorrect" --context solution
 }
 
-# Seed: baselines, reinjection, thinking off, shorter SFT, the grid of learning rates and steps.
+# Seed: the dial, roles and weights, baselines, reinjection, thinking off, shorter SFT, the grid of
+# learning rates and steps.
 more() {
     local from="--model runs/table/rlvr-$1" end="--eval-problems 0"
     dial correct "$1"
     dial incorrect "$1"
+
+    run opsd on-off "$1" $from $end --filter correct --teacher-thinking off
+    run opsd repel "$1" $from $end --filter all --weights repel
+    evaluate roles "$1" "rlvr on-off repel"
+    run opsd off-on "$1" $from $end --filter correct --thinking off --teacher-thinking on
+    evaluate off-on "$1" "rlvr off-on" --thinking off
+
     run opsd rft-correct "$1" $from $end --filter correct --divergence rft
     run rlvr length-penalty "$1" $from $end --length-penalty 0.5 --steps 20
     run opsd reinject-correct "$1" $from $end --filter correct --reinject 32
@@ -139,13 +147,12 @@ export -f keep run evaluate dial pipeline more
 bench gates
 cp runs/gates/figure.png results/gates.png
 cp runs/gates/figure.svg results/gates.svg
-bench gates-kept --filters incorrect --gates redundant-checks+agreement redundant-checks+gap-low \
-    the-digit+agreement the-digit+gap-low
-bench gates-frozen --filters incorrect --gates student-entropy-low redundant-checks the-digit \
-    --optimizer runs/gates
-some="--filters incorrect --gates all student-entropy-low redundant-checks the-digit"
-bench gates-sgd $some --optimizer sgd --lr 0.03
-bench gates-slow $some --lr 2.5e-5
+few="--filters incorrect --gates student-entropy-low redundant-checks the-digit"
+bench gates-frozen $few --optimizer runs/gates
+bench gates-sgd $few all --optimizer sgd --lr 0.03
+bench gates-slow $few --lr 2.5e-5
+bench gates-kept --filters incorrect --gates redundant-checks+gap-low the-digit+gap-low
+bench gates-wrong --filters correct --context wrong --gates all agreement contrast
 
 files() { for seed in $SEEDS; do echo "results/${1/SEED/$seed}"; done; }
 python -m tools.dose --seeds $SEEDS --out results/dose

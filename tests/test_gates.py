@@ -83,9 +83,11 @@ def test_the_bench_trains_once_and_goes_on(tmp_path, monkeypatch, capsys):
     argv += ["--problems", "8", "--out", str(tmp_path)]
     gates.main(argv)
     row = next(line for line in capsys.readouterr().out.split("\n") if "| the-digit" in line)
-    gate, mass, redundant, unknowable, rest, cell = row.strip("| ").split(" | ")
+    gate, redundant, unknowable, rest, mass, gradient, cell = row.strip("| ").split(" | ")
     assert (redundant, unknowable, rest) == ("0.0", "100.0", "0.0")  # that digit alone
     assert 0 < float(mass) < 5  # percent of the weight
+    (step,) = read_lines(tmp_path / "0" / "the-digit-all" / "metrics.jsonl")[1:]
+    assert gradient == f"{step['grad_norm']:.3f}"
     assert (tmp_path / "figure.png").stat().st_size > 5000
     records = json.loads((tmp_path / "0" / "evaluation.json").read_text())["records"]
     changes = {r["group"]: r["change"] for r in records if r["change"]}

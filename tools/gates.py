@@ -6,10 +6,11 @@ rollouts of the embedded task, on several pipelines of reproduce.sh.
     python -m tools.gates --gates all the-digit --optimizer runs/gates --out runs/gates-frozen
 
 Writes table.md, table.json and figure.png, .svg (accuracy against length, a point a gate) to --out.
-The table, a row a gate: which share of the loss's weight it lets through over the run, and of the
-first step's tokens of each kind: redundant checks, the digit that nobody can know, and the rest
-(toy.REDUNDANT, toy.UNKNOWABLE), all of the last filter; then the changes of accuracy (means over
-the seeds with their 95% interval, or for one seed the interval over problems) and of length.
+The table, a row a gate: which share it lets through of each kind of token (redundant checks, the
+digit that nobody can know, the rest: toy.REDUNDANT, toy.UNKNOWABLE) and, over the run, of the
+loss's weight; the norm of the first step's gradient; these of the last filter. Then the changes of
+accuracy (means over the seeds with their 95% interval, or for one seed the interval over problems)
+and of length.
 table.json has these for each filter, and for easy and hard problems. The third line trains by Adam
 with the second moments of the first bench's ungated runs (tools/optimizer.py); sgd is another such
 choice.
@@ -19,6 +20,8 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 
 import data
 import opsd
@@ -52,10 +55,7 @@ GATES = {
     "redundant-checks": "--gate redundant-checks",
     "not-the-digit": "--gate not-the-digit",
     "the-digit": "--gate the-digit",
-    # The anchor: the same with the tokens on which the two agree, in the best token (that of an
-    # uncertain choice as well) or in distribution.
-    "redundant-checks+agreement": "--gate redundant-checks agreement",
-    "the-digit+agreement": "--gate the-digit agreement",
+    # The anchor: the same with the tokens on which the two agree in distribution.
     "redundant-checks+gap-low": "--gate redundant-checks gap --gate-below 0.01",
     "the-digit+gap-low": "--gate the-digit gap --gate-below 0.01",
 }
@@ -210,14 +210,16 @@ def shares(rollouts, name, args):
 
 def read_runs(args, seed):
     """{folder of a run: dict(accuracy, length, accuracy_easy, accuracy_hard: (change, low, high)
-    over problems; gate_mass: mean over the steps)}.
+    over problems; gate_mass: mean over the steps; gradient: norm of the first step's)}.
     """
     runs = {}
     for r in read_json(evaluation(args, seed))["records"]:
         if r["change"] and r["group"] == "all":
-            rows = read_lines(os.path.join(r["name"], "metrics.jsonl"))
-            masses = [row["gate_mass"] for row in rows if row.get("gate_mass") is not None]
-            runs[r["name"]] = dict(**r["change"], gate_mass=sum(masses) / len(masses))
+            steps = read_lines(os.path.join(r["name"], "metrics.jsonl"))
+            steps = [step for step in steps if step.get("gate_mass") is not None]
+            mass = sum(step["gate_mass"] for step in steps) / len(steps)
+            gradient = steps[0]["grad_norm"]
+            runs[r["name"]] = dict(**r["change"], gate_mass=mass, gradient=gradient)
         elif r["change"]:
             runs[r["name"]][f"accuracy_{r['group']}"] = r["change"]["accuracy"]
     return runs
@@ -233,7 +235,8 @@ def collect(args, truth):
             for key in ("accuracy", "accuracy_easy", "accuracy_hard", "length"):
                 several = mean_interval([run[key][0] for run in runs])
                 record[key] = several if len(runs) > 1 else runs[0][key]
-            record["gate_mass"] = mean_interval([run["gate_mass"] for run in runs])
+            for key in ("gate_mass", "gradient"):
+                record[key] = mean_interval([run[key] for run in runs])
             for kind in KINDS:
                 values = [truth[seed][gate][outcome][kind] for seed in args.seeds]
                 values = [value for value in values if value is not None]
@@ -249,10 +252,11 @@ def make_table(records):
     gates = {}  # {gate: its records, one a filter}
     for r in records:
         gates.setdefault(r["gate"], []).append(r)
-    header = ["gate", "weight let through, %", *(f"{kind}, %" for kind in KINDS)]
+    header = ["gate", *(f"{kind}, %" for kind in KINDS), "weight, %", "gradient"]
     header += [f"{r['filter']}: points; length" for r in gates[records[0]["gate"]]]
     rows = [
-        [gate, *(percent(of_gate[-1][key]) for key in ("gate_mass", *KINDS))]
+        [gate, *(percent(of_gate[-1][key]) for key in (*KINDS, "gate_mass"))]
+        + [f"{of_gate[-1]['gradient'][0]:.3f}"]
         + [both(r["accuracy"], r["length"]) for r in of_gate]
         for gate, of_gate in gates.items()
     ]
@@ -260,21 +264,31 @@ def make_table(records):
 
 
 def draw(axes, records):
-    """Change of accuracy (points) against change of length (percent), a point a gate."""
-    seen = set()
-    for r in records:
-        x, y = r["length"][0], r["accuracy"][0]
-        color = COLOURS.get(r["filter"], "#4d4d4d")
-        label = None if r["filter"] in seen else r["filter"]
-        seen.add(r["filter"])
-        axes.plot(x, y, "o", color=color, markersize=4, label=label)
-        style = dict(textcoords="offset points", xytext=(4, 2), fontsize=6, color=color)
-        axes.annotate(r["gate"], (x, y), **style)
-    axes.plot(0, 0, "o", color="black")  # the model before: the axes show where no change is
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("change of mean response length, percent")
+    """Change of accuracy (points) against change of length (percent), a panel a filter, a point a
+    gate; names stand beside them, in the order of accuracy.
+    """
+    filters = list(dict.fromkeys(r["filter"] for r in records))
+    low = min(r["accuracy"][0] for r in records)
+    high = max(0, *(r["accuracy"][0] for r in records))
+    line = 0.055 * (high - low)  # room of a name
+    for number, outcome in enumerate(filters):
+        panel = axes if number == 0 else axes.inset_axes([1.05 * number, 0, 1, 1], sharey=axes)
+        color, place = COLOURS.get(outcome, "#4d4d4d"), np.inf
+        of_filter = [r for r in records if r["filter"] == outcome]
+        for r in sorted(of_filter, key=lambda r: -r["accuracy"][0]):
+            x, y = r["length"][0], r["accuracy"][0]
+            place = min(y, place - line)
+            arrow = dict(arrowstyle="-", linewidth=0.4, color="#999999", shrinkB=3)
+            where = dict(xytext=(-20, place), fontsize=7, va="center", ha="center")
+            panel.annotate(r["gate"], (x, y), arrowprops=arrow, **where)
+            panel.plot(x, y, "o", color=color, markersize=4)
+        panel.plot(0, 0, "o", color="black")  # the model before
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.set_title(f"{outcome} rollouts", fontsize=9)
+        panel.set_xlabel("change of mean response length, percent")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelleft=number == 0)
     axes.set_ylabel("change of accuracy, points")
-    axes.legend(frameon=False, fontsize=8)
 
 
 def main(argv=None):
@@ -302,7 +316,7 @@ def main(argv=None):
         stream.write(f"{table}\n\n{made}\n")
     write_json(os.path.join(args.out, "table.json"), dict(args=vars(args), records=records))
     print(f"\n{table}\n\n{made}\n\nwritten: table.md, table.json in {args.out}")
-    with figure(os.path.join(args.out, "figure"), size=(7.5, 5)) as axes:
+    with figure(os.path.join(args.out, "figure"), size=(4.2, 4.2)) as axes:
         draw(axes, records)
 
 

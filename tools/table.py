@@ -48,6 +48,8 @@ PARTS = {
     "order": Part("RLVR, and OPSD before it: changes against SFT"),
     "baselines": Part("Baselines and reinjection", few=True),
     "off": Part("Thinking off: the answer alone", few=True),
+    "roles": Part("The teacher's thinking off; weights that repel", few=True),
+    "off-on": Part("The answer alone, the teacher's thinking on", few=True),
     "sft400": Part("SFT of 400 steps instead of 1,500", few=True),
     "sft700": Part("SFT of 700 steps", few=True),
 }
@@ -200,8 +202,7 @@ def bench(name):
 # What holds the student where a gate lets little through: column, bench, suffix of the gate there.
 ANCHORS = [
     ("AdamW", "gates", ""),
-    ("with the tokens of agreement", "gates-kept", "+agreement"),
-    ("with those of a small gap", "gates-kept", "+gap-low"),
+    ("and the tokens of a small gap", "gates-kept", "+gap-low"),
     ("Adam, second moments of the ungated run", "gates-frozen", ""),
     ("SGD", "gates-sgd", ""),
     ("AdamW, a quarter of the rate", "gates-slow", ""),
@@ -297,7 +298,7 @@ def main(argv=None):
         for part, rows in parts.items():
             add(part, f"{PARTS[part].title}; pipelines: {len(seeds[part])}", part_table(rows))
         for part in PARTS:
-            if part != "off":
+            if part not in ("off", "off-on"):
                 title = f"What the traces do, percent of easy and of hard steps: {part}"
                 add(f"mechanism-{part}", title, mechanism_table(part, seeds[part]))
         add("pipelines", "Pipeline by pipeline", pipelines_table(args.seeds))
