@@ -97,18 +97,11 @@ pipeline() {
     evaluate order "$1" "sft rlvr sft-correct sft-incorrect" --context solution
 }
 
-# Seed: the dial, roles and weights, baselines, reinjection, thinking off, shorter SFT, the grid of
-# learning rates and steps.
+# Seed: the dial, baselines, reinjection, thinking off, shorter SFT, the grid of rates and steps.
 more() {
     local from="--model runs/table/rlvr-$1" end="--eval-problems 0"
     dial correct "$1"
     dial incorrect "$1"
-
-    run opsd on-off "$1" $from $end --filter correct --teacher-thinking off
-    run opsd repel "$1" $from $end --filter all --weights repel
-    evaluate roles "$1" "rlvr on-off repel"
-    run opsd off-on "$1" $from $end --filter correct --thinking off --teacher-thinking on
-    evaluate off-on "$1" "rlvr off-on" --thinking off
 
     run opsd rft-correct "$1" $from $end --filter correct --divergence rft
     run rlvr length-penalty "$1" $from $end --length-penalty 0.5 --steps 20

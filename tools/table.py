@@ -48,8 +48,6 @@ PARTS = {
     "order": Part("RLVR, and OPSD before it: changes against SFT"),
     "baselines": Part("Baselines and reinjection", few=True),
     "off": Part("Thinking off: the answer alone", few=True),
-    "roles": Part("The teacher's thinking off; weights that repel", few=True),
-    "off-on": Part("The answer alone, the teacher's thinking on", few=True),
     "sft400": Part("SFT of 400 steps instead of 1,500", few=True),
     "sft700": Part("SFT of 700 steps", few=True),
 }
@@ -298,7 +296,7 @@ def main(argv=None):
         for part, rows in parts.items():
             add(part, f"{PARTS[part].title}; pipelines: {len(seeds[part])}", part_table(rows))
         for part in PARTS:
-            if part not in ("off", "off-on"):
+            if part != "off":
                 title = f"What the traces do, percent of easy and of hard steps: {part}"
                 add(f"mechanism-{part}", title, mechanism_table(part, seeds[part]))
         add("pipelines", "Pipeline by pipeline", pipelines_table(args.seeds))
