@@ -235,6 +235,7 @@ def collect(args, truth):
             for key in ("accuracy", "accuracy_easy", "accuracy_hard", "length"):
                 several = mean_interval([run[key][0] for run in runs])
                 record[key] = several if len(runs) > 1 else runs[0][key]
+            record["accuracies"] = [run["accuracy"][0] for run in runs]  # a seed each
             for key in ("gate_mass", "gradient"):
                 record[key] = mean_interval([run[key] for run in runs])
             for kind in KINDS:
