@@ -140,12 +140,9 @@ export -f keep run evaluate dial pipeline more
 bench gates
 cp runs/gates/figure.png results/gates.png
 cp runs/gates/figure.svg results/gates.svg
-few="--filters incorrect --gates student-entropy-low redundant-checks the-digit"
-bench gates-frozen $few --optimizer runs/gates
-bench gates-sgd $few all --optimizer sgd --lr 0.03
+few="--filters incorrect --gates student-entropy-low the-digit"
+bench gates-frozen $few redundant-checks --optimizer runs/gates
 bench gates-slow $few --lr 2.5e-5
-bench gates-kept --filters incorrect --gates redundant-checks+gap-low the-digit+gap-low
-bench gates-wrong --filters correct --context wrong --gates all agreement contrast
 
 files() { for seed in $SEEDS; do echo "results/${1/SEED/$seed}"; done; }
 python -m tools.dose --seeds $SEEDS --out results/dose

@@ -55,11 +55,7 @@ GATES = {
     "redundant-checks": "--gate redundant-checks",
     "not-the-digit": "--gate not-the-digit",
     "the-digit": "--gate the-digit",
-    # The anchor: the same with the tokens on which the two agree in distribution.
-    "redundant-checks+gap-low": "--gate redundant-checks gap --gate-below 0.01",
-    "the-digit+gap-low": "--gate the-digit gap --gate-below 0.01",
 }
-ALONE = [gate for gate in GATES if "+" not in gate]
 KINDS = {"redundant": toy.REDUNDANT, "unknowable": toy.UNKNOWABLE}
 KINDS["rest"] = set(toy.CLASS_NAMES) - toy.REDUNDANT - toy.UNKNOWABLE
 
@@ -69,7 +65,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[101, 102, 103], help="of training and evaluation")
     add("--pipelines", default="runs/table/rlvr-SEED", help="models, SEED being the seed")
-    add("--gates", nargs="+", default=ALONE, choices=list(GATES), help="rows of the table")
+    add("--gates", nargs="+", default=list(GATES), choices=list(GATES), help="rows of the table")
     add("--filters", nargs="+", default=["correct", "incorrect", "all"], choices=list(opsd.FILTERS))
     add("--context", default="solution", choices=list(CONTEXTS), help="what the teacher reads")
     add("--steps", type=int, default=40, help="of each run")
