@@ -16,7 +16,7 @@ import sft
 import toy
 from rollout import kl_by_position
 from tests.helpers import graded, some_rollouts, write
-from tools import dose, memory, paper, plot, table, token_classes
+from tools import dose, gates, memory, paper, plot, table, token_classes
 from tools import results as results_module
 
 
@@ -74,6 +74,11 @@ def write_results(path, seed):
             traces={name: toy.trace_table([]) for name, _ in named},
         )
         write_gz(path / "evaluations" / f"{part}-{seed}.json.gz", json.dumps(record))
+    for name in ("correct", "incorrect"):  # the dial: RLVR's weights, then those of the branch
+        before, _, branch = pairs("filters", seed)[:3]
+        args = dict(at=[0, 1], models=["", f"runs/table/{name}-{seed}"], seed=seed)
+        record = json.dumps(dict(args=args, records=evaluation.compare([before, branch], 1)))
+        write_gz(path / "evaluations" / f"dial-{name}-{seed}.json.gz", record)
     grid = [f"grid-{rate}-{name}" for rate in table.RATES for name in ("correct", "incorrect")]
     for name in ["correct", "incorrect", *grid]:
         args = dict(out=f"runs/table/{name}-{seed}", seed=seed, model=f"runs/table/rlvr-{seed}")
@@ -92,13 +97,23 @@ def write_results(path, seed):
     write_gz(path / f"kl-{seed}.jsonl.gz", json.dumps(dict(step=1, bin=8, **bins)))
 
 
+def write_bench(path, name):
+    """A bench with one gate."""
+    keys = ("accuracy", "length", "gate_mass", "gradient", *gates.KINDS)
+    record = dict(gate="the-digit", filter="incorrect", **{key: (0.5, 0.25, 0.75) for key in keys})
+    write_gz(path / "gates" / f"{name}.json.gz", json.dumps(dict(records=[record])))
+
+
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A repository with the results of two seeds, and a README with a table that is stale."""
     (tmp_path / "evaluations").mkdir()
     (tmp_path / "metrics").mkdir()
+    (tmp_path / "gates").mkdir()
     for seed in (1, 2):
         write_results(tmp_path, seed)
+    for name in table.BENCHES:
+        write_bench(tmp_path, name)
     write(tmp_path / "README.md", "before", "<!-- experiments -->", "old", "<!-- end -->", "after")
     monkeypatch.setattr(table, "HERE", str(tmp_path))
     monkeypatch.setattr(results_module, "RESULTS", str(tmp_path))
@@ -117,7 +132,13 @@ def test_tables_from_the_runs_own_files(results, capsys):
         "-4.2 pp, -33%",
     ]
     assert f"| {' | '.join(row)} |" in readme
-    row = next(line for line in capsys.readouterr().out.split("\n") if line.startswith("| correct"))
+    printed = capsys.readouterr().out
+    of_gate = "+0.5 [+0.2, +0.8]; +0%"
+    assert f"| the-digit | 50.0 | 50.0 | 50.0 | 50.0 | 0.500 | {of_gate} |" in printed
+    assert f"| the-digit | {' | '.join([of_gate] * len(table.BENCHES))} |" in printed
+    on_the_line = "+25.0 [+25.0, +25.0]; -21%"
+    assert f"| 1 | {on_the_line} | {on_the_line} |" in printed
+    row = next(line for line in printed.split("\n") if line.startswith("| correct"))
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[3] == "100.0" and cells[4].startswith("+25.0") and cells[5] == "78.5"
     assert cells[6].startswith("-21.5 [-27.9, -15.1]") and cells[9:11] == ["9.7", "140"]
