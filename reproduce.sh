@@ -140,9 +140,9 @@ export -f keep run evaluate dial pipeline more
 bench gates
 cp runs/gates/figure.png results/gates.png
 cp runs/gates/figure.svg results/gates.svg
-few="--filters incorrect --gates student-entropy-low the-digit"
-bench gates-frozen $few redundant-checks --optimizer runs/gates
-bench gates-slow $few --lr 2.5e-5
+gated="--filters incorrect --gates student-entropy-low the-digit"
+bench gates-frozen $gated redundant-checks --optimizer runs/gates
+bench gates-slow $gated --lr 2.5e-5
 
 files() { for seed in $SEEDS; do echo "results/${1/SEED/$seed}"; done; }
 python -m tools.dose --seeds $SEEDS --out results/dose

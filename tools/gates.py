@@ -10,10 +10,9 @@ The table, a row a gate: which share it lets through of each kind of token (redu
 digit that nobody can know, the rest: toy.REDUNDANT, toy.UNKNOWABLE) and, over the run, of the
 loss's weight; the norm of the first step's gradient; these of the last filter. Then the changes of
 accuracy (means over the seeds with their 95% interval, or for one seed the interval over problems)
-and of length.
-table.json has these for each filter, and for easy and hard problems. The third line trains by Adam
-with the second moments of the first bench's ungated runs (tools/optimizer.py); sgd is another such
-choice.
+and of length. table.json has these for each filter, and for easy and hard problems. The third line
+trains by Adam with the second moments of the first bench's ungated runs (tools/optimizer.py); sgd
+is another such choice.
 """
 
 import os
@@ -67,7 +66,6 @@ def parse_args(argv=None):
     add("--pipelines", default="runs/table/rlvr-SEED", help="models, SEED being the seed")
     add("--gates", nargs="+", default=list(GATES), choices=list(GATES), help="rows of the table")
     add("--filters", nargs="+", default=["correct", "incorrect", "all"], choices=list(opsd.FILTERS))
-    add("--context", default="solution", choices=list(CONTEXTS), help="what the teacher reads")
     add("--steps", type=int, default=40, help="of each run")
     add("--lr", type=float, default=1e-4, help="of each run")
     add(
@@ -101,13 +99,12 @@ def train(args, seed, gate, outcome):
     out = folder(args, seed, gate, outcome)
     if os.path.isfile(os.path.join(out, "model.safetensors")):
         before, now = read_lines(os.path.join(out, "metrics.jsonl"))[0]["args"], vars(args)
-        if any(before[key] != now[key] for key in ("context", "steps", "lr")):
-            return f"{out}: has another --context, --steps or --lr; give another --out"
+        if any(before[key] != now[key] for key in ("steps", "lr")):
+            return f"{out}: has other --steps or --lr; give another --out"
         if before["model"] != pipeline(args, seed):
             return f"{out}: started from {before['model']}; give another --out"
         return ""
-    flags = f"--filter {outcome} --context {args.context} {GATES[gate]} --overwrite"
-    flags += f" --steps {args.steps} --lr {args.lr}"
+    flags = f"--filter {outcome} --steps {args.steps} --lr {args.lr} {GATES[gate]} --overwrite"
     where = ["--model", pipeline(args, seed), "--eval-problems", "0", "--out", out]
     return run([*optimizer(args, seed, outcome), *flags.split(), *where], seed, out)
 
@@ -161,7 +158,6 @@ def measure_truth(args, seed):
     if not missing:
         return truth
     flags = ["--model", pipeline(args, seed), "--seed", str(seed), "--threads", "1"]
-    flags += ["--context", args.context]
     common = opsd.parse_args(flags)
     device = set_up(common)
     samplers.choose_backend(common, device)
@@ -306,9 +302,9 @@ def main(argv=None):
     records = collect(args, truth)
     table = make_table(records)
     seeds = ", ".join(map(str, args.seeds))
-    made = f"Seeds {seeds}; models {args.pipelines}; context {args.context}; {args.steps} steps of "
-    made += f"{args.optimizer}, rate {args.lr:g}; {args.problems} held-out problems, one response "
-    made += f"each; shares of tokens: {args.filters[-1]} rollouts of 256 problems, first step."
+    made = f"Seeds {seeds}; models {args.pipelines}; {args.steps} steps of {args.optimizer}, rate "
+    made += f"{args.lr:g}; {args.problems} held-out problems, one response each; shares of tokens: "
+    made += f"{args.filters[-1]} rollouts of 256 problems, first step."
     with open(os.path.join(args.out, "table.md"), "w") as stream:
         stream.write(f"{table}\n\n{made}\n")
     write_json(os.path.join(args.out, "table.json"), dict(args=vars(args), records=records))
