@@ -3,7 +3,7 @@
 1. `Problem`, and loading: JSONL, parquet, a Hugging Face data set id, or the embedded world.
 2. The prompts. One function renders the student's and the teacher's; with an empty context the two
    are equal. Question and instruction stand in the user turn, the privileged context between them
-   (paper, section 2).
+   (paper, section 2) or, with --context-first, before them.
 3. `CONTEXTS`: what the teacher reads besides the problem (paper, table 4).
 
 Everything downstream works on token ids; text is rendered here once and never tokenised again.
@@ -203,12 +203,14 @@ def permutation(count, seed, epoch):
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 
 
-def render_prompt(tokenizer, problem, context="", thinking=True):
+def render_prompt(tokenizer, problem, context="", thinking=True, context_first=False):
     """Token ids of the prompt: the student's with an empty context, else the teacher's.
 
     Response ids are appended to either.
     """
     parts = [problem.question, context, INSTRUCTION]
+    if context_first:
+        parts = [context, problem.question, INSTRUCTION]
     content = plain(tokenizer, "\n\n".join(part for part in parts if part))
     return chat_ids(tokenizer, content, thinking)
 

@@ -53,7 +53,8 @@ def make_rollouts(sampler, tokenizer, problems, args, seed, contexts=None, logps
     contexts = contexts or [""] * len(problems)
     rollouts = []
     for problem, context in share(list(zip(problems, contexts, strict=True))):
-        prompt = render_prompt(tokenizer, problem, context or "", args.thinking == "on")
+        first = getattr(args, "context_first", False)  # rlvr.py knows no contexts
+        prompt = render_prompt(tokenizer, problem, context or "", args.thinking == "on", first)
         rollouts.append(Rollout(problem, prompt))
     prompts = [r.prompt_ids for r in rollouts]
     settings = args.max_new_tokens, args.temperature, args.top_p, rank_seed(seed)
@@ -132,6 +133,7 @@ def drop_long(problems, tokenizer, args, limit, context="none"):
 
 
 def add_context_flags(add):
+    add("--context-first", action="store_true", help="before the question instead of behind it")
     add(
         "--context-tokens",
         type=int,

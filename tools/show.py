@@ -233,9 +233,9 @@ def make_records(args, tokenizer, answers, texts, limit):
         if failed := [name for name in texts if texts[name][i] is None]:
             print(f"problem {i + 1} is left out: the teacher wrote no {failed[0]}")
             continue
+        layout = args.thinking == "on", args.context_first
         prompts = {
-            name: data.render_prompt(tokenizer, problem, texts[name][i], args.thinking == "on")
-            for name in texts
+            name: data.render_prompt(tokenizer, problem, texts[name][i], *layout) for name in texts
         }
         for path, (model, rows) in answers.items():
             row = rows[i]
