@@ -97,7 +97,8 @@ pipeline() {
     evaluate order "$1" "sft rlvr sft-correct sft-incorrect" --context solution
 }
 
-# Seed: the dial, baselines, reinjection, thinking off, shorter SFT, the grid of rates and steps.
+# Seed: the dial, baselines, reinjection, thinking off, roles and outcomes, gates against a wrong
+# reference, shorter SFT, the grid of rates and steps.
 more() {
     local from="--model runs/table/rlvr-$1" end="--eval-problems 0"
     dial correct "$1"
@@ -112,7 +113,15 @@ more() {
     for filter in correct incorrect; do
         run opsd off-$filter "$1" $from $end --filter $filter --thinking off
     done
-    evaluate off "$1" "rlvr off-correct off-incorrect" --context solution --thinking off
+    run opsd off-on "$1" $from $end --filter correct --thinking off --teacher-thinking on
+    evaluate off "$1" "rlvr off-correct off-incorrect off-on" --context solution --thinking off
+
+    run opsd on-off "$1" $from $end --filter correct --teacher-thinking off
+    run opsd repel "$1" $from $end --filter all --weights repel
+    for gate in contrast agreement; do
+        run opsd wrong-$gate "$1" $from $end --filter correct --context wrong --gate $gate
+    done
+    evaluate roles "$1" "rlvr correct on-off all repel wrong-correct wrong-contrast wrong-agreement"
 
     for steps in 400 700; do
         run sft sft$steps "$1" --steps $steps
@@ -143,6 +152,8 @@ cp runs/gates/figure.svg results/gates.svg
 gated="--filters incorrect --gates student-entropy-low the-digit"
 bench gates-frozen $gated redundant-checks --optimizer runs/gates
 bench gates-slow $gated --lr 2.5e-5
+bench gates-anchored --filters incorrect --gates all student-entropy-low redundant-checks the-digit \
+    student-entropy-low+gap-low redundant-checks+gap-low the-digit+gap-low
 
 files() { for seed in $SEEDS; do echo "results/${1/SEED/$seed}"; done; }
 python -m tools.dose --seeds $SEEDS --out results/dose

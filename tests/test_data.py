@@ -28,6 +28,8 @@ def test_student_and_teacher_prompts(tokenizer):
     assert student.endswith("<|im_start|>assistant\n")
     places = [teacher.index(text) for text in ("What is", "2+2=4", "Reason step by step")]
     assert places[0] < places[1] < places[2]
+    first = tokenizer.decode(render_prompt(tokenizer, problem, context, context_first=True))
+    assert first == student.replace("What is 2+2?", f"{context}\n\nWhat is 2+2?")
     off = tokenizer.decode(render_prompt(tokenizer, problem, thinking=False))
     assert off == student + "<think>\n\n</think>\n\n"
 

@@ -274,6 +274,10 @@ def test_the_teachers_thinking_is_its_own(tokenizer):
         expected = data.render_prompt(tokenizer, r.problem, "c", thinking=False)
         assert r.teacher_row == [expected, r.response_ids]
         assert r.prompt_ids == data.render_prompt(tokenizer, r.problem)
+    args = opsd.parse_args(["--context-first"])
+    opsd.add_teacher_rows(rollouts, ["c"] * 2, tokenizer, args, None)
+    for r in rollouts:
+        assert r.teacher_row[0] == data.render_prompt(tokenizer, r.problem, "c", context_first=True)
 
 
 # ------------------------------------------------------------------------------------------------

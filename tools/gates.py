@@ -55,6 +55,13 @@ GATES = {
     "not-the-digit": "--gate not-the-digit",
     "the-digit": "--gate the-digit",
 }
+# The same with the agreeing tokens kept, the anchor.
+ANCHORED = {
+    "student-entropy-low+gap-low": "--gate student-entropy gap --gate-below 0.01",
+    "redundant-checks+gap-low": "--gate redundant-checks gap --gate-below 0.01",
+    "the-digit+gap-low": "--gate the-digit gap --gate-below 0.01",
+}
+FLAGS = GATES | ANCHORED
 KINDS = {"redundant": toy.REDUNDANT, "unknowable": toy.UNKNOWABLE}
 KINDS["rest"] = set(toy.CLASS_NAMES) - toy.REDUNDANT - toy.UNKNOWABLE
 
@@ -64,7 +71,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[101, 102, 103], help="of training and evaluation")
     add("--pipelines", default="runs/table/rlvr-SEED", help="models, SEED being the seed")
-    add("--gates", nargs="+", default=list(GATES), choices=list(GATES), help="rows of the table")
+    add("--gates", nargs="+", default=list(GATES), choices=list(FLAGS), help="rows of the table")
     add("--filters", nargs="+", default=["correct", "incorrect", "all"], choices=list(opsd.FILTERS))
     add("--steps", type=int, default=40, help="of each run")
     add("--lr", type=float, default=1e-4, help="of each run")
@@ -104,7 +111,7 @@ def train(args, seed, gate, outcome):
         if before["model"] != pipeline(args, seed):
             return f"{out}: started from {before['model']}; give another --out"
         return ""
-    flags = f"--filter {outcome} --steps {args.steps} --lr {args.lr} {GATES[gate]} --overwrite"
+    flags = f"--filter {outcome} --steps {args.steps} --lr {args.lr} {FLAGS[gate]} --overwrite"
     where = ["--model", pipeline(args, seed), "--eval-problems", "0", "--out", out]
     return run([*optimizer(args, seed, outcome), *flags.split(), *where], seed, out)
 
@@ -154,7 +161,7 @@ def measure_truth(args, seed):
     truth = {}
     if os.path.isfile(path):
         truth = read_json(path)
-    missing = [gate for gate in GATES if gate in args.gates and gate not in truth]
+    missing = [gate for gate in FLAGS if gate in args.gates and gate not in truth]
     if not missing:
         return truth
     flags = ["--model", pipeline(args, seed), "--seed", str(seed), "--threads", "1"]
@@ -170,7 +177,7 @@ def measure_truth(args, seed):
         rollout.grade_rollouts(verifier, rollouts)
     opsd.add_token_classes(rollouts, tokenizer, opsd.parse_args(["--gate", "the-digit"]))
     for gate in missing:
-        step = opsd.parse_args([*flags, "--filter", "all", *GATES[gate].split()])
+        step = opsd.parse_args([*flags, "--filter", "all", *FLAGS[gate].split()])
         contexts = CONTEXTS[step.context](rollouts, None, step)
         controls = step.contrast and CONTEXTS[step.contrast](rollouts, None, step)
         opsd.add_teacher_rows(rollouts, contexts, tokenizer, step, None, controls)

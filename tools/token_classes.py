@@ -31,7 +31,7 @@ def parse_args(argv=None):
     add("--hard", type=float, default=toy.HARD_SHARE, help="share of hard problems")
     add("--reinject", type=int, default=0, help="as in opsd.py")
     args = parser.parse_args(argv)
-    args.teacher_thinking = args.thinking
+    args.teacher_thinking, args.context_first = args.thinking, False
     return args
 
 

