@@ -6,9 +6,11 @@
 #     bash reproduce.sh                         # two jobs of one thread each; docs/experiments.md
 #                                               # says how long it takes
 #     SEEDS="1 2 3" JOBS=4 bash reproduce.sh    # other seeds, more cores
+#     bash reproduce.sh real                    # a pretrained model instead (docs/real.md)
 set -euo pipefail
 cd "$(dirname "$0")"
 export SEEDS=${SEEDS:-"101 102 103 104 105 106 107 108"} JOBS=${JOBS:-2}
+export REAL_SEEDS=${REAL_SEEDS:-"1 2 3"}
 FEW=$(echo $SEEDS | cut -d " " -f -3)
 mkdir -p results/metrics results/evaluations results/kl_by_position results/gates runs/table
 
@@ -139,7 +141,48 @@ more() {
         done
     done
 }
-export -f keep run evaluate dial pipeline more
+
+# Seed: the three stages with a pretrained model, and OPSD before RLVR.
+real() {
+    local task="--data runs/real/train.jsonl --dtype bfloat16 --micro-tokens 4096 --state-every 0"
+    local sample="--max-new-tokens 200 $REAL_SAMPLER" start=runs/table/real-rlvr-$1
+    local opsd="$task $sample --context-first --batch 16 --resample 3 --steps 16 --lr 3e-5"
+    local way="--eval-data runs/real/dev.jsonl --eval-problems 100 --eval-every 8"
+    local test="--data runs/real/test.jsonl --dtype bfloat16 $sample --context-first"
+    run sft real-sft "$1" --model runs/real/model $task --solution-field trace --steps 40 --batch 8 \
+        --lr 1e-4 --warmup 8
+    run rlvr real-rlvr "$1" --model "runs/table/real-sft-$1" $task $sample --steps 8 --batch 8 \
+        --lr 1e-5
+    for filter in correct incorrect all; do
+        run opsd real-$filter "$1" --model $start $opsd $way --filter $filter --kl-by-position 8
+    done
+    for filter in correct incorrect; do
+        for context in instruction other; do
+            run opsd real-$context-$filter "$1" --model $start $opsd --filter $filter \
+                --context $context
+        done
+        run opsd real-sft-$filter "$1" --model "runs/table/real-sft-$1" $opsd --filter $filter
+    done
+    keep "runs/table/real-all-$1/kl_by_position.jsonl" "kl_by_position/real-all-$1.jsonl"
+    evaluate real "$1" "real-rlvr real-correct real-incorrect real-all real-instruction-correct \
+        real-instruction-incorrect real-other-correct real-other-incorrect" $test \
+        --context solution answer instruction other
+    evaluate real-order "$1" "real-sft real-rlvr real-sft-correct real-sft-incorrect" $test \
+        --context solution answer instruction other
+}
+export -f keep run evaluate dial pipeline more real
+
+files() { for seed in $SEEDS; do echo "results/${1/SEED/$seed}"; done; }
+
+if [ "${1:-}" = real ]; then
+    [ -f runs/real/train.jsonl ] || python -m tools.pretrained runs/real
+    export REAL_SAMPLER="--backend transformers"
+    if python -c "import vllm" 2> /dev/null; then
+        REAL_SAMPLER="--backend vllm --vllm-eager --vllm-memory 0.15"
+    fi
+    echo $REAL_SEEDS | xargs -P "$JOBS" -n 1 bash -c 'set -euo pipefail; real "$1"' _
+    exit
+fi
 
 {
     for seed in $SEEDS; do echo pipeline "$seed"; done
@@ -155,7 +198,6 @@ bench gates-slow $gated --lr 2.5e-5
 bench gates-anchored --filters incorrect --gates all student-entropy-low redundant-checks the-digit \
     student-entropy-low+gap-low redundant-checks+gap-low the-digit+gap-low
 
-files() { for seed in $SEEDS; do echo "results/${1/SEED/$seed}"; done; }
 python -m tools.dose --seeds $SEEDS --out results/dose
 python -m tools.table --seeds $SEEDS --docs
 python -m tools.plot pairs $(files evaluations/filters-SEED.json.gz) \

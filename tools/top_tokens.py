@@ -5,7 +5,7 @@
 
 For correct and for incorrect responses the sampled tokens (texts) with the largest mean reverse KL,
 in nats: how many there are, that mean, their share of the KL of all such responses, and the place
-with the median KL: what stood before, and what student and teacher think of the next token.
+with the largest KL: what stood before, and what student and teacher think of the next token.
 """
 
 import json
@@ -43,10 +43,15 @@ def make_table(records, args):
         if len(seen) < args.least:
             continue
         mass = sum(value for value, _, _ in seen)
-        _, record, t = sorted(seen, key=lambda row: row[0])[len(seen) // 2]
+        _, record, t = max(seen, key=lambda row: row[0])
         before = "".join(record["tokens"][:t])[-args.before :]
         best = record["student_best"][t], record["contexts"][args.context]["teacher_best"][t]
-        cells = [shown(text), str(len(seen)), f"{mass / len(seen):.3f}", f"{100 * mass / total:.0f}"]
+        cells = [
+            shown(text),
+            str(len(seen)),
+            f"{mass / len(seen):.3f}",
+            f"{100 * mass / total:.0f}",
+        ]
         rows.append((mass / len(seen), [*cells, shown(before), *map(likeliest, best)]))
     rows = [cells for _, cells in sorted(rows, key=lambda row: -row[0])[: args.count]]
     header = ["token", "times", "mean KL", "of all KL, %", "a place: before it"]
