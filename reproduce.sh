@@ -146,29 +146,35 @@ more() {
 real() {
     local task="--data runs/real/train.jsonl --dtype bfloat16 --micro-tokens 4096 --state-every 0"
     local sample="--max-new-tokens 200 $REAL_SAMPLER" start=runs/table/real-rlvr-$1
-    local opsd="$task $sample --context-first --batch 16 --resample 3 --steps 16 --lr 3e-5"
-    local way="--eval-data runs/real/dev.jsonl --eval-problems 100 --eval-every 8"
+    local opsd="$task $sample --context-first --batch 16 --resample 3 --steps 10 --lr 1e-5"
+    local way="--eval-data runs/real/dev.jsonl --eval-problems 100 --eval-every 5"
     local test="--data runs/real/test.jsonl --dtype bfloat16 $sample --context-first"
-    run sft real-sft "$1" --model runs/real/model $task --solution-field trace --steps 40 --batch 8 \
-        --lr 1e-4 --warmup 8
+    local contexts="solution answer instruction other"
+    run sft real-sft "$1" --model runs/real/model $task --solution-field trace --steps 20 --batch 8 \
+        --lr 1e-4 --warmup 5
     run rlvr real-rlvr "$1" --model "runs/table/real-sft-$1" $task $sample --steps 8 --batch 8 \
-        --lr 1e-5
+        --lr 5e-6
     for filter in correct incorrect all; do
         run opsd real-$filter "$1" --model $start $opsd $way --filter $filter --kl-by-position 8
     done
-    for filter in correct incorrect; do
-        for context in instruction other; do
+    keep "runs/table/real-all-$1/kl_by_position.jsonl" "kl_by_position/real-all-$1.jsonl"
+    evaluate real "$1" "real-rlvr real-correct real-incorrect real-all" $test --context $contexts
+
+    local names=real-rlvr
+    for context in instruction other; do
+        for filter in correct incorrect; do
             run opsd real-$context-$filter "$1" --model $start $opsd --filter $filter \
                 --context $context
+            names="$names real-$context-$filter"
         done
+    done
+    evaluate real-contexts "$1" "$names" $test
+
+    for filter in correct incorrect; do
         run opsd real-sft-$filter "$1" --model "runs/table/real-sft-$1" $opsd --filter $filter
     done
-    keep "runs/table/real-all-$1/kl_by_position.jsonl" "kl_by_position/real-all-$1.jsonl"
-    evaluate real "$1" "real-rlvr real-correct real-incorrect real-all real-instruction-correct \
-        real-instruction-incorrect real-other-correct real-other-incorrect" $test \
-        --context solution answer instruction other
     evaluate real-order "$1" "real-sft real-rlvr real-sft-correct real-sft-incorrect" $test \
-        --context solution answer instruction other
+        --context $contexts
 }
 export -f keep run evaluate dial pipeline more real
 
@@ -176,7 +182,7 @@ files() { for seed in $SEEDS; do echo "results/${1/SEED/$seed}"; done; }
 
 if [ "${1:-}" = real ]; then
     [ -f runs/real/train.jsonl ] || python -m tools.pretrained runs/real
-    export REAL_SAMPLER="--backend transformers"
+    export REAL_SAMPLER="--backend transformers" OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
     if python -c "import vllm" 2> /dev/null; then
         REAL_SAMPLER="--backend vllm --vllm-eager --vllm-memory 0.15"
     fi

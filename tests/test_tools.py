@@ -16,7 +16,7 @@ import sft
 import toy
 from rollout import kl_by_position
 from tests.helpers import graded, some_rollouts, write
-from tools import dose, gates, memory, paper, plot, table, token_classes
+from tools import dose, gates, memory, paper, plot, pretrained, table, token_classes, top_tokens
 from tools import results as results_module
 
 
@@ -37,6 +37,40 @@ def test_token_classes_add_up_to_the_whole_kl(tokenizer, tmp_path, capsys):
         total = sum(value for value, _ in found[outcome].values())
         assert total == pytest.approx(kl.sum().item(), rel=1e-5)
         assert sum(count for _, count in found[outcome].values()) == len(kl)
+
+
+def test_top_tokens_by_mean_kl_with_the_place_of_the_largest(tmp_path, capsys):
+    def line(outcome, values):
+        best = [[("x", 0.9), ("y", 0.1)]] * 3
+        views = dict(solution=dict(reverse_kl=values, teacher_best=best))
+        tokens = dict(tokens=["a", "b", "a"], student_best=best)
+        return json.dumps(dict(outcome=outcome, after=False, contexts=views, **tokens))
+
+    file = tmp_path / "tokens.jsonl"
+    write(file, line("correct", [1.0, 0.5, 4.0]), line("incorrect", [0.0, 2.0, 0.0]))
+    top_tokens.main([str(file), "--least", "1"])
+    correct, incorrect = capsys.readouterr().out.split("incorrect responses: 1")
+    rows = [row.split(" | ") for row in correct.split("\n") if row.startswith("| `")]
+    assert [row[:5] for row in rows] == [
+        ["| `a`", "2", "2.500", "91", "`ab`"],
+        ["| `b`", "1", "0.500", "9", "`a`"],
+    ]
+    assert "| `b` | 1 | 2.000 | 100 | `a` | `x` 0.90, `y` 0.10 |" in incorrect
+    with pytest.raises(SystemExit):
+        top_tokens.main([str(file), "--context", "answer"])
+    assert "--context answer: not in" in capsys.readouterr().err
+
+
+def test_pretrained_problems_end_right_and_traces_only_add_checks():
+    steps, values = pretrained.steps_of("5 + 9 - 7")
+    assert steps == [("5 + 9 = 14", "14 - 9 = 5"), ("14 - 7 = 7", "7 + 7 = 14")]
+    assert values == [5, 14, 7]
+    rng, lengths = np.random.default_rng(0), set()
+    for _ in range(50):
+        lines = pretrained.redundant_trace(steps, rng).split("\n")
+        assert [line.split(".")[0] for line in lines] == [step for step, _ in steps]
+        lengths.add(len("".join(lines)))
+    assert len(lengths) > 4
 
 
 # ------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tools.paper import EXPERIMENTS, experiments_table
 from tools.plot import dial_of, read_lines, trajectory_of
 from tools.results import (
     FEW,
+    REAL_SEEDS,
     SEEDS,
     T95,
     both,
@@ -40,6 +41,7 @@ class Part(NamedTuple):
 
     title: str
     few: bool = False  # on the first FEW pipelines
+    real: bool = False  # of the pretrained model, on its own seeds
 
 
 PARTS = {
@@ -51,6 +53,9 @@ PARTS = {
     "roles": Part("Roles, outcomes, gates against a wrong reference", few=True),
     "sft400": Part("SFT of 400 steps instead of 1,500", few=True),
     "sft700": Part("SFT of 700 steps", few=True),
+    "real": Part("A pretrained model: filters after RLVR", real=True),
+    "real-contexts": Part("A pretrained model: contexts", real=True),
+    "real-order": Part("A pretrained model: OPSD before RLVR, changes against SFT", real=True),
 }
 
 
@@ -58,6 +63,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--seeds", nargs="+", default=SEEDS, help="of reproduce.sh")
+    add("--real-seeds", nargs="+", default=REAL_SEEDS, help="of reproduce.sh real")
     add("--docs", action="store_true", help="also write the tables in README.md and docs/")
     add("--check", action="store_true", help="write nothing, say which tables are stale")
     args = parser.parse_args(argv)
@@ -134,6 +140,18 @@ def brief_table(records):
         if r["group"] == "all" and "accuracy_change" in r
     ]
     return markdown(["branch", "accuracy, points", "length, %"], rows)
+
+
+def seeds_table(part, seeds):
+    """Changes of a seed's branches, with their 95% interval over problems; a column a seed."""
+    rows = {}
+    for seed, evaluation in zip(seeds, evaluations(part, seeds), strict=True):
+        for r in evaluation["records"]:
+            if r["group"] == "all" and r["change"]:
+                cell = "; ".join(change(r["change"][key]) for key in ("accuracy", "length"))
+                rows.setdefault(branch_of(r["name"], seed), []).append(cell)
+    header = ["branch: accuracy, points; length, %", *(f"seed {seed}" for seed in seeds)]
+    return markdown(header, [[branch, *cells] for branch, cells in rows.items()])
 
 
 def mechanism_table(part, seeds):
@@ -294,6 +312,7 @@ def update(path, tables):
 def main(argv=None):
     args = parse_args(argv)
     seeds = {part: args.seeds[:FEW] if PARTS[part].few else args.seeds for part in PARTS}
+    seeds |= {part: args.real_seeds for part in PARTS if PARTS[part].real}
     tables, text = {}, []
 
     def add(name, title, table):
@@ -306,9 +325,11 @@ def main(argv=None):
         for part, rows in parts.items():
             add(part, f"{PARTS[part].title}; pipelines: {len(seeds[part])}", part_table(rows))
         for part in PARTS:
-            if part != "off":
+            if part != "off" and not PARTS[part].real:
                 title = f"What the traces do, percent of easy and of hard steps: {part}"
                 add(f"mechanism-{part}", title, mechanism_table(part, seeds[part]))
+            if PARTS[part].real:
+                add(f"{part}-seeds", "Seed by seed", seeds_table(part, seeds[part]))
         tables["brief-roles"] = brief_table(parts["roles"])
         tables["brief-off"] = brief_table(parts["off"])
         add("pipelines", "Pipeline by pipeline", pipelines_table(args.seeds))
