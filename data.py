@@ -206,7 +206,7 @@ INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 def render_prompt(tokenizer, problem, context="", thinking=True, context_first=False):
     """Token ids of the prompt: the student's with an empty context, else the teacher's.
 
-    Response ids are appended to either.
+    Response ids are appended to either. context_first: it stands before the question.
     """
     parts = [problem.question, context, INSTRUCTION]
     if context_first:

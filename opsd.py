@@ -232,8 +232,8 @@ def add_teacher_rows(rollouts, contexts, tokenizer, args, limit, controls=None):
 
 def row_behind(context, r, tokenizer, args):
     """The teacher's row of a rollout, its prompt holding `context`."""
-    thinking, first = args.teacher_thinking == "on", args.context_first
-    prompt = data.render_prompt(tokenizer, r.problem, context, thinking, first)
+    layout = args.teacher_thinking == "on", args.context_first
+    prompt = data.render_prompt(tokenizer, r.problem, context, *layout)
     recall = data.plain(tokenizer, RECALL.format(context=context)) if context else ""
     recall = tokenizer(recall, add_special_tokens=False).input_ids
     return teacher_row(prompt, r.response_ids, recall, args.reinject)

@@ -144,15 +144,17 @@ more() {
 
 # Seed: the three stages with a pretrained model, and OPSD before RLVR.
 real() {
-    local task="--data runs/real/train.jsonl --dtype bfloat16 --micro-tokens 4096 --state-every 0"
+    local task="--data runs/real/train-$1.jsonl --dtype bfloat16 --micro-tokens 4096"
     local sample="--max-new-tokens 200 $REAL_SAMPLER" start=runs/table/real-rlvr-$1
     local opsd="$task $sample --context-first --batch 16 --resample 3 --steps 10 --lr 1e-5"
+    opsd="$opsd --state-every 0"
     local way="--eval-data runs/real/dev.jsonl --eval-problems 100 --eval-every 5"
     local test="--data runs/real/test.jsonl --dtype bfloat16 $sample --context-first"
     local contexts="solution answer instruction other"
-    run sft real-sft "$1" --model runs/real/model $task --solution-field trace --steps 20 --batch 8 \
+    local short="--state-every 0 --batch 8"
+    run sft real-sft "$1" --model runs/real/model $task $short --solution-field trace --steps 20 \
         --lr 1e-4 --warmup 5
-    run rlvr real-rlvr "$1" --model "runs/table/real-sft-$1" $task $sample --steps 8 --batch 8 \
+    run rlvr real-rlvr "$1" --model "runs/table/real-sft-$1" $task $sample $short --steps 8 \
         --lr 5e-6
     for filter in correct incorrect all; do
         run opsd real-$filter "$1" --model $start $opsd $way --filter $filter --kl-by-position 8
@@ -180,13 +182,31 @@ export -f keep run evaluate dial pipeline more real
 
 files() { for seed in $SEEDS; do echo "results/${1/SEED/$seed}"; done; }
 
+if [ "${1:-real}" != real ]; then
+    echo "reproduce.sh $1: nothing, or real"
+    exit 2
+fi
 if [ "${1:-}" = real ]; then
-    [ -f runs/real/train.jsonl ] || python -m tools.pretrained runs/real
+    python -m tools.pretrained runs/real --seeds $REAL_SEEDS
+    # The CPU build of vLLM: one thread a job, and little of the memory is enough.
     export REAL_SAMPLER="--backend transformers" OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
     if python -c "import vllm" 2> /dev/null; then
         REAL_SAMPLER="--backend vllm --vllm-eager --vllm-memory 0.15"
     fi
     echo $REAL_SEEDS | xargs -P "$JOBS" -n 1 bash -c 'set -euo pipefail; real "$1"' _
+    SEEDS=$REAL_SEEDS
+    python -m tools.table --real-seeds $SEEDS --docs
+    for figure in path trajectory; do
+        python -m tools.plot $figure $(files metrics/real-correct-SEED.jsonl.gz) \
+            $(files metrics/real-incorrect-SEED.jsonl.gz) --out results/real-$figure
+    done
+    python -m tools.plot position $(files kl_by_position/real-all-SEED.jsonl.gz) \
+        --out results/real-position
+    first=${SEEDS%% *}
+    python -m tools.show --model "runs/table/real-rlvr-$first" --data runs/real/dev.jsonl \
+        --problems 100 --draw 100 --contexts solution --context-first --shares --threads 1 \
+        --max-new-tokens 200 --jsonl runs/real/tokens.jsonl --out runs/real/tokens.html --overwrite
+    python -m tools.top_tokens runs/real/tokens.jsonl
     exit
 fi
 
@@ -205,7 +225,7 @@ bench gates-anchored --filters incorrect --gates all student-entropy-low redunda
     student-entropy-low+gap-low redundant-checks+gap-low the-digit+gap-low
 
 python -m tools.dose --seeds $SEEDS --out results/dose
-python -m tools.table --seeds $SEEDS --docs
+python -m tools.table --seeds $SEEDS --real-seeds $REAL_SEEDS --docs
 python -m tools.plot pairs $(files evaluations/filters-SEED.json.gz) \
     $(files evaluations/contexts-SEED.json.gz) --out results/pairs
 python -m tools.plot path $(files metrics/correct-SEED.jsonl.gz) \

@@ -50,11 +50,12 @@ def make_rollouts(sampler, tokenizer, problems, args, seed, contexts=None, logps
     teacher's; logps: with the engine's log-probabilities. On several ranks each samples its share,
     and all get the whole list.
     """
+    context_first = bool(contexts) and args.context_first
     contexts = contexts or [""] * len(problems)
     rollouts = []
     for problem, context in share(list(zip(problems, contexts, strict=True))):
-        first = getattr(args, "context_first", False)  # rlvr.py knows no contexts
-        prompt = render_prompt(tokenizer, problem, context or "", args.thinking == "on", first)
+        thinking = args.thinking == "on"
+        prompt = render_prompt(tokenizer, problem, context or "", thinking, context_first)
         rollouts.append(Rollout(problem, prompt))
     prompts = [r.prompt_ids for r in rollouts]
     settings = args.max_new_tokens, args.temperature, args.top_p, rank_seed(seed)
@@ -133,7 +134,7 @@ def drop_long(problems, tokenizer, args, limit, context="none"):
 
 
 def add_context_flags(add):
-    add("--context-first", action="store_true", help="before the question instead of behind it")
+    add("--context-first", action="store_true", help="the context stands before the question")
     add(
         "--context-tokens",
         type=int,

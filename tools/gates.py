@@ -6,6 +6,7 @@ rollouts of the embedded task, on several pipelines of reproduce.sh.
     python -m tools.gates --gates all the-digit --optimizer runs/gates --out runs/gates-frozen
 
 Writes table.md, table.json and figure.png, .svg (accuracy against length, a point a gate) to --out.
+Gates with +gap-low keep the agreeing tokens, and run only where --gates names them.
 The table, a row a gate: which share it lets through of each kind of token (redundant checks, the
 digit that nobody can know, the rest: toy.REDUNDANT, toy.UNKNOWABLE) and, over the run, of the
 loss's weight; the norm of the first step's gradient; these of the last filter. Then the changes of

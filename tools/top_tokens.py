@@ -3,9 +3,10 @@
     python -m tools.show --model tiny/rlvr --problems 40 --jsonl tokens.jsonl --out page.html
     python -m tools.top_tokens tokens.jsonl --context solution
 
-For correct and for incorrect responses the sampled tokens (texts) with the largest mean reverse KL,
-in nats: how many there are, that mean, their share of the KL of all such responses, and the place
-with the largest KL: what stood before, and what student and teacher think of the next token.
+For correct and for incorrect responses (not for truncated ones) the sampled tokens with the largest
+mean reverse KL, in nats: how many there are, that mean, their share of the KL of all such
+responses, and the place with the largest KL: what stood before, and what student and teacher think
+of the next token.
 """
 
 import json
@@ -36,8 +37,9 @@ def places(records, context):
 
 
 def make_table(records, args):
+    """Of the responses of one outcome; see above."""
     found = places(records, args.context)
-    total = sum(value for rows in found.values() for value, _, _ in rows)
+    total = sum(value for rows in found.values() for value, _, _ in rows) or 1.0
     rows = []
     for text, seen in found.items():
         if len(seen) < args.least:
@@ -59,6 +61,7 @@ def make_table(records, args):
 
 
 def shown(text):
+    text = text or "(the start)"
     return "`" + text.replace("\n", "\\n").replace("|", "\\|").replace("`", "'") + "`"
 
 
