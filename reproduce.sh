@@ -206,7 +206,7 @@ if [ "${1:-}" = real ]; then
     python -m tools.show --model "runs/table/real-rlvr-$first" --data runs/real/dev.jsonl \
         --problems 100 --draw 100 --contexts solution --context-first --shares --threads 1 \
         --max-new-tokens 200 --jsonl runs/real/tokens.jsonl --out runs/real/tokens.html --overwrite
-    python -m tools.top_tokens runs/real/tokens.jsonl
+    python -m tools.top_tokens runs/real/tokens.jsonl > results/real-tokens.md
     exit
 fi
 

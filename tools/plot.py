@@ -20,6 +20,7 @@ in a folder's name that is a trailing -SEED, the run's own. Files may be compres
 
 import json
 import os
+import re
 from contextlib import contextmanager
 
 import numpy as np
@@ -56,10 +57,14 @@ def read_lines(file):
 
 
 def without_seed(value, seed):
-    """A setting with -SEED taken off the end of a name, or of each name in a list."""
+    """A setting with -SEED taken off the end of a name, before its extension if it has one, or of
+    each name in a list.
+    """
     if isinstance(value, list):
         return [without_seed(item, seed) for item in value]
-    return value.rstrip("/").removesuffix(f"-{seed}") if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return re.sub(rf"-{seed}(?=(\.\w+)?$)", "", value.rstrip("/"))
 
 
 def group_seeds(items):

