@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import data
 import opsd
 import toy
 from data import CONTEXTS, Problem, embedded_problems, render_prompt
-from rollout import Rollout, drop_long, make_writer
+from rollout import Rollout, drop_long, make_rollouts, make_writer
 from samplers import make_sampler
 from tests.helpers import SMALL, TINY, write
 from verify import Verifier
@@ -30,6 +31,12 @@ def test_student_and_teacher_prompts(tokenizer):
     assert places[0] < places[1] < places[2]
     first = tokenizer.decode(render_prompt(tokenizer, problem, context, context_first=True))
     assert first == student.replace("What is 2+2?", f"{context}\n\nWhat is 2+2?")
+    args = opsd.parse_args(["--context-first"])
+    sampler = SimpleNamespace(sample=lambda prompts, *_: [([1], True)] * len(prompts), logps=None)
+    read = make_rollouts(sampler, tokenizer, [problem], args, 0, [context])
+    assert tokenizer.decode(read[0].prompt_ids) == first
+    own = make_rollouts(sampler, tokenizer, [problem], args, 0)
+    assert tokenizer.decode(own[0].prompt_ids) == student
     off = tokenizer.decode(render_prompt(tokenizer, problem, thinking=False))
     assert off == student + "<think>\n\n</think>\n\n"
 

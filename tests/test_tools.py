@@ -194,6 +194,14 @@ def test_check_names_the_tables_that_are_stale_and_writes_nothing(results, capsy
     assert before == after
 
 
+def test_a_seeds_name_is_left_out_where_settings_are_compared():
+    assert plot.without_seed(["runs/real/train-2.jsonl", "runs/x-2/", 2], 2) == [
+        "runs/real/train.jsonl",
+        "runs/x",
+        2,
+    ]
+
+
 @pytest.mark.parametrize(
     "figure, name",
     [
