@@ -177,6 +177,11 @@ real() {
     done
     evaluate real-order "$1" "real-sft real-rlvr real-sft-correct real-sft-incorrect" $test \
         --context $contexts
+
+    for filter in correct incorrect; do
+        run opsd real-long-$filter "$1" --model $start $opsd --filter $filter --steps 24
+    done
+    evaluate real-long "$1" "real-rlvr real-long-correct real-long-incorrect" $test
 }
 export -f keep run evaluate dial pipeline more real
 

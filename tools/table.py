@@ -56,6 +56,7 @@ PARTS = {
     "real": Part("A pretrained model: filters after RLVR", real=True),
     "real-contexts": Part("A pretrained model: contexts", real=True),
     "real-order": Part("A pretrained model: OPSD before RLVR, changes against SFT", real=True),
+    "real-long": Part("A pretrained model: 24 steps instead of 10", real=True),
 }
 
 
