@@ -405,8 +405,7 @@ def log_step(run, step, args, loss, norm, seen, kept, failed, seconds, device):
             reasons += f", {failed} contexts failed or made a row longer than the model's context"
         print(f"{begin}nothing kept: {reasons}; no update", flush=True)
     elif not math.isfinite(norm):
-        print(f"{begin}loss {loss}, gradient norm {norm}: no update, see not_finite.jsonl")
-        run.log("not_finite", rollout.not_finite_line(step, loss, norm, kept))
+        rollout.log_not_finite(run, begin, step, loss, norm, kept)
     else:
         print(
             f"{begin}loss {loss:.4f}  KL {means[0]:.4f}  correct {record['correct']}/{len(seen)}  "

@@ -142,7 +142,7 @@ more() {
     done
 }
 
-# Seed: the three stages with a pretrained model, and OPSD before RLVR.
+# Seed: the three stages with a pretrained model; controls, OPSD before RLVR, and longer.
 real() {
     local task="--data runs/real/train-$1.jsonl --dtype bfloat16 --micro-tokens 4096"
     local sample="--max-new-tokens 200 $REAL_SAMPLER" start=runs/table/real-rlvr-$1

@@ -259,8 +259,7 @@ def log_step(run, step, args, loss, norm, seen, rewards, kept, gap, seconds, dev
     if not kept:
         print(f"{begin}every group has equal rewards; no update", flush=True)
     elif not math.isfinite(norm):
-        print(f"{begin}loss {loss}, gradient norm {norm}: no update, see not_finite.jsonl")
-        run.log("not_finite", rollout.not_finite_line(step, loss, norm, kept))
+        rollout.log_not_finite(run, begin, step, loss, norm, kept)
     else:
         print(
             f"{begin}reward {record['reward']:.3f}  correct {record['correct']}/{len(seen)}  "

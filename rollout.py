@@ -50,11 +50,10 @@ def make_rollouts(sampler, tokenizer, problems, args, seed, contexts=None, logps
     teacher's; logps: with the engine's log-probabilities. On several ranks each samples its share,
     and all get the whole list.
     """
-    context_first = bool(contexts) and args.context_first
+    thinking, context_first = args.thinking == "on", bool(contexts) and args.context_first
     contexts = contexts or [""] * len(problems)
     rollouts = []
     for problem, context in share(list(zip(problems, contexts, strict=True))):
-        thinking = args.thinking == "on"
         prompt = render_prompt(tokenizer, problem, context or "", thinking, context_first)
         rollouts.append(Rollout(problem, prompt))
     prompts = [r.prompt_ids for r in rollouts]
@@ -205,16 +204,17 @@ def sample_lines(step, rollouts, kept=None):
     return lines
 
 
-def not_finite_line(step, loss, norm, rollouts):
-    """not_finite.jsonl: the rollouts of a skipped step whose measures are not finite, or, if it was
-    only the gradient, all of them.
+def log_not_finite(run, begin, step, loss, norm, rollouts):
+    """Says that a step is skipped; not_finite.jsonl: its rollouts whose measures are not finite,
+    or, if it was only the gradient, all of them. begin: of the line on the screen.
     """
+    print(f"{begin}loss {loss}, gradient norm {norm}: no update, see not_finite.jsonl")
     bad = [r for r in rollouts if r.measures is not None and not r.measures.isfinite().all()]
     rows = [
         dict(question=r.problem.question, prompt_ids=r.prompt_ids, response_ids=r.response_ids)
         for r in bad or rollouts
     ]
-    return dict(step=step, loss=loss, grad_norm=norm, rows=rows)
+    run.log("not_finite", dict(step=step, loss=loss, grad_norm=norm, rows=rows))
 
 
 def kl_by_position(rollouts, width):

@@ -332,11 +332,8 @@ def main(argv=None):
                 title = f"What the traces do, percent of easy and of hard steps: {part}"
                 add(f"mechanism-{part}", title, mechanism_table(part, seeds[part]))
             if PARTS[part].real:
-                add(
-                    f"{part}-seeds",
-                    f"{PARTS[part].title}, seed by seed",
-                    seeds_table(part, seeds[part]),
-                )
+                title = f"{PARTS[part].title}, seed by seed"
+                add(f"{part}-seeds", title, seeds_table(part, seeds[part]))
         tables["brief-roles"] = brief_table(parts["roles"])
         tables["brief-off"] = brief_table(parts["off"])
         add("pipelines", "Pipeline by pipeline", pipelines_table(args.seeds))

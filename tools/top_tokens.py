@@ -45,16 +45,12 @@ def make_table(records, args):
         if len(seen) < args.least:
             continue
         mass = sum(value for value, _, _ in seen)
+        mean = mass / len(seen)
         _, record, t = max(seen, key=lambda row: row[0])
         before = "".join(record["tokens"][:t])[-args.before :]
         best = record["student_best"][t], record["contexts"][args.context]["teacher_best"][t]
-        cells = [
-            shown(text),
-            str(len(seen)),
-            f"{mass / len(seen):.3f}",
-            f"{100 * mass / total:.0f}",
-        ]
-        rows.append((mass / len(seen), [*cells, shown(before), *map(likeliest, best)]))
+        cells = [shown(text), str(len(seen)), f"{mean:.3f}", f"{100 * mass / total:.0f}"]
+        rows.append((mean, [*cells, shown(before), *map(likeliest, best)]))
     rows = [cells for _, cells in sorted(rows, key=lambda row: -row[0])[: args.count]]
     header = ["token", "times", "mean KL", "of all KL, %", "a place: before it"]
     return markdown([*header, "student there", "teacher there"], rows)
@@ -74,7 +70,9 @@ def main(argv=None):
     try:
         with open_text(args.file) as stream:
             records = [json.loads(line) for line in stream]
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        fail(f"{args.file}: {error.strerror}")
+    except ValueError as error:
         fail(f"{args.file}: not what tools.show --jsonl writes ({error})")
     if not records or args.context not in records[0].get("contexts", ()):
         fail(f"--context {args.context}: not in {args.file}")
