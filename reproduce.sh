@@ -142,7 +142,7 @@ more() {
     done
 }
 
-# Seed: the three stages with a pretrained model; controls, OPSD before RLVR, and longer.
+# Seed: the three stages with a pretrained model; longer; controls; and OPSD before RLVR.
 real() {
     local task="--data runs/real/train-$1.jsonl --dtype bfloat16 --micro-tokens 4096"
     local sample="--max-new-tokens 200 $REAL_SAMPLER" start=runs/table/real-rlvr-$1
@@ -162,6 +162,11 @@ real() {
     keep "runs/table/real-all-$1/kl_by_position.jsonl" "kl_by_position/real-all-$1.jsonl"
     evaluate real "$1" "real-rlvr real-correct real-incorrect real-all" $test --context $contexts
 
+    for filter in correct incorrect; do
+        run opsd real-long-$filter "$1" --model $start $opsd --filter $filter --steps 24
+    done
+    evaluate real-long "$1" "real-rlvr real-long-correct real-long-incorrect" $test
+
     local names=real-rlvr
     for context in instruction other; do
         for filter in correct incorrect; do
@@ -177,11 +182,6 @@ real() {
     done
     evaluate real-order "$1" "real-sft real-rlvr real-sft-correct real-sft-incorrect" $test \
         --context $contexts
-
-    for filter in correct incorrect; do
-        run opsd real-long-$filter "$1" --model $start $opsd --filter $filter --steps 24
-    done
-    evaluate real-long "$1" "real-rlvr real-long-correct real-long-incorrect" $test
 }
 export -f keep run evaluate dial pipeline more real
 

@@ -106,6 +106,7 @@ def write_results(path, seed):
             args=dict(model=[name for name, _ in named], seed=seed),
             records=evaluation.compare(named, 1),
             traces={name: toy.trace_table([]) for name, _ in named},
+            responses={"x": dict(models=[evaluation.responses_of(*pair, 1) for pair in named])},
         )
         write_gz(path / "evaluations" / f"{part}-{seed}.json.gz", json.dumps(record))
     for name in ("correct", "incorrect"):  # the dial: RLVR's weights, then those of the branch
@@ -155,7 +156,7 @@ def results(tmp_path, monkeypatch):
 
 
 def test_tables_from_the_runs_own_files(results, capsys):
-    table.main("--seeds 1 2 --docs".split())
+    table.main("--seeds 1 2 --real-seeds 1 2 --docs".split())
     readme = (results / "README.md").read_text()
     assert "old" not in readme
     assert readme.startswith("before\n") and readme.endswith("<!-- end -->\nafter\n")
@@ -178,17 +179,57 @@ def test_tables_from_the_runs_own_files(results, capsys):
     assert cells[6].startswith("-21.5 [-27.9, -15.1]") and cells[9:11] == ["9.7", "140"]
 
 
+def test_seeds_side_by_side_with_both_intervals_of_their_mean(monkeypatch):
+    rng = np.random.default_rng(0)
+    right = {
+        f"{name}-{seed}": rng.random((50, 2)) < share
+        for seed in (7, 8)
+        for name, share in (("rlvr", 0.5), ("correct", 0.9), ("incorrect", 0.1))
+    }
+
+    def of_seed(part, seed):
+        models = [
+            dict(name=name, lengths=[[9, 9]] * 50, reasons=np.where(ok, "correct", "wrong"))
+            for name, ok in right.items()
+            if name.endswith(str(seed))
+        ]
+        return dict(responses=dict(test=dict(models=models)))
+
+    monkeypatch.setattr(table, "evaluations", lambda part, seeds: [of_seed(part, s) for s in seeds])
+    rows = [row.strip("| ").split(" | ") for row in table.seeds_table("x", [7, 8]).split("\n")]
+    assert rows[0][1:] == ["seed 7", "seed 8", "mean, over seeds", "mean, over problems"]
+    cells = {row[0]: row[1:] for row in rows[2:]}
+    assert list(cells) == ["correct", "incorrect", "incorrect minus correct"]
+
+    def gained(branch, base):  # points, (seeds, problems)
+        found = [right[f"{branch}-{s}"].mean(1) - right[f"{base}-{s}"].mean(1) for s in (7, 8)]
+        return 100 * np.array(found)
+
+    for name, pair in (
+        ("correct", "correct rlvr"),
+        ("incorrect minus correct", "incorrect correct"),
+    ):
+        points = gained(*pair.split())
+        draws = points[:, np.random.default_rng(0).integers(50, size=(evaluation.DRAWS, 50))]
+        expected = [
+            evaluation.interval(p.mean(), d.mean(1)) for p, d in zip(points, draws, strict=True)
+        ]
+        expected.append(results_module.mean_interval(points.mean(1)))
+        expected.append(evaluation.interval(points.mean(), draws.mean((0, 2))))
+        assert [cell.split(";")[0] for cell in cells[name]] == [*map(table.change, expected)]
+
+
 def test_check_names_the_tables_that_are_stale_and_writes_nothing(results, capsys):
-    table.main("--seeds 1 2 --docs".split())
+    table.main("--seeds 1 2 --real-seeds 1 2 --docs".split())
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        table.main("--seeds 1 2 --check".split())
+        table.main("--seeds 1 2 --real-seeds 1 2 --check".split())
     assert stop.value.code == 0 and "stale" not in capsys.readouterr().out
     readme = results / "README.md"
     readme.write_text(readme.read_text().replace("+25.0", "+26.0"))
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stop:
-        table.main("--seeds 1 2 --check".split())
+        table.main("--seeds 1 2 --real-seeds 1 2 --check".split())
     assert stop.value.code == 1 and capsys.readouterr().out == "stale: README.md: experiments\n"
     after = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     assert before == after

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import HERE, Parser, fail, start
+from eval import interval, paired_bootstrap
 from run import write_json
 from tools import dose, gates, markdown, memory, read_json, results
 from tools.paper import EXPERIMENTS, experiments_table
@@ -145,16 +146,53 @@ def brief_table(records):
     return markdown(["branch", "accuracy, points", "length, %"], rows)
 
 
+def changes_of(evaluation, seed):
+    """{branch: {accuracy, length: (estimate, draws of it)}}: a seed's changes against its first
+    model, and those of each incorrect branch minus the correct one's.
+
+    The draws of all branches and seeds resample the same problems, so that they can be subtracted
+    and averaged.
+    """
+    ((_, responses),) = evaluation["responses"].items()
+    means = {
+        branch_of(model["name"], seed): (
+            (np.array(model["reasons"]) == "correct").mean(1),
+            np.mean(model["lengths"], 1),
+        )
+        for model in responses["models"]
+    }
+    first, *others = means
+    changes = {branch: paired_bootstrap(means[first], means[branch]) for branch in others}
+    for branch in others:
+        correct = branch.replace("incorrect", "correct")
+        if correct != branch:
+            changes[f"{branch} minus correct"] = {
+                key: tuple(a - b for a, b in zip(mine, changes[correct][key], strict=True))
+                for key, mine in changes[branch].items()
+            }
+    return changes
+
+
 def seeds_table(part, seeds):
-    """Changes of a seed's branches, with their 95% interval over problems; a column a seed."""
-    rows = {}
-    for seed, evaluation in zip(seeds, evaluations(part, seeds), strict=True):
-        for r in evaluation["records"]:
-            if r["group"] == "all" and r["change"]:
-                cell = "; ".join(change(r["change"][key]) for key in ("accuracy", "length"))
-                rows.setdefault(branch_of(r["name"], seed), []).append(cell)
+    """Changes of the branches with their 95% interval over problems, a column a seed; of several
+    seeds also the means, with the interval over seeds and that over the problems.
+    """
+    found = [changes_of(*pair) for pair in zip(evaluations(part, seeds), seeds, strict=True)]
     header = ["branch: accuracy, points; length, %", *(f"seed {seed}" for seed in seeds)]
-    return markdown(header, [[branch, *cells] for branch, cells in rows.items()])
+    header += ["mean, over seeds", "mean, over problems"] if len(seeds) > 1 else []
+    rows = []
+    for branch in found[0]:
+        cells = []  # a measure each, of a cell a column
+        for key in ("accuracy", "length"):
+            pairs = [changes[branch][key] for changes in found]
+            column = [interval(*pair) for pair in pairs]
+            if len(seeds) > 1:
+                estimates, draws = zip(*pairs, strict=True)
+                column.append(mean_interval(estimates))
+                column.append(interval(np.mean(estimates), np.mean(draws, 0)))
+            cells.append(map(change, column))
+        rows.append([branch, *map("; ".join, zip(*cells, strict=True))])
+    return markdown(header, rows)
 
 
 def mechanism_table(part, seeds):
