@@ -85,7 +85,7 @@ def load_problems(args, count):
     if args.data is None:
         return embedded_problems(count, args.seed, False, args.hard)
     if args.model in (tiny("sft"), tiny("rlvr")):
-        print(f"--data without --model: it is the embedded {args.model} that is trained on it")
+        print(f"--data: it is the embedded {args.model} that is trained on it; see --model")
     return load_file(args.data, args)
 
 

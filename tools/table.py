@@ -153,7 +153,7 @@ def changes_of(evaluation, seed):
     The draws of all branches and seeds resample the same problems, so that they can be subtracted
     and averaged.
     """
-    ((_, responses),) = evaluation["responses"].items()
+    (responses,) = evaluation["responses"].values()
     means = {
         branch_of(model["name"], seed): (
             (np.array(model["reasons"]) == "correct").mean(1),
