@@ -5,7 +5,8 @@
    task: this makes tiny/sft.
 2. The embedded traces also teach what a pretrained model brings along: how to read a reference in
    the prompt. With one, the traces check easy steps little; every trace ends right.
-3. With --model and --data a real model learns "<think> solution </think> \\boxed{answer}".
+3. With --model and --data a real model learns "<think> solution </think> \\boxed{answer}"; rows
+   come in the file's order.
 4. The loss is the mean over all response tokens of the step; the prompt has none.
 
     python sft.py --out tiny/sft
