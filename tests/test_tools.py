@@ -1,5 +1,6 @@
 """Tools: tables, figures, memory, token classes."""
 
+import argparse
 import gzip
 import json
 import os
@@ -257,6 +258,17 @@ def test_figures_from_the_runs_own_files(figure, name, results):
     plot.main([figure, *files, "--out", str(results / figure)])
     assert (results / f"{figure}.png").stat().st_size > 5000
     assert (results / f"{figure}.svg").exists()
+
+
+def test_position_leaves_out_where_few_rollouts_are_left(tmp_path, monkeypatch):
+    bins = dict(kl=[8.0, 60.0, 90.0], tokens=[80, 60, 9], rollouts=[10, 10, 9])
+    write(tmp_path / "kl.jsonl", json.dumps(dict(step=1, bin=8, correct=bins, incorrect=bins)))
+    with plot.figure(os.devnull) as axes:
+        monkeypatch.setattr(axes.figure, "savefig", lambda *args, **kwargs: None)
+        plot.position(axes, [str(tmp_path / "kl.jsonl")], argparse.Namespace(steps=None))
+        line, counts = axes.get_lines()[0], axes.child_axes[0].get_lines()[0]
+        np.testing.assert_allclose(line.get_ydata(), [0.1, 1.0, np.nan])
+        assert list(line.get_xdata()) == [4, 12, 20] and list(counts.get_ydata()) == [10, 10, 9]
 
 
 def test_pairs_are_a_line_a_pipeline_and_means_with_their_interval(monkeypatch):

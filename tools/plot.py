@@ -282,8 +282,11 @@ def shift(axes, files, args):
     axes.legend(frameon=False, fontsize=8)
 
 
+LEAST = 10  # rollouts behind a point: two long ones make a peak of their own
+
+
 def position(axes, files, args):
-    """Mean reverse KL per token by position, and the number of rollouts that are still there."""
+    """Mean reverse KL per token by position, where LEAST rollouts are left, and their number."""
     rows = [row for file in files for row in read_lines(file)]
     rows = [row for row in rows if args.steps is None or row["step"] <= args.steps]
     if not rows:
@@ -298,7 +301,8 @@ def position(axes, files, args):
             for key, bins in total.items():
                 bins[: len(row[outcome][key])] += row[outcome][key]
         x = (np.arange(length) + 0.5) * rows[0]["bin"]
-        axes.plot(x, total["kl"] / total["tokens"], color=color, label=outcome)
+        means = np.where(total["rollouts"] < LEAST, np.nan, total["kl"] / total["tokens"])
+        axes.plot(x, means, color=color, label=outcome)
         below.plot(x, total["rollouts"], color=color)
     axes.set_ylabel("reverse KL, nats per token")
     axes.tick_params(labelbottom=False)
