@@ -262,7 +262,8 @@ def test_figures_from_the_runs_own_files(figure, name, results):
 
 def test_position_leaves_out_where_few_rollouts_are_left(tmp_path, monkeypatch):
     bins = dict(kl=[8.0, 60.0, 90.0], tokens=[80, 60, 9], rollouts=[10, 10, 9])
-    write(tmp_path / "kl.jsonl", json.dumps(dict(step=1, bin=8, correct=bins, incorrect=bins)))
+    outcomes = dict.fromkeys(plot.COLOURS, bins)
+    write(tmp_path / "kl.jsonl", json.dumps(dict(step=1, bin=8, **outcomes)))
     with plot.figure(os.devnull) as axes:
         monkeypatch.setattr(axes.figure, "savefig", lambda *args, **kwargs: None)
         plot.position(axes, [str(tmp_path / "kl.jsonl")], argparse.Namespace(steps=None))
