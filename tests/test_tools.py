@@ -103,11 +103,12 @@ def write_results(path, seed):
     """What reproduce.sh leaves of a seed: evaluations, metrics of runs, a run's KL by position."""
     for part in table.PARTS:
         named = pairs(part, seed)
+        responses = [evaluation.responses_of(*pair, 1) for pair in named]
         record = dict(
             args=dict(model=[name for name, _ in named], seed=seed),
             records=evaluation.compare(named, 1),
             traces={name: toy.trace_table([]) for name, _ in named},
-            responses={"x": dict(models=[evaluation.responses_of(*pair, 1) for pair in named])},
+            responses=dict(test=dict(questions=[], models=responses)),
         )
         write_gz(path / "evaluations" / f"{part}-{seed}.json.gz", json.dumps(record))
     for name in ("correct", "incorrect"):  # the dial: RLVR's weights, then those of the branch
@@ -180,44 +181,55 @@ def test_tables_from_the_runs_own_files(results, capsys):
     assert cells[6].startswith("-21.5 [-27.9, -15.1]") and cells[9:11] == ["9.7", "140"]
 
 
-def test_seeds_side_by_side_with_both_intervals_of_their_mean(monkeypatch):
+def test_seeds_side_by_side_with_both_intervals_of_their_mean(monkeypatch, capsys):
     rng = np.random.default_rng(0)
-    right = {
-        f"{name}-{seed}": rng.random((50, 2)) < share
-        for seed in (7, 8)
-        for name, share in (("rlvr", 0.5), ("correct", 0.9), ("incorrect", 0.1))
-    }
+    right, lengths = (
+        {f"{name}-{seed}": draw(share) for seed in "78" for name, share in shares.items()}
+        for shares, draw in [
+            (dict(rlvr=0.5, correct=0.9, incorrect=0.1), lambda share: rng.random((50, 2)) < share),
+            (dict(rlvr=90, correct=60, incorrect=30), lambda mean: rng.poisson(mean, (50, 2))),
+        ]
+    )
 
-    def of_seed(part, seed):
+    def of_seed(seed):
         models = [
-            dict(name=name, lengths=[[9, 9]] * 50, reasons=np.where(ok, "correct", "wrong"))
+            dict(name=name, lengths=lengths[name], reasons=np.where(ok, "correct", "wrong"))
             for name, ok in right.items()
-            if name.endswith(str(seed))
+            if name.endswith(seed)
         ]
-        return dict(responses=dict(test=dict(models=models)))
+        return dict(responses=dict(test=dict(models=models, questions=questions[seed])))
 
-    monkeypatch.setattr(table, "evaluations", lambda part, seeds: [of_seed(part, s) for s in seeds])
-    rows = [row.strip("| ").split(" | ") for row in table.seeds_table("x", [7, 8]).split("\n")]
-    assert rows[0][1:] == ["seed 7", "seed 8", "mean, over seeds", "mean, over problems"]
-    cells = {row[0]: row[1:] for row in rows[2:]}
-    assert list(cells) == ["correct", "incorrect", "incorrect minus correct"]
-
-    def gained(branch, base):  # points, (seeds, problems)
-        found = [right[f"{branch}-{s}"].mean(1) - right[f"{base}-{s}"].mean(1) for s in (7, 8)]
-        return 100 * np.array(found)
-
-    for name, pair in (
-        ("correct", "correct rlvr"),
-        ("incorrect minus correct", "incorrect correct"),
+    questions = {"7": ["1+1?"], "8": ["1+1?"]}
+    monkeypatch.setattr(table, "evaluations", lambda part, seeds: map(of_seed, seeds))
+    rows = [row.strip("|").split(" | ") for row in table.seeds_table("x", "78").split("\n")]
+    assert rows[0][2:] == ["seed 7", "seed 8", "mean, over seeds", "mean, over problems "]
+    names = ["correct", "incorrect", "incorrect against correct"]
+    assert [row[0].strip() for row in rows[2::2]] == names
+    drawn = np.random.default_rng(0).integers(50, size=(evaluation.DRAWS, 50))
+    for name, after, before in (
+        ("correct", "correct", "rlvr"),
+        ("incorrect against correct", "incorrect", "correct"),
     ):
-        points = gained(*pair.split())
-        draws = points[:, np.random.default_rng(0).integers(50, size=(evaluation.DRAWS, 50))]
-        expected = [
-            evaluation.interval(p.mean(), d.mean(1)) for p, d in zip(points, draws, strict=True)
+        first = 2 + 2 * names.index(name)
+        pairs = [(after + f"-{seed}", before + f"-{seed}") for seed in "78"]
+        gained = [100.0 * (right[a].mean(1) - right[b].mean(1)) for a, b in pairs]
+        shorter = [
+            [100 * (lengths[a][rows].mean((1, 2)) / lengths[b][rows].mean((1, 2)) - 1)]
+            for rows in (np.arange(50)[None], drawn)
+            for a, b in pairs
         ]
-        expected.append(results_module.mean_interval(points.mean(1)))
-        expected.append(evaluation.interval(points.mean(), draws.mean((0, 2))))
-        assert [cell.split(";")[0] for cell in cells[name]] == [*map(table.change, expected)]
+        points = [(g.mean(), g[drawn].mean(1)) for g in gained]
+        percent = [(shorter[i][0][0], shorter[i + 2][0]) for i in range(2)]
+        for row, pairs in ((rows[first], points), (rows[first + 1], percent)):
+            estimates, draws = zip(*pairs, strict=True)
+            expected = [evaluation.interval(*pair) for pair in pairs]
+            expected.append(results_module.mean_interval(estimates))
+            expected.append(evaluation.interval(np.mean(estimates), np.mean(draws, 0)))
+            assert [cell.strip() for cell in row[2:]] == [*map(table.change, expected)]
+    questions["8"] = ["1+2?"]
+    with pytest.raises(SystemExit):
+        table.seeds_table("x", "78")
+    assert "seeds 7 8 have other problems" in capsys.readouterr().err
 
 
 def test_check_names_the_tables_that_are_stale_and_writes_nothing(results, capsys):

@@ -146,14 +146,12 @@ def brief_table(records):
     return markdown(["branch", "accuracy, points", "length, %"], rows)
 
 
-def changes_of(evaluation, seed):
+def changes_of(responses, seed):
     """{branch: {accuracy, length: (estimate, draws of it)}}: a seed's changes against its first
-    model, and those of each incorrect branch minus the correct one's.
+    model, and those of each incorrect branch against the correct one.
 
-    The draws of all branches and seeds resample the same problems, so that they can be subtracted
-    and averaged.
+    Bootstraps of equally many problems draw the same ones: draws of seeds can be averaged.
     """
-    (responses,) = evaluation["responses"].values()
     means = {
         branch_of(model["name"], seed): (
             (np.array(model["reasons"]) == "correct").mean(1),
@@ -166,32 +164,32 @@ def changes_of(evaluation, seed):
     for branch in others:
         correct = branch.replace("incorrect", "correct")
         if correct != branch:
-            changes[f"{branch} minus correct"] = {
-                key: tuple(a - b for a, b in zip(mine, changes[correct][key], strict=True))
-                for key, mine in changes[branch].items()
-            }
+            pair = means[correct], means[branch]
+            changes[f"{branch} against correct"] = paired_bootstrap(*pair)
     return changes
 
 
 def seeds_table(part, seeds):
     """Changes of the branches with their 95% interval over problems, a column a seed; of several
-    seeds also the means, with the interval over seeds and that over the problems.
+    seeds, on the same problems, also their mean with that over seeds and that over problems.
     """
-    found = [changes_of(*pair) for pair in zip(evaluations(part, seeds), seeds, strict=True)]
-    header = ["branch: accuracy, points; length, %", *(f"seed {seed}" for seed in seeds)]
+    found = [file["responses"]["test"] for file in evaluations(part, seeds)]
+    if any(responses["questions"] != found[0]["questions"] for responses in found):
+        fail(f"evaluations of {part}: seeds {' '.join(seeds)} have other problems")
+    found = [changes_of(*pair) for pair in zip(found, seeds, strict=True)]
+    header = ["branch", "change", *(f"seed {seed}" for seed in seeds)]
     header += ["mean, over seeds", "mean, over problems"] if len(seeds) > 1 else []
     rows = []
     for branch in found[0]:
-        cells = []  # a measure each, of a cell a column
-        for key in ("accuracy", "length"):
+        for key, unit in (("accuracy", "points"), ("length", "%")):
             pairs = [changes[branch][key] for changes in found]
-            column = [interval(*pair) for pair in pairs]
+            cells = [interval(*pair) for pair in pairs]
             if len(seeds) > 1:
                 estimates, draws = zip(*pairs, strict=True)
-                column.append(mean_interval(estimates))
-                column.append(interval(np.mean(estimates), np.mean(draws, 0)))
-            cells.append(map(change, column))
-        rows.append([branch, *map("; ".join, zip(*cells, strict=True))])
+                cells.append(mean_interval(estimates))
+                cells.append(interval(np.mean(estimates), np.mean(draws, 0)))
+            name = branch if key == "accuracy" else ""
+            rows.append([name, f"{key}, {unit}", *map(change, cells)])
     return markdown(header, rows)
 
 
