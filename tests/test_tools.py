@@ -131,7 +131,7 @@ def write_results(path, seed):
     for r in rollouts:
         r.measures = torch.rand(5, 100)
     bins = kl_by_position(rollouts, 8)
-    write_gz(path / f"kl-{seed}.jsonl.gz", json.dumps(dict(step=1, bin=8, **bins)))
+    write_gz(path / f"kl-{seed}.jsonl.gz", *[json.dumps(dict(step=1, bin=8, **bins))] * 4)
 
 
 def write_bench(path, name):
@@ -272,7 +272,7 @@ def test_figures_from_the_runs_own_files(figure, name, results):
     assert (results / f"{figure}.svg").exists()
 
 
-def test_position_leaves_out_where_few_rollouts_are_left(tmp_path, monkeypatch):
+def test_position_leaves_out_where_few_rollouts_are_left(tmp_path, monkeypatch, capsys):
     bins = dict(kl=[8.0, 60.0, 90.0], tokens=[80, 60, 9], rollouts=[10, 10, 9])
     outcomes = dict.fromkeys(plot.COLOURS, bins)
     write(tmp_path / "kl.jsonl", json.dumps(dict(step=1, bin=8, **outcomes)))
@@ -282,6 +282,11 @@ def test_position_leaves_out_where_few_rollouts_are_left(tmp_path, monkeypatch):
         line, counts = axes.get_lines()[0], axes.child_axes[0].get_lines()[0]
         np.testing.assert_allclose(line.get_ydata(), [0.1, 1.0, np.nan])
         assert list(line.get_xdata()) == [4, 12, 20] and list(counts.get_ydata()) == [10, 10, 9]
+    bins["rollouts"] = [9, 9, 9]
+    write(tmp_path / "few.jsonl", json.dumps(dict(step=1, bin=8, **outcomes)))
+    with pytest.raises(SystemExit):
+        plot.main(["position", str(tmp_path / "few.jsonl"), "--out", str(tmp_path / "f")])
+    assert "no position with 10 rollouts" in capsys.readouterr().err
 
 
 def test_pairs_are_a_line_a_pipeline_and_means_with_their_interval(monkeypatch):

@@ -304,6 +304,8 @@ def position(axes, files, args):
         means = np.where(total["rollouts"] < LEAST, np.nan, total["kl"] / total["tokens"])
         axes.plot(x, means, color=color, label=outcome)
         below.plot(x, total["rollouts"], color=color)
+    if not any(np.isfinite(line.get_ydata()).any() for line in axes.get_lines()):
+        raise ValueError(f"no position with {LEAST} rollouts")
     axes.set_ylabel("reverse KL, nats per token")
     axes.tick_params(labelbottom=False)
     axes.legend(frameon=False)
