@@ -10,7 +10,7 @@ from tools import read_json
 RESULTS = os.path.join(HERE, "results")
 SEEDS = [str(seed) for seed in range(101, 109)]  # of the pipelines; the first FEW have more runs
 FEW = 3
-REAL_SEEDS = ["1"]  # of the pretrained model
+REAL_SEEDS = ["1", "2", "3"]  # of the pretrained model
 
 # Two-sided 95% quantile of Student's t for n seeds.
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
