@@ -17,7 +17,18 @@ import sft
 import toy
 from rollout import kl_by_position
 from tests.helpers import graded, some_rollouts, write
-from tools import dose, gates, memory, paper, plot, pretrained, table, token_classes, top_tokens
+from tools import (
+    dose,
+    gates,
+    memory,
+    paper,
+    plot,
+    pretrained,
+    seeds,
+    table,
+    token_classes,
+    top_tokens,
+)
 from tools import results as results_module
 
 
@@ -182,14 +193,11 @@ def test_tables_from_the_runs_own_files(results, capsys):
 
 
 def test_seeds_side_by_side_with_both_intervals_of_their_mean(monkeypatch, capsys):
-    rng = np.random.default_rng(0)
-    right, lengths = (
-        {f"{name}-{seed}": draw(share) for seed in "78" for name, share in shares.items()}
-        for shares, draw in [
-            (dict(rlvr=0.5, correct=0.9, incorrect=0.1), lambda share: rng.random((50, 2)) < share),
-            (dict(rlvr=90, correct=60, incorrect=30), lambda mean: rng.poisson(mean, (50, 2))),
-        ]
-    )
+    rng, right, lengths = np.random.default_rng(0), {}, {}
+    for seed in "78":
+        for name, share, mean in (("rlvr", 0.5, 90), ("correct", 0.9, 60), ("incorrect", 0.1, 30)):
+            right[f"{name}-{seed}"] = rng.random((50, 2)) < share
+            lengths[f"{name}-{seed}"] = rng.poisson(mean, (50, 2))
 
     def of_seed(seed):
         models = [
@@ -200,8 +208,8 @@ def test_seeds_side_by_side_with_both_intervals_of_their_mean(monkeypatch, capsy
         return dict(responses=dict(test=dict(models=models, questions=questions[seed])))
 
     questions = {"7": ["1+1?"], "8": ["1+1?"]}
-    monkeypatch.setattr(table, "evaluations", lambda part, seeds: map(of_seed, seeds))
-    rows = [row.strip("|").split(" | ") for row in table.seeds_table("x", "78").split("\n")]
+    monkeypatch.setattr(seeds, "evaluations", lambda part, seeds: map(of_seed, seeds))
+    rows = [row.strip("|").split(" | ") for row in seeds.seeds_table("x", "78").split("\n")]
     assert rows[0][2:] == ["seed 7", "seed 8", "mean, over seeds", "mean, over problems "]
     names = ["correct", "incorrect", "incorrect against correct"]
     assert [row[0].strip() for row in rows[2::2]] == names
@@ -213,13 +221,13 @@ def test_seeds_side_by_side_with_both_intervals_of_their_mean(monkeypatch, capsy
         first = 2 + 2 * names.index(name)
         pairs = [(after + f"-{seed}", before + f"-{seed}") for seed in "78"]
         gained = [100.0 * (right[a].mean(1) - right[b].mean(1)) for a, b in pairs]
-        shorter = [
-            [100 * (lengths[a][rows].mean((1, 2)) / lengths[b][rows].mean((1, 2)) - 1)]
-            for rows in (np.arange(50)[None], drawn)
-            for a, b in pairs
-        ]
         points = [(g.mean(), g[drawn].mean(1)) for g in gained]
-        percent = [(shorter[i][0][0], shorter[i + 2][0]) for i in range(2)]
+        percent = [
+            [100 * (lengths[a][i].mean((-2, -1)) / lengths[b][i].mean((-2, -1)) - 1)]
+            for a, b in pairs
+            for i in (np.arange(50), drawn)
+        ]
+        percent = [(*percent[i], *percent[i + 1]) for i in (0, 2)]
         for row, pairs in ((rows[first], points), (rows[first + 1], percent)):
             estimates, draws = zip(*pairs, strict=True)
             expected = [evaluation.interval(*pair) for pair in pairs]
@@ -228,7 +236,7 @@ def test_seeds_side_by_side_with_both_intervals_of_their_mean(monkeypatch, capsy
             assert [cell.strip() for cell in row[2:]] == [*map(table.change, expected)]
     questions["8"] = ["1+2?"]
     with pytest.raises(SystemExit):
-        table.seeds_table("x", "78")
+        seeds.seeds_table("x", "78")
     assert "seeds 7 8 have other problems" in capsys.readouterr().err
 
 

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import HERE, Parser, fail, start
-from eval import interval, paired_bootstrap
 from run import write_json
 from tools import dose, gates, markdown, memory, read_json, results
 from tools.paper import EXPERIMENTS, experiments_table
@@ -35,6 +34,7 @@ from tools.results import (
     mean,
     mean_interval,
 )
+from tools.seeds import seeds_table
 
 
 class Part(NamedTuple):
@@ -144,53 +144,6 @@ def brief_table(records):
         if r["group"] == "all" and "accuracy_change" in r and " reading " not in r["branch"]
     ]
     return markdown(["branch", "accuracy, points", "length, %"], rows)
-
-
-def changes_of(responses, seed):
-    """{branch: {accuracy, length: (estimate, draws of it)}}: a seed's changes against its first
-    model, and those of each incorrect branch against the correct one.
-
-    Bootstraps of equally many problems draw the same ones: draws of seeds can be averaged.
-    """
-    means = {
-        branch_of(model["name"], seed): (
-            (np.array(model["reasons"]) == "correct").mean(1),
-            np.mean(model["lengths"], 1),
-        )
-        for model in responses["models"]
-    }
-    first, *others = means
-    changes = {branch: paired_bootstrap(means[first], means[branch]) for branch in others}
-    for branch in others:
-        correct = branch.replace("incorrect", "correct")
-        if correct != branch:
-            pair = means[correct], means[branch]
-            changes[f"{branch} against correct"] = paired_bootstrap(*pair)
-    return changes
-
-
-def seeds_table(part, seeds):
-    """Changes of the branches with their 95% interval over problems, a column a seed; of several
-    seeds, on the same problems, also their mean with that over seeds and that over problems.
-    """
-    found = [file["responses"]["test"] for file in evaluations(part, seeds)]
-    if any(responses["questions"] != found[0]["questions"] for responses in found):
-        fail(f"evaluations of {part}: seeds {' '.join(seeds)} have other problems")
-    found = [changes_of(*pair) for pair in zip(found, seeds, strict=True)]
-    header = ["branch", "change", *(f"seed {seed}" for seed in seeds)]
-    header += ["mean, over seeds", "mean, over problems"] if len(seeds) > 1 else []
-    rows = []
-    for branch in found[0]:
-        for key, unit in (("accuracy", "points"), ("length", "%")):
-            pairs = [changes[branch][key] for changes in found]
-            cells = [interval(*pair) for pair in pairs]
-            if len(seeds) > 1:
-                estimates, draws = zip(*pairs, strict=True)
-                cells.append(mean_interval(estimates))
-                cells.append(interval(np.mean(estimates), np.mean(draws, 0)))
-            name = branch if key == "accuracy" else ""
-            rows.append([name, f"{key}, {unit}", *map(change, cells)])
-    return markdown(header, rows)
 
 
 def mechanism_table(part, seeds):
