@@ -9,16 +9,19 @@
 Everything downstream works on token ids; text is rendered here once and never tokenised again.
 """
 
+import json
+import math
+import os
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
 
 import numpy as np
 
 import toy
 from answers import normal
-from cli import fail, tiny
-from files import pick, read_rows
+from run import fail, one_line, tiny
 from verify import Verifier
 
 
@@ -60,7 +63,6 @@ def add_data_flags(parser, several=False):
         ("solution", SOLUTION_FIELDS),
     ):
         add(f"--{name}-field", help=f"its field in a row (else the first of {', '.join(fields)})")
-    add("--hard", type=float, default=toy.HARD_SHARE, help="embedded task: share of hard problems")
 
 
 def add_held_out_flags(parser):
@@ -71,10 +73,8 @@ def add_held_out_flags(parser):
     add("--eval-every", type=int, default=0, help="steps between evaluations; 0 = before and after")
 
 
-def embedded_problems(count, seed, held_out=False, hard=toy.HARD_SHARE):
-    if not 0 <= hard <= 1:
-        fail(f"--hard {hard}: a share between 0 and 1")
-    return [Problem(**row) for row in toy.problem_rows(count, seed, held_out, hard)]
+def embedded_problems(count, seed, held_out=False):
+    return [Problem(**row) for row in toy.problem_rows(count, seed, held_out)]
 
 
 def load_problems(args, count):
@@ -83,7 +83,7 @@ def load_problems(args, count):
     Ends the program on a bad file or row, naming file, row and field.
     """
     if args.data is None:
-        return embedded_problems(count, args.seed, False, args.hard)
+        return embedded_problems(count, args.seed)
     if args.model in (tiny("sft"), tiny("rlvr")):
         print(f"--data: it is the embedded {args.model} that is trained on it; see --model")
     return load_file(args.data, args)
@@ -100,7 +100,7 @@ def load_held_out(args, problems):
     if args.eval_data:
         held_out = load_file(args.eval_data, args, "--eval-data")[: args.eval_problems]
     else:
-        held_out = embedded_problems(args.eval_problems, args.seed, True, args.hard)
+        held_out = embedded_problems(args.eval_problems, args.seed, held_out=True)
     questions = {p.question for p in held_out}
     kept = [p for p in problems if p.question not in questions]
     dropped = len(problems) - len(kept)
@@ -181,6 +181,89 @@ def check_wrong(problem, where):
         fail(f"{where}: wrong_answer is the answer")
 
 
+def read_rows(path, split, flag="--data"):
+    """Yields (place for error messages, row as a dict)."""
+    is_json, is_parquet = path.endswith((".jsonl", ".json")), path.endswith(".parquet")
+    if (is_json or is_parquet) and not os.path.isfile(path):
+        fail(f"{flag} {path}: no such file")
+    if is_json:
+        yield from read_json(path)
+        return
+    if not is_parquet and (os.path.exists(path) or path.count("/") != 1):
+        fail(f"{flag} {path}: not a .jsonl or .parquet file, nor a data set id (owner/name)")
+    try:
+        rows = read_parquet(path) if is_parquet else read_data_set(path, split)
+    except Exception as error:  # a hub out of reach, a wrong id, a broken file: one line is enough
+        fail(f"{flag} {path}: {type(error).__name__}: {one_line(error)}")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", row
+
+
+def read_json(path):
+    """Rows of a UTF-8 file, with or without a BOM: one JSON object a line, or one array of them."""
+    with open(path, "rb") as file:
+        content = file.read()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:4]:
+        fail(f"{path}: UTF-16 or another wide encoding; save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        where, wrong = f"{path}, line {number}", f"byte 0x{byte:02x} is not UTF-8 (latin-1?)"
+        fail(f"{where}: {wrong}; save the file as UTF-8")
+    if text.lstrip().startswith("["):
+        try:
+            rows = [(f"{path}, row {i}", row) for i, row in enumerate(json.loads(text), 1)]
+        except ValueError as error:
+            fail(f"{path}: begins like a JSON array, but is not JSON ({error})")
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):  # U+2028 may stand in a string
+            try:
+                rows += [(f"{path}, line {number}", json.loads(line))] if line.strip() else []
+            except ValueError as error:
+                fail(f"{path}, line {number}: not JSON ({error})")
+    for where, row in rows:
+        if not isinstance(row, dict):
+            fail(f"{where}: not a JSON object")
+        yield where, row
+
+
+def read_parquet(path):
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def read_data_set(name, split):
+    import datasets
+
+    rows = datasets.load_dataset(*name.split(":", 1), split=split)
+    if split is not None:
+        return rows
+    names = list(rows)
+    return rows["train" if "train" in names or len(names) > 1 else names[0]]
+
+
+def pick(row, field, candidates, where, flag, required=True):
+    """The text of `field`, or of the first of `candidates` in the row.
+
+    Numbers become plain decimals (1e-05 would be read as e - 5); NaN and infinity are a missing
+    value, as an empty text is.
+    """
+    names = [field] if field else [name for name in candidates if name in row]
+    value = row.get(names[0]) if names else None
+    infinite = isinstance(value, float) and math.isinf(value)
+    if value is None or infinite or str(value).strip().lower() in ("", "nan"):
+        if required:
+            wanted, has = field or " / ".join(candidates), ", ".join(map(str, row))
+            fail(f"{where}: no {wanted} (name the field with {flag}; the row has {has})")
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        fail(f"{where}: field {names[0]} is {type(value).__name__}, not text or a number")
+    return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
+
+
 def problem_batch(problems, position, count, seed):
     """`count` problems from `position` on in an endless stream; each epoch is a permutation of its
     own, fixed by the seed.
@@ -258,10 +341,9 @@ def require_thinking_switch(tokenizer, thinking, flag="--thinking"):
 # Each is a function (rollouts, write, args) -> one text a rollout, or None where it failed. `write`
 # takes one prompt a rollout and returns what the frozen teacher writes to it, or None where that is
 # empty or truncated; `args` are the flags. A new context is a function, a template if it needs one,
-# and an entry. The last three are controls: references that are not quite the problem's.
+# and an entry. The last two are controls: references that are not the problem's.
 
 REFERENCE = "Here is a reference solution:\n{solution}\nThe answer is {answer}."
-PART = "Here is a reference solution:\n{part} ..."
 ANSWER = "The correct answer is {answer}."
 CONCISE = (
     "Solve this concisely and correctly: be direct, do not restate the problem, and write only the "
@@ -357,18 +439,6 @@ def with_wrong_answer(problem):
     return re.sub(whole, lambda match: answer, problem.solution), answer
 
 
-def part(rollouts, write, args):
-    """The first --part of the solution, in words, rounded down, and no answer."""
-    if args.part > 1:
-        fail(f"--part {args.part}: a share, at most 1")
-    texts = []
-    for r in rollouts:
-        words = list(re.finditer(r"\S+", r.problem.solution))
-        count = int(args.part * len(words))
-        texts.append(PART.format(part=r.problem.solution[: words[count - 1].end() if count else 0]))
-    return texts
-
-
 CONTEXTS = {
     "none": given(""),
     "solution": given(REFERENCE),
@@ -381,7 +451,6 @@ CONTEXTS = {
     "resolve": written(RESOLVE, OWN_SOLUTION),
     "other": of_another,
     "wrong": wrong,
-    "part": part,
 }
 NEED_SOLUTION = set(CONTEXTS) - {"none", "answer", "instruction", "reflection"}
 

@@ -26,11 +26,18 @@ import data
 import ranks
 import rollout
 import samplers
-import toy
-from cli import Parser, add_run_flags, fail, provenance, set_up, start
 from data import CONTEXTS
 from model import load_model, load_tokenizer
-from run import check_out, write_json
+from run import (
+    Parser,
+    add_run_flags,
+    check_out,
+    fail,
+    provenance,
+    set_up,
+    start,
+    write_json,
+)
 from verify import Verifier
 
 # Table 3 of the paper: words that mark hesitation.
@@ -273,7 +280,7 @@ class HeldOut:
 def load_benchmarks(args):
     """{name: problems}: one a file or data set of `--data`, or the embedded held-out side."""
     if not args.data:
-        return {"embedded": data.embedded_problems(args.problems, args.seed, True, args.hard)}
+        return {"embedded": data.embedded_problems(args.problems, args.seed, held_out=True)}
     names = [os.path.splitext(os.path.basename(path))[0] for path in args.data]
     if len(set(names)) < len(names):
         fail(f"--data {' '.join(args.data)}: two benchmarks of one name")
@@ -292,7 +299,7 @@ def main(argv=None):
     for path in args.model:
         load_tokenizer(path)  # a wrong one is found here, not after the first was evaluated
     named = {benchmark: [] for benchmark in benchmarks}
-    traces, sampler = {}, None
+    sampler = None
     with Verifier() as verifier:
         for path in args.model:
             model, tokenizer = load_model(path, device, args.dtype)
@@ -315,15 +322,13 @@ def main(argv=None):
                         sampler, tokenizer, problems, verifier, args, args.samples, texts
                     )
                     named[benchmark].append((name, rollouts))
-                    if not args.data and args.thinking == "on":
-                        traces[name] = toy.trace_table(rollouts)
-    records = report(benchmarks, named, traces, args)
+    records = report(benchmarks, named, args)
     if args.out:
-        write_evaluation(benchmarks, named, records, traces, args)
+        write_evaluation(benchmarks, named, records, args)
     ranks.leave()
 
 
-def report(benchmarks, named, traces, args):
+def report(benchmarks, named, args):
     """Prints all tables; returns the records."""
     records = []
     settings = f"temperature {args.temperature}, cap {args.max_new_tokens} tokens"
@@ -343,15 +348,10 @@ def report(benchmarks, named, traces, args):
         if r["change"] and r["group"] == "all":
             counts = ", ".join(f"{key} {value:.1f}" for key, value in r["shift"].items())
             print(f"shift of {r['name']} on {r['benchmark']}, expected problems: {counts}")
-    for name, table in traces.items():
-        print(f"\nsteps of {name}, percent")
-        for kind, row in table.items():
-            shares = [f"{key.replace('_', ' ')} {row[key]:.1f}" for key in row if key != "steps"]
-            print(f"  {kind}  {row['steps']} steps  {'  '.join(shares)}")
     return records
 
 
-def write_evaluation(benchmarks, named, records, traces, args):
+def write_evaluation(benchmarks, named, records, args):
     """Writes --out: the settings, all tables, and every response's outcome and length."""
     responses = {
         benchmark: dict(
@@ -361,7 +361,7 @@ def write_evaluation(benchmarks, named, records, traces, args):
         )
         for benchmark, problems in benchmarks.items()
     }
-    record = dict(args=vars(args), **provenance(), records=records, traces=traces)
+    record = dict(args=vars(args), **provenance(), records=records)
     write_json(args.out, dict(**record, responses=responses))
     print(f"\nwritten to {args.out}")
 

@@ -1,7 +1,7 @@
 """The model: loading and saving, rows of token ids -> hidden states, the backward pass, the step.
 
 Axes: B rows, T tokens of a row, D width, V vocabulary, R response tokens of a micro-batch,
-C those of a chunk, P those of a piece, M measures of a token.
+C those of a chunk, P those of a piece.
 """
 
 import math
@@ -13,9 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import ranks
-from cli import fail, one_line
 from ranks import device_of, open_head
-from run import write_whole
+from run import fail, one_line, write_whole
 
 CLIP = 1.0  # gradient norm, the paper's
 
@@ -95,10 +94,7 @@ def save_model(path, model, tokenizer):
     On several ranks all must call it, rank 0 writes.
     """
     temporary = os.path.join(path, ".saving")
-    # A tied matrix once.
-    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name in names}
-    state = ranks.full_state(state)
+    state = ranks.full_state(model)
     if ranks.rank_and_world()[0]:
         return
     try:
@@ -185,12 +181,6 @@ def response_hidden(model, rows):
     return hidden[mask]  # (R, D)
 
 
-def response_targets(model, rows):
-    """The scored ids of `rows` in the order of `response_hidden`: (R,)."""
-    ids = [token for row in rows for part in row[1::2] for token in part]
-    return torch.tensor(ids, device=device_of(model))
-
-
 def slices(count, vocabulary, logits):
     """Slices of `count` tokens with at most `logits` logits each, or a single token."""
     size = max(1, int(logits) // vocabulary)
@@ -205,7 +195,7 @@ def chunks_of(hidden, model):
 def sampled_logps(model, rows):
     """Log-probabilities of the response tokens: (R,), without gradient, chunk by chunk."""
     with torch.no_grad():
-        hidden, ids = response_hidden(model, rows), response_targets(model, rows)  # (R, D), (R,)
+        hidden, ids = response_hidden(model, rows), scored_ids(model, rows)  # (R, D), (R,)
         head, _ = open_head(model)
         parts = []
         for chunk in chunks_of(hidden, model):
@@ -214,64 +204,81 @@ def sampled_logps(model, rows):
         return torch.cat(parts)
 
 
+def scored_ids(model, rows):
+    """The scored ids of `rows` in the order of `response_hidden`: (R,)."""
+    ids = [token for row in rows for part in row[1::2] for token in part]
+    return torch.tensor(ids, device=device_of(model))
+
+
 # ------------------------------------------------------------------------------------------------
 # The backward pass of all three losses, and the step
 
 
-def backward_in_chunks(student, rows, token_loss, teacher=None, teacher_hidden=None):
-    """Adds the gradient of the sum of a per-token loss to the student's: (loss, measures (M, R)).
+def backward_in_chunks(student, rows, token_loss, tokens, args, teacher=None, teacher_hidden=None):
+    """Adds the gradient of the sum of a per-token loss to the student's: (loss, measures).
 
-    rows: see response_hidden. teacher_hidden: (R, D), the teacher's states at the same tokens.
-    token_loss(student_logps (P, V), teacher_logps (P, V) or None, piece) -> (losses (P,), measures
-    (M, P)): the loss of tokens `piece`, a slice of the R, from log-probabilities in float32.
+    rows: see response_hidden. tokens: a NamedTuple of what the loss knows of each response token,
+    (R,) each or None. teacher_hidden: (R, D), the teacher's states at the same tokens.
+    token_loss(student_logps (P, V), teacher_logps (P, V) or None, tokens, args) -> (losses (P,),
+    {name: (P,)}), from log-probabilities in float32. Returns the loss, a scalar tensor, and the
+    measures, {name: (R,)}.
 
     A full (R, V) tensor is 0.6 GB per 1,000 tokens at Qwen's vocabulary. So the head runs forward
     and backward chunk by chunk, which adds up gradients of the head and of the hidden states; those
-    then go through the student's body together. Nothing is computed twice.
+    then go through the student's body together. Nothing is computed twice, and the gradient is that
+    of the whole: the loss is a sum over tokens whose weights were fixed beforehand, so chunks share
+    nothing but the weights of the head, in which their gradients add up.
     """
     hidden = response_hidden(student, rows)  # (R, D)
     head, close = open_head(student)
     teacher_head = open_head(teacher)[0] if teacher else None
-    total, gradients, measures = 0.0, [], []
+    losses, gradients, measures = [], [], []
     for chunk in chunks_of(hidden, student):
         leaf = hidden[chunk].detach().requires_grad_()  # (C, D)
         logits = head(leaf)  # (C, V)
         with torch.no_grad():
             teacher_logits = teacher_head(teacher_hidden[chunk]) if teacher else None  # (C, V)
-        gradient = logits.detach()  # the same memory: first the logits, then their gradient
-        loss, measured = replace_by_gradient(gradient, teacher_logits, token_loss, chunk)
+        # The gradient takes the place of the logits, piece by piece, so that a chunk exists once
+        # for each model. That is legal: the backward pass of a linear layer reads its input and its
+        # weight, never its output.
+        gradient = logits.detach()  # the same memory
+        for piece in slices(*logits.shape, PIECE[logits.device.type]):
+            known = take(tokens, slice(chunk.start + piece.start, chunk.start + piece.stop))
+            part = gradient[piece], None if teacher is None else teacher_logits[piece]
+            gradient[piece], loss, measured = differentiate(token_loss, *part, known, args)
+            losses.append(loss)
+            measures.append(measured)
         logits.backward(gradient)
-        total += loss
         gradients.append(leaf.grad)
-        measures.append(measured)
     close()
     hidden.backward(torch.cat(gradients))
-    return total, torch.cat(measures, 1)
+    measures = {name: torch.cat([part[name] for part in measures]) for name in measures[0]}
+    return torch.stack(losses).sum(), measures
 
 
-def replace_by_gradient(logits, teacher_logits, token_loss, chunk):
-    """Overwrites a chunk's logits (C, V) by the gradient of its loss: (loss, measures (M, C)).
+def differentiate(token_loss, logits, teacher_logits, tokens, args):
+    """Of a piece: (gradient of its summed loss in the logits (P, V), that loss, its measures).
 
-    The one trick of this file. Autograd over the whole chunk would keep ten tensors of its size
-    (log-probabilities, their exponentials, each one's gradient). Here a piece's loss is
-    differentiated at once, its gradient takes its logits' place, and all else is freed: a chunk
-    exists once for each model, and on a CPU a piece stays in the cache.
+    Autograd over a whole chunk would keep ten tensors of its size (log-probabilities, their
+    exponentials, each one's gradient). Here they are freed piece by piece, and on a CPU a piece
+    stays in the cache.
     """
-    losses, measures = [], []
-    for part in slices(*logits.shape, PIECE[logits.device.type]):
-        leaf = logits[part].detach().requires_grad_()  # (P, V)
-        student_logps = torch.log_softmax(leaf.float(), -1)  # (P, V)
-        teacher_logps = None
-        if teacher_logits is not None:
-            with torch.no_grad():
-                teacher_logps = torch.log_softmax(teacher_logits[part].float(), -1)  # (P, V)
-        piece = slice(chunk.start + part.start, chunk.start + part.stop)
-        loss, measured = token_loss(student_logps, teacher_logps, piece)  # (P,), (M, P)
-        loss = loss.sum()
-        logits[part] = torch.autograd.grad(loss, leaf)[0]
-        losses.append(loss.detach())
-        measures.append(measured)
-    return torch.stack(losses).sum().item(), torch.cat(measures, 1)
+    teacher_logps = None
+    if teacher_logits is not None:
+        teacher_logps = torch.log_softmax(teacher_logits.float(), -1)  # (P, V)
+
+    def summed(logits):
+        student_logps = torch.log_softmax(logits.float(), -1)  # (P, V)
+        losses, measures = token_loss(student_logps, teacher_logps, tokens, args)
+        return losses.sum(), measures
+
+    gradient, (loss, measures) = torch.func.grad_and_value(summed, has_aux=True)(logits)
+    return gradient, loss, measures
+
+
+def take(tokens, piece):
+    """The part of a NamedTuple of columns, some of which may be None."""
+    return tokens._make(None if column is None else column[piece] for column in tokens)
 
 
 def make_optimizer(model, args):

@@ -1,18 +1,10 @@
-"""Stage 3, on-policy self-distillation (OPSD): the method of the paper.
+"""Stage 3, on-policy self-distillation (OPSD): the method of the paper, whole.
 
 The student samples responses; the verifier sorts them into correct, incorrect and truncated; the
 filter keeps some; the same model, frozen and shown a privileged context c, scores the very same
 tokens; the student moves towards it by a masked per-token KL (eq. 1):
 
     L = mean over kept y of 1/|y| sum_t KL( student(. | x, y_<t) || teacher(. | x, c, y_<t) )
-
-Divergences, per token over the whole vocabulary v (S student, T teacher):
-    reverse_kl   sum_v S log(S/T)           the paper's
-    forward_kl   sum_v T log(T/S)
-    jsd          beta KL(T||M) + (1-beta) KL(S||M), M = beta T + (1-beta) S
-    split        reverse_kl on correct rollouts, forward_kl on the others
-    rft          -log S(y_t): rejection-sampling fine-tuning on the same rollouts, a baseline
-losses.py has them, and the gates: a factor in [0, 1] on each token's divergence.
 
 Where this code departs from the paper, or fills in what it left open:
 1. Truncated rollouts are a third group beside correct and incorrect: the filters `all` and
@@ -24,6 +16,13 @@ Where this code departs from the paper, or fills in what it left open:
 5. The default context is the worked solution; the defaults are the embedded task's. The paper's:
    --lr 1e-6 --batch 32 --steps 100 --temperature 0.7 --max-new-tokens 8192 --context reflection.
 
+Divergences, per token over the whole vocabulary v (S student, T teacher):
+    reverse_kl   sum_v S log(S/T)           the paper's
+    forward_kl   sum_v T log(T/S)
+    jsd          beta KL(T||M) + (1-beta) KL(S||M), M = beta T + (1-beta) S
+    split        reverse_kl on correct rollouts, forward_kl on the others
+    rft          -log S(y_t): rejection-sampling fine-tuning on the same rollouts, a baseline
+
     python opsd.py --filter correct
     python opsd.py --filter correct --model MODEL --data train.jsonl --lr 1e-6 --batch 32 \\
         --max-new-tokens 8192 --out runs/mine
@@ -33,19 +32,18 @@ import copy
 import math
 import os
 import time
+from dataclasses import replace
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
 
 import data
-import losses
 import ranks
 import rollout
 import samplers
-import toy
-from cli import Parser, add_training_flags, fail, progress, set_up, start, tiny
 from data import CONTEXTS
 from eval import HeldOut
-from losses import DIVERGENCES, GATES, MEASURES, WEIGHTS, Tokens, gate_metrics, measure
 from model import (
     backward_in_chunks,
     load_model,
@@ -53,12 +51,19 @@ from model import (
     my_micro_batches,
     optimizer_step,
     response_hidden,
-    response_targets,
-    sampled_logps,
     save_model,
 )
-from rollout import rollout_metrics
-from run import Run, check_run_directory
+from run import (
+    Parser,
+    Run,
+    add_training_flags,
+    check_run_directory,
+    fail,
+    progress,
+    set_up,
+    start,
+    tiny,
+)
 from verify import Verifier
 
 
@@ -71,17 +76,13 @@ def parse_args(argv=None):
     add("--context", default="solution", choices=list(CONTEXTS), help="what the teacher reads too")
     rollout.add_context_flags(add)
     add("--reinject", type=int, default=0, help="tokens between recalls (table 5: 2048); 0 = off")
+    add("--teacher-thinking", choices=["on", "off"], help="of its prompt (else as --thinking)")
     add("--divergence", default="reverse_kl", choices=list(DIVERGENCES), help="formulas above")
     add("--beta", type=float, default=0.5, help="of jsd: weight of the teacher in the mixture")
-    losses.add_gate_flags(add)
-    add("--weights", default="equal", choices=list(WEIGHTS), help="factor on each outcome's loss")
-    add(
-        "--mean",
-        default="response",
-        choices=["response", "token"],
-        help="over responses of their token means (eq. 1), or over all tokens of the step",
-    )
-    add("--teacher-thinking", choices=["on", "off"], help="of its prompt (else as --thinking)")
+    add("--gate", default="all", choices=list(GATES), help="tokens that count")
+    unit = f"of gate {', '.join(BOUNDED)}: nats, or tokens from 0"
+    add("--gate-above", type=float, help=f"{unit}; this and above count; none = no bound")
+    add("--gate-below", type=float, help="likewise; what is under this counts; none = no bound")
     add("--teacher", default="frozen", choices=list(TEACHERS), help="how it follows the student")
     add("--ema", type=float, default=0.99, help="of --teacher ema: share of the old one kept")
     add("--refresh", type=int, default=10, help="of --teacher every: updates between copies")
@@ -95,112 +96,37 @@ def parse_args(argv=None):
         fail(f"--beta {args.beta}: strictly between 0 and 1 (jsd tends to 0 at both ends)")
     if args.ema >= 1:
         fail(f"--ema {args.ema}: below 1")
-    one = f"--filter {args.filter} keeps one outcome only; use --filter all"
-    several = args.filter in ("all", "not-correct")
-    if args.divergence == "split" and not several:
-        fail(f"--divergence split: {one}")
-    if args.weights != "equal" and not several:
-        fail(f"--weights {args.weights}: {one}")
-    losses.settle_gates(args)
+    if args.divergence == "split" and args.filter in ("correct", "incorrect"):
+        fail(f"--divergence split: --filter {args.filter} keeps one outcome only; use --filter all")
+    bounds = (args.gate_above, args.gate_below) != (None, None)
+    if args.gate in BOUNDED and not bounds:
+        fail(f"--gate {args.gate}: needs --gate-above or --gate-below")
+    if bounds and args.gate not in BOUNDED:
+        fail(f"--gate-above, --gate-below: not read by --gate {args.gate}")
     args.teacher_thinking = args.teacher_thinking or args.thinking
     return args
 
 
 # ------------------------------------------------------------------------------------------------
-# Filters: correctness gates states (whole rollouts), not token targets. A new one is an entry.
+# Filters: (rollouts of a draw, args) -> those that reach the loss. A new one is an entry, as in
+# each of the dicts below. Whole rollouts are kept or left out; the loss of a kept one is the same
+# whatever its outcome.
 
 FILTERS = {
-    "all": lambda r, args: True,
-    "correct": lambda r, args: r.outcome == "correct",
-    "incorrect": lambda r, args: r.outcome == "incorrect",
-    "not-correct": lambda r, args: r.outcome != "correct",
+    "all": lambda rollouts, args: rollouts,
+    "correct": lambda rollouts, args: [r for r in rollouts if r.outcome == "correct"],
+    "incorrect": lambda rollouts, args: [r for r in rollouts if r.outcome == "incorrect"],
+    "not-correct": lambda rollouts, args: [r for r in rollouts if r.outcome != "correct"],
 }
 
 # ------------------------------------------------------------------------------------------------
-# The loss
-
-
-def token_weights(rollouts, mean):
-    """Weight of each response token in the step's loss, a list a rollout. They sum to 1.
-
-    response: 1 / (responses x tokens of this response), eq. 1. token: 1 / (tokens of all).
-    """
-    lengths = [len(r.response_ids) for r in rollouts]
-    if mean == "token":
-        return [[1 / sum(lengths)] * length for length in lengths]
-    return [[1 / (len(rollouts) * length)] * length for length in lengths]
-
-
-def opsd_loss(student, teacher, rollouts, args):
-    """The loss of one micro-batch, its gradient added to the student's: (loss, measures (M, R)).
-
-    Each rollout carries its weights and what `read_by_teacher` gave it.
-    """
-    rows = [r.row for r in rollouts]
-    ids = response_targets(student, rows)  # (R,)
-
-    def of_tokens(values):
-        return torch.tensor([v for row in values for v in row], device=ids.device)  # (R,)
-
-    oracle = rollouts[0].token_classes is not None
-    tokens = Tokens(
-        ids=ids,
-        correct=of_tokens([r.outcome == "correct"] * len(r.response_ids) for r in rollouts),
-        advantage=of_tokens([r.advantage] * len(r.response_ids) for r in rollouts),
-        position=of_tokens(range(len(r.response_ids)) for r in rollouts),
-        weight=of_tokens(r.weights for r in rollouts),
-        control=torch.cat([r.control_logps for r in rollouts]) if args.contrast else None,
-        token_class=of_tokens(r.token_classes for r in rollouts) if oracle else None,
-    )
-
-    def token_loss(student_logps, teacher_logps, piece):
-        part = Tokens(*(column if column is None else column[piece] for column in tokens))
-        with torch.no_grad():
-            gates = [GATES[name](student_logps, teacher_logps, part, args) for name in args.gate]
-            gate = torch.stack(gates).amax(0)  # (P,)
-            measures = measure(student_logps, teacher_logps, part.ids, gate)  # (M, P)
-        divergence = DIVERGENCES[args.divergence](student_logps, teacher_logps, part, args)  # (P,)
-        return divergence * gate * part.weight, measures
-
-    teacher_hidden = torch.cat([r.teacher_hidden for r in rollouts])  # (R, D)
-    return backward_in_chunks(student, rows, token_loss, teacher, teacher_hidden)
-
-
-def accumulate_gradients(student, teacher, rollouts, args):
-    """The whole step's loss; gradients add up over micro-batches and ranks.
-
-    Each rollout gets its measures, (M, tokens).
-    """
-    factors = WEIGHTS[args.weights]
-    for r, weights in zip(rollouts, token_weights(rollouts, args.mean), strict=True):
-        factor = factors.get(r.outcome, 1.0)
-        r.weights = [w * factor for w in weights]  # one denominator, before the loop
-    loss, measures = 0.0, {}
-    groups = my_micro_batches(teacher_lengths(rollouts), args.micro_tokens)
-    for group, counts in progress(groups, "training"):
-        micro = [rollouts[i] for i in group]
-        if not counts:  # this rank runs along with the others
-            micro = [copy.copy(r) for r in micro]
-            for r in micro:
-                r.weights = [0.0] * len(r.response_ids)
-        micro_loss, micro_measures = opsd_loss(student, teacher, micro, args)
-        if counts:
-            loss += micro_loss
-            lengths = [len(r.response_ids) for r in micro]
-            measures.update(zip(group, micro_measures.cpu().split(lengths, 1), strict=True))
-    for r in rollouts:
-        r.teacher_hidden = None  # memory
-    return rollout.hand_out(rollouts, loss, measures)
-
-
-# ------------------------------------------------------------------------------------------------
-# The teacher
+# The teacher: what it reads, and how it follows the student
 
 RECALL = "\n\nActually, I recall:\n{context}\nContinuing from this.\n\n"
 
 
 def teacher_row(prompt, response, recall=(), every=0):
-    """The teacher's row (see response_hidden): its prompt and the response.
+    """The teacher's row (see model.response_hidden): its prompt and the student's response.
 
     With `every` the ids `recall` stand again before each further `every` response tokens
     (reinjection, table 5). They are read, not scored: no response token is moved or added.
@@ -213,63 +139,22 @@ def teacher_row(prompt, response, recall=(), every=0):
     return row
 
 
-def add_teacher_rows(rollouts, contexts, tokenizer, args, limit, controls=None):
+def add_teacher_rows(rollouts, contexts, tokenizer, args, limit):
     """(the rollouts that now have a teacher row, the number of those that failed): a context that
     is None, or a row that exceeds the model's context of `limit` tokens; nothing is cut.
-
-    controls: the contexts of the second teacher of --gate contrast, if any; likewise.
     """
+    layout = args.teacher_thinking == "on", args.context_first
     kept = []
-    for r, context, control in zip(rollouts, contexts, controls or contexts, strict=True):
-        if context is None or control is None:
+    for r, context in zip(rollouts, contexts, strict=True):
+        if context is None:
             continue
-        r.teacher_row = row_behind(context, r, tokenizer, args)
-        r.control_row = row_behind(control, r, tokenizer, args) if controls else None
-        if not limit or max(teacher_lengths([r])) <= limit:
+        prompt = data.render_prompt(tokenizer, r.problem, context, *layout)
+        recall = data.plain(tokenizer, RECALL.format(context=context)) if context else ""
+        recall = tokenizer(recall, add_special_tokens=False).input_ids
+        r.teacher_row = teacher_row(prompt, r.response_ids, recall, args.reinject)
+        if not limit or sum(map(len, r.teacher_row)) <= limit:
             kept.append(r)
     return kept, len(rollouts) - len(kept)
-
-
-def row_behind(context, r, tokenizer, args):
-    """The teacher's row of a rollout, its prompt holding `context`."""
-    layout = args.teacher_thinking == "on", args.context_first
-    prompt = data.render_prompt(tokenizer, r.problem, context, *layout)
-    recall = data.plain(tokenizer, RECALL.format(context=context)) if context else ""
-    recall = tokenizer(recall, add_special_tokens=False).input_ids
-    return teacher_row(prompt, r.response_ids, recall, args.reinject)
-
-
-def teacher_lengths(rollouts):
-    """Tokens of each teacher's row, or of the second teacher's where that is longer."""
-    pairs = [(r.teacher_row, r.control_row or []) for r in rollouts]
-    return [max(sum(map(len, row)) for row in pair) for pair in pairs]
-
-
-def add_token_classes(rollouts, tokenizer, args):
-    """What the oracle gates know of each token; nothing without such a gate."""
-    if toy.ORACLES.keys() & set(args.gate):
-        for r in rollouts:
-            texts = [tokenizer.decode([token]) for token in r.response_ids]
-            r.token_classes = toy.token_classes(r.problem, texts)
-
-
-def read_by_teacher(teacher, rollouts, args):
-    """Gives this rank's rollouts the teacher's hidden states at the response tokens, (tokens, D).
-
-    With --contrast also its log-probabilities of them when it reads the control's row, (tokens,).
-    All of the step's rows are read before any is trained on.
-    """
-    with torch.no_grad():  # inference mode fails under FSDP2 on one rank
-        for group, _ in my_micro_batches(teacher_lengths(rollouts), args.micro_tokens):
-            part = [rollouts[i] for i in group]
-            lengths = [len(r.response_ids) for r in part]
-            hidden = response_hidden(teacher, [r.teacher_row for r in part])  # (R, D)
-            for r, states in zip(part, hidden.split(lengths), strict=True):
-                r.teacher_hidden = states
-            if args.contrast:
-                logps = sampled_logps(teacher, [r.control_row for r in part])  # (R,)
-                for r, values in zip(part, logps.split(lengths), strict=True):
-                    r.control_logps = values
 
 
 def frozen_copy(model):
@@ -282,15 +167,166 @@ def move_weights(teacher, student, keep=0.0):
             old.lerp_(new.to(old.dtype), 1 - keep)
 
 
-# Called after each update with the number of updates so far. The teacher is always its own copy.
+def every(teacher, student, step, args):
+    if step["updates"] % args.refresh == 0:
+        move_weights(teacher, student)
+
+
+# (teacher, student, step, args) -> None, after each update. The teacher is always its own copy;
+# `step` is the step's record, see step_record.
 TEACHERS = {
-    "frozen": lambda teacher, student, updates, args: None,
-    "current": lambda teacher, student, updates, args: move_weights(teacher, student),
-    "ema": lambda teacher, student, updates, args: move_weights(teacher, student, args.ema),
-    "every": lambda teacher, student, updates, args: (
-        move_weights(teacher, student) if updates % args.refresh == 0 else None
-    ),
+    "frozen": lambda teacher, student, step, args: None,
+    "current": lambda teacher, student, step, args: move_weights(teacher, student),
+    "ema": lambda teacher, student, step, args: move_weights(teacher, student, args.ema),
+    "every": every,
 }
+
+# ------------------------------------------------------------------------------------------------
+# What a token contributes. Axes: P tokens, V vocabulary. Divergences and gates are functions
+# (student_logps (P, V), teacher_logps (P, V), tokens, args) -> (P,); s and t in the dicts.
+
+
+class Tokens(NamedTuple):
+    """What is known of each response token, (P,) each."""
+
+    ids: torch.Tensor  # the sampled ids
+    outcome: torch.Tensor  # its rollout's, as the index in rollout.OUTCOMES: 0 is correct
+    advantage: torch.Tensor  # its rollout's; 0 here, rlvr.py has them
+    position: torch.Tensor  # in its response, from 0
+    weight: torch.Tensor  # in the step's loss
+    tag: torch.Tensor  # the number that somebody put into its rollout's `tags`; 0 without
+
+
+def tokens_of(rollouts, device):
+    """The Tokens of all responses, one after the other."""
+    rows = [
+        (token, rollout.OUTCOMES.index(r.outcome), r.advantage, position, r.weight, tag)
+        for r in rollouts
+        for position, (token, tag) in enumerate(
+            zip(r.response_ids, r.tags or repeat(0), strict=False)
+        )
+    ]
+    return Tokens(*(torch.tensor(column, device=device) for column in zip(*rows, strict=True)))
+
+
+# Divergences, in nats. The KLs are written with the extra terms -P + Q, which sum to zero: where
+# both distributions are equal the value and the gradient are then exactly 0, not a rounding error.
+
+
+def kl(p, q):
+    """KL(P || Q) = sum_v P log(P/Q) of log-probabilities p and q (P, V): (P,)."""
+    return (p.exp() * (p - q - 1) + q.exp()).sum(-1)
+
+
+def jsd(student_logps, teacher_logps, tokens, args):
+    of_teacher, of_student = math.log(args.beta), math.log(1 - args.beta)
+    mixture = torch.logaddexp(teacher_logps + of_teacher, student_logps + of_student)  # (P, V)
+    return args.beta * kl(teacher_logps, mixture) + (1 - args.beta) * kl(student_logps, mixture)
+
+
+def split(student_logps, teacher_logps, tokens, args):
+    reverse, forward = kl(student_logps, teacher_logps), kl(teacher_logps, student_logps)
+    return torch.where(tokens.outcome == 0, reverse, forward)
+
+
+DIVERGENCES = {
+    "reverse_kl": lambda s, t, tokens, args: kl(s, t),
+    "forward_kl": lambda s, t, tokens, args: kl(t, s),
+    "jsd": jsd,
+    "split": split,
+    "rft": lambda s, t, tokens, args: -sampled(s, tokens),
+}
+
+
+# Gates: a factor in [0, 1] on each token's divergence, without gradient. A gate changes neither
+# weights nor denominators: one that lets 5% of the weight through leaves a small gradient. AdamW
+# does not see that scale and makes a step of the usual length from what is left.
+
+
+def sampled(logps, tokens):
+    """Of log-probabilities (P, V) those of the sampled ids: (P,)."""
+    return logps.gather(-1, tokens.ids[:, None])[:, 0]
+
+
+def entropy(logps):
+    """Of log-probabilities (P, V), in nats: (P,)."""
+    return -torch.linalg.vecdot(logps.exp(), logps)
+
+
+def within(values, args):
+    """1 where --gate-above <= value < --gate-below, so that the two with one number are each
+    other's complement; a bound that is not given bounds nothing.
+    """
+    let_through = torch.ones_like(values, dtype=torch.bool)  # (P,)
+    if args.gate_above is not None:
+        let_through = let_through & (values >= args.gate_above)
+    if args.gate_below is not None:
+        let_through = let_through & (values < args.gate_below)
+    return let_through.float()
+
+
+GATES = {
+    "all": lambda s, t, tokens, args: torch.ones_like(tokens.weight),
+    "student-entropy": lambda s, t, tokens, args: within(entropy(s), args),
+    "teacher-entropy": lambda s, t, tokens, args: within(entropy(t), args),
+    "gap": lambda s, t, tokens, args: within(kl(s, t), args),
+    "position": lambda s, t, tokens, args: within(tokens.position, args),
+    # The teacher's best token is the one that the student wrote.
+    "agreement": lambda s, t, tokens, args: (t.argmax(-1) == tokens.ids).float(),
+}
+BOUNDED = ("student-entropy", "teacher-entropy", "gap", "position")  # they call `within`
+
+
+def token_loss(student_logps, teacher_logps, tokens, args):
+    """(each token's share of the step's loss (P,), its measures {name: (P,)} in nats).
+
+    reverse_kl, forward_kl, student_entropy, teacher_entropy; logp: the student's of the sampled id.
+    """
+    s, t = student_logps, teacher_logps  # (P, V)
+    with torch.no_grad():
+        gate = GATES[args.gate](s, t, tokens, args)  # (P,)
+        p, q, dot = s.exp(), t.exp(), torch.linalg.vecdot
+        ps, pt, qs, qt = dot(p, s), dot(p, t), dot(q, s), dot(q, t)  # (P,)
+        measures = dict(reverse_kl=ps - pt, forward_kl=qt - qs, student_entropy=-ps)
+        measures.update(teacher_entropy=-qt, logp=sampled(s, tokens), gate=gate)
+    divergence = DIVERGENCES[args.divergence](s, t, tokens, args)  # (P,)
+    return divergence * gate * tokens.weight, measures
+
+
+# ------------------------------------------------------------------------------------------------
+# The loss of a step. Axes: R response tokens of a micro-batch, D width.
+
+
+def opsd_loss(student, teacher, rollouts, args):
+    """The loss of one micro-batch, its gradient added to the student's: (loss, {name: (R,)}).
+
+    Each rollout carries its weight and its teacher row.
+    """
+    with torch.no_grad():  # inference mode fails under FSDP2 on one rank
+        teacher_hidden = response_hidden(teacher, [r.teacher_row for r in rollouts])  # (R, D)
+    tokens = tokens_of(rollouts, teacher_hidden.device)
+    rows = [r.row for r in rollouts]
+    return backward_in_chunks(student, rows, token_loss, tokens, args, teacher, teacher_hidden)
+
+
+def accumulate_gradients(student, teacher, rollouts, args):
+    """The whole step's loss; gradients add up over micro-batches and ranks.
+
+    Each rollout gets its measures, {name: (tokens,)}.
+    """
+    for r in rollouts:  # the one denominator: eq. 1's, over the whole step
+        r.weight = 1 / (len(rollouts) * len(r.response_ids))
+    lengths = [sum(map(len, r.teacher_row)) for r in rollouts]  # tokens; the student's are shorter
+    parts = []
+    for group, counts in progress(my_micro_batches(lengths, args.micro_tokens), "training"):
+        micro = [rollouts[i] for i in group]
+        if not counts:  # this rank runs along with the others
+            micro = [replace(r, weight=0.0) for r in micro]
+        loss, measures = opsd_loss(student, teacher, micro, args)
+        if counts:
+            parts.append((group, loss, measures))
+    return rollout.hand_out(rollouts, parts)
+
 
 # ------------------------------------------------------------------------------------------------
 
@@ -304,7 +340,6 @@ def main(argv=None):
     problems = data.load_problems(args, planned * args.batch * (args.resample + 1))
     problems, held_out = data.load_held_out(args, problems)
     data.require_solutions(problems, args.context)
-    data.require_solutions(problems, args.contrast, "--contrast")
     model, tokenizer = load_model(args.model, ranks.load_device(device))  # in float32
     data.require_thinking_switch(tokenizer, args.thinking == "on")
     data.require_thinking_switch(tokenizer, args.teacher_thinking == "on", "--teacher-thinking")
@@ -333,38 +368,34 @@ def main(argv=None):
                 draw = sampler, tokenizer, batch, args, args.seed + drawn
                 rollouts = rollout.make_rollouts(*draw, logps=True)
                 rollout.grade_rollouts(verifier, rollouts)
-                # 3. filter: correctness gates whole rollouts
+                # 3. filter
                 seen += rollouts
-                kept += [r for r in rollouts if FILTERS[args.filter](r, args)]
+                kept += FILTERS[args.filter](rollouts, args)
                 drawn += args.batch
                 if len(kept) >= args.batch:
                     break
             kept, sampled = kept[: args.batch], time.time()
-            # 4. the teacher reads the same tokens behind its own prompt
+            # 4. loss: the teacher reads the same tokens behind its own prompt
             write = rollout.make_writer(teacher_sampler, tokenizer, args, args.seed + drawn)
             contexts = CONTEXTS[args.context](kept, write, args)
-            controls = args.contrast and CONTEXTS[args.contrast](kept, write, args)
-            kept, failed = add_teacher_rows(
-                kept, contexts, tokenizer, args, sampler.limit, controls
-            )
-            add_token_classes(kept, tokenizer, args)
+            kept, failed = add_teacher_rows(kept, contexts, tokenizer, args, sampler.limit)
             if kept and not run.updates:
                 rollout.show_prompts(run, tokenizer, kept[0], step + 1)
-            read_by_teacher(teacher, kept, args)
-            # 5. loss: gradients add up over micro-batches and ranks
             loss = accumulate_gradients(model, teacher, kept, args)
-            # 6. step
+            # 5. step
             norm, updated = optimizer_step(model, optimizer) if kept else (0.0, False)
+            record = step_record(step + 1, run.updates + updated, loss, norm, kept, failed)
             if updated:
-                TEACHERS[args.teacher](teacher, model, run.updates + 1, args)
+                TEACHERS[args.teacher](teacher, model, record, args)
                 sampler.push(model)
             seconds = sampled - begun, time.time() - sampled
-            log_step(run, step + 1, args, loss, norm, seen, kept, failed, seconds, device)
+            record.update(rollout.rollout_metrics(seen, kept, *seconds, device))
+            log_step(run, record, args, seen, kept)
             run.count_update(updated, "" if kept else f"--filter {args.filter} kept nothing")
             held_out.evaluate(run, step + 1)
             if args.save_every and (step + 1) % args.save_every == 0:
                 save_model(os.path.join(run.path, f"step-{step + 1}"), model, tokenizer)
-            follows = None if args.teacher == "frozen" else ranks.full_state(teacher.state_dict())
+            follows = None if args.teacher == "frozen" else ranks.full_state(teacher)
             run.save_state(step + 1, model, optimizer, drawn=drawn, teacher=follows)
         if not run.updates:
             fail(f"--filter {args.filter}: no step was taken, the model is unchanged")
@@ -377,45 +408,56 @@ def main(argv=None):
 # ------------------------------------------------------------------------------------------------
 
 
-def log_step(run, step, args, loss, norm, seen, kept, failed, seconds, device):
-    """One line of metrics.jsonl, and one on the screen. Means are over the tokens of the loss."""
-    measures = torch.cat([r.measures for r in kept], 1) if kept else None  # (M, R)
-    weights = torch.tensor([w for r in kept for w in r.weights])  # (R,)
-    means = measures.mean(1).tolist() if kept else [None] * len(MEASURES)
-    gap = samplers.logp_gap([r.sampler_logps for r in kept], measures[4]) if kept else None
-    lengths = [len(r.response_ids) for r in kept]
-    record = dict(
-        step=step,
-        loss=loss,
-        **dict(zip(MEASURES[:4], means, strict=False)),
-        **(gate_metrics(measures, weights) if kept else {}),
-        grad_norm=norm,
-        logprob_gap=gap,
-        context_failed=failed,
-        length_kept=sum(lengths) / len(lengths) if kept else None,
-        **rollout_metrics(seen, kept, *seconds, device),
+def step_record(step, updates, loss, norm, kept, failed):
+    """What metrics.jsonl says of a step's loss; docs/runs.md explains each key.
+
+    The measures are means over the loss's tokens; the loss itself is eq. 1's mean over responses.
+    """
+    record = dict(step=step, updates=updates, loss=loss, grad_norm=norm, context_failed=failed)
+    if not kept:
+        return record
+    measures = {name: torch.cat([r.measures[name] for r in kept]) for name in kept[0].measures}
+    weights = torch.cat([torch.full((len(r.response_ids),), r.weight) for r in kept])  # (R,)
+    gate, kl = measures["gate"], measures["reverse_kl"]  # (R,)
+
+    def mean(values, by):
+        return (values * by).sum().item() / by.sum().item() if by.sum() > 0 else None
+
+    return dict(
+        record,
+        **{name: values.mean().item() for name, values in measures.items()},
+        gate_mass=mean(gate, weights),  # the share of the weight that the gate lets through
+        reverse_kl_inside=mean(kl, gate),
+        reverse_kl_outside=mean(kl, 1 - gate),
+        logprob_gap=samplers.logp_gap([r.sampler_logps for r in kept], measures["logp"]),
+        length_kept=len(weights) / len(kept),
     )
+
+
+def log_step(run, record, args, seen, kept):
+    """One line of metrics.jsonl, and one on the screen; two rollouts in samples.jsonl."""
     run.log("metrics", record)
-    for line in rollout.sample_lines(step, seen, kept):
+    for line in rollout.sample_lines(record["step"], seen, kept):
         run.log("samples", line)
-    begin = f"step {step}/{args.steps}  "
+    begin = f"step {record['step']}/{args.steps}  "
     if not kept:
         reasons = f"--filter {args.filter} left none of {len(seen)} rollouts"
-        if failed:
+        if record["context_failed"]:
+            failed = record["context_failed"]
             reasons += f", {failed} contexts failed or made a row longer than the model's context"
         print(f"{begin}nothing kept: {reasons}; no update", flush=True)
-    elif not math.isfinite(norm):
-        rollout.log_not_finite(run, begin, step, loss, norm, kept)
+    elif not math.isfinite(record["grad_norm"]):
+        rollout.log_not_finite(run, begin, record, kept)
     else:
         print(
-            f"{begin}loss {loss:.4f}  KL {means[0]:.4f}  correct {record['correct']}/{len(seen)}  "
+            f"{begin}loss {record['loss']:.4f}  correct {record['correct']}/{len(seen)}  "
             f"truncated {record['truncated']}  kept {len(kept)}  length {record['length']:.1f}  "
-            f"{sum(seconds):.1f} s",
+            f"{record['sampling_seconds'] + record['training_seconds']:.1f} s",
             flush=True,
         )
         if args.kl_by_position:
             bins = rollout.kl_by_position(kept, args.kl_by_position)
-            run.log("kl_by_position", dict(step=step, bin=args.kl_by_position, **bins))
+            run.log("kl_by_position", dict(step=record["step"], bin=args.kl_by_position, **bins))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,13 @@ from itertools import zip_longest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -31,7 +38,6 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, Partial
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 joined = False  # not dist.is_initialized(): an engine of vLLM in this process initialises it too
@@ -114,55 +120,27 @@ def full(tensor):
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def full_state(state):
-    """The same for all tensors in a state dict, on the CPU: rank 0 gets them, the others None."""
-    if not distributed():
-        return state
+def full_state(model, optimizer=None):
+    """The whole state dict of a model, or of its optimizer, on the CPU: rank 0 gets it.
 
-    def whole(tensor):
-        tensor = full(tensor)
-        return tensor.detach().cpu() if rank_and_world()[0] == 0 else None
-
-    return tree_map_only(torch.Tensor, whole, state)
-
-
-def shard(value, like):
-    """This rank's shard of a whole tensor, sharded as `like` is."""
-    if not is_sharded(like):
-        return value
-    rank, world = rank_and_world()
-    # Along the first axis, as FSDP2 does; fewer chunks than ranks where it is short.
-    chunks = value.chunk(world)
-    mine = chunks[rank] if rank < len(chunks) else value[:0]
-    return DTensor.from_local(
-        mine.clone().to(like.to_local().device),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    A tied matrix stands in it once.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=distributed())
+    if optimizer:
+        return get_optimizer_state_dict(model, optimizer, options=options)
+    # Saved under every name of a tied matrix it could not be written as safetensors.
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    state = get_model_state_dict(model, options=options)
+    return {name: tensor for name, tensor in state.items() if name in names}
 
 
-def load_full_state(model, state):
-    """load_state_dict of a state that `full_state` made, on any number of ranks."""
-    own = model.state_dict()
-    assert own.keys() == state.keys()
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(shard(state[name], tensor))
-
-
-def load_full_optimizer(optimizer, state):
-    """The same for an optimizer: its moments are sharded as the weights, its counters are not."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    sharded = {}
-    for i, row in state["state"].items():
-        sharded[i] = {
-            name: shard(value, weights[i]) if value.shape == weights[i].shape else value
-            for name, value in row.items()
-        }
-    optimizer.load_state_dict(dict(state, state=sharded))
+def load_full_state(model, state, optimizer=None):
+    """Loads what `full_state` made, on any number of ranks."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed())
+    if optimizer:
+        set_optimizer_state_dict(model, optimizer, state, options=options)
+    else:
+        set_model_state_dict(model, state, options=options)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ import copy
 import math
 import os
 import time
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -26,7 +28,6 @@ import data
 import ranks
 import rollout
 import samplers
-from cli import Parser, add_training_flags, fail, progress, set_up, start, tiny
 from eval import HeldOut
 from model import (
     backward_in_chunks,
@@ -34,12 +35,20 @@ from model import (
     make_optimizer,
     my_micro_batches,
     optimizer_step,
-    response_targets,
     sampled_logps,
     save_model,
 )
-from rollout import rollout_metrics
-from run import Run, check_run_directory
+from run import (
+    Parser,
+    Run,
+    add_training_flags,
+    check_run_directory,
+    fail,
+    progress,
+    set_up,
+    start,
+    tiny,
+)
 from verify import Verifier
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
@@ -102,53 +111,59 @@ def grpo_loss(logps, old_logps, start_logps, advantages, kl):
     return loss
 
 
-MEASURES = ("student_entropy", "logp")
+class Tokens(NamedTuple):
+    """What is known of each response token, (P,) each."""
+
+    ids: torch.Tensor  # the sampled ids
+    advantage: torch.Tensor  # its rollout's
+    weight: torch.Tensor  # in the step's loss
+    old_logps: torch.Tensor | None  # before the first update; None: the model is the sampled one
+    start_logps: torch.Tensor | None  # the initial model's; None without --kl
 
 
-def rlvr_loss(model, rollouts, old_logps, start_logps, tokens, kl):
-    """The loss of one micro-batch over the step's `tokens`, its gradient added to the model's:
-    (loss, measures (2, R)). Each rollout carries its advantage.
+def token_loss(student_logps, _, tokens, args):
+    """(each token's share of the step's loss (P,), its measures {name: (P,)} in nats)."""
+    logps = student_logps.gather(-1, tokens.ids[:, None])[:, 0]  # (P,)
+    old_logps = logps.detach() if tokens.old_logps is None else tokens.old_logps
+    loss = grpo_loss(logps, old_logps, tokens.start_logps, tokens.advantage, args.kl)
+    with torch.no_grad():
+        entropy = -(student_logps.exp() * student_logps).sum(-1)  # (P,)
+    return loss * tokens.weight, dict(student_entropy=entropy, logp=logps.detach())
 
-    old_logps, start_logps: (R,), see grpo_loss; old_logps None: the model is still the sampled one.
+
+def rlvr_loss(model, start_model, rollouts, old_logps, args):
+    """The loss of one micro-batch, its gradient added to the model's: (loss, {name: (R,)}).
+
+    Each rollout carries its advantage and weight. old_logps: a (tokens,) for each, or None.
     """
     rows = [r.row for r in rollouts]
-    ids = response_targets(model, rows)  # (R,)
-    advantages = [[r.advantage] * len(r.response_ids) for r in rollouts]
-    advantages = torch.tensor([a for row in advantages for a in row], device=ids.device)  # (R,)
-
-    def token_loss(student_logps, _, piece):
-        logps = student_logps.gather(-1, ids[piece, None])[:, 0]  # (P,)
-        old = logps.detach() if old_logps is None else old_logps[piece]
-        first = None if start_logps is None else start_logps[piece]
-        loss = grpo_loss(logps, old, first, advantages[piece], kl) / tokens
-        with torch.no_grad():
-            entropy = -(student_logps.exp() * student_logps).sum(-1)  # (P,)
-        return loss, torch.stack([entropy, logps.detach()])
-
-    return backward_in_chunks(model, rows, token_loss)
+    known = [(token, r.advantage, r.weight) for r in rollouts for token in r.response_ids]
+    device = ranks.device_of(model)
+    columns = [torch.tensor(column, device=device) for column in zip(*known, strict=True)]  # (R,)
+    old = torch.cat(old_logps) if old_logps else None  # (R,)
+    start_logps = sampled_logps(start_model, rows) if start_model else None  # (R,)
+    return backward_in_chunks(model, rows, token_loss, Tokens(*columns, old, start_logps), args)
 
 
 def accumulate_gradients(model, start_model, rollouts, old_logps, args):
     """The whole step's loss; gradients add up over micro-batches and ranks.
 
-    old_logps: {index of a rollout: (tokens,)}, or None on-policy. Each rollout gets its measures,
-    (2, tokens).
+    old_logps: {number of a rollout: (tokens,)}, or None on-policy. Each rollout gets its measures,
+    {name: (tokens,)}.
     """
-    tokens = rollout.tokens(rollouts)  # one denominator, before the loop
+    for r in rollouts:  # the one denominator: all tokens of the step
+        r.weight = 1 / rollout.tokens(rollouts)
     lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
-    loss, measures = 0.0, {}
-    groups = my_micro_batches(lengths, args.micro_tokens)
-    for group, counts in progress(groups, "training"):
-        part = [rollouts[i] for i in group]
-        start_logps = sampled_logps(start_model, [r.row for r in part]) if start_model else None
-        old = torch.cat([old_logps[i] for i in group]) if old_logps else None
-        denominator = tokens if counts else math.inf  # or this rank runs along with the others
-        part_loss, part_measures = rlvr_loss(model, part, old, start_logps, denominator, args.kl)
+    parts = []
+    for group, counts in progress(my_micro_batches(lengths, args.micro_tokens), "training"):
+        micro = [rollouts[i] for i in group]
+        if not counts:  # this rank runs along with the others
+            micro = [replace(r, weight=0.0) for r in micro]
+        old = [old_logps[i] for i in group] if old_logps else None
+        loss, measures = rlvr_loss(model, start_model, micro, old, args)
         if counts:
-            loss += part_loss
-            split = part_measures.cpu().split([len(r.response_ids) for r in part], 1)
-            measures.update(zip(group, split, strict=True))
-    return rollout.hand_out(rollouts, loss, measures)
+            parts.append((group, loss, measures))
+    return rollout.hand_out(rollouts, parts)
 
 
 def logps_before(model, rollouts, args):
@@ -211,7 +226,7 @@ def main(argv=None):
                 # 4. loss: gradients add up over micro-batches and ranks
                 loss = accumulate_gradients(model, start_model, kept, old_logps, args)
                 if update == 0:  # the model is still the sampled one
-                    logps = torch.cat([r.measures[1] for r in kept])  # (R,)
+                    logps = torch.cat([r.measures["logp"] for r in kept])  # (R,)
                     gap = samplers.logp_gap([r.sampler_logps for r in kept], logps)
                 # 5. step
                 norm, updated = optimizer_step(model, optimizer)
@@ -241,7 +256,9 @@ def main(argv=None):
 
 def log_step(run, step, args, loss, norm, seen, rewards, kept, gap, seconds, device):
     """One line of metrics.jsonl, and one on the screen; docs/runs.md explains each key."""
-    entropy = torch.cat([r.measures[0] for r in kept]).mean().item() if kept else None
+    entropy = None
+    if kept:
+        entropy = torch.cat([r.measures["student_entropy"] for r in kept]).mean().item()
     record = dict(
         step=step,
         loss=loss,
@@ -250,7 +267,7 @@ def log_step(run, step, args, loss, norm, seen, rewards, kept, gap, seconds, dev
         grad_norm=norm,
         logprob_gap=gap,
         equal_groups=(len(seen) - len(kept)) // args.group,
-        **rollout_metrics(seen, kept, *seconds, device),
+        **rollout.rollout_metrics(seen, kept, *seconds, device),
     )
     run.log("metrics", record)
     for line in rollout.sample_lines(step, seen):
@@ -259,7 +276,7 @@ def log_step(run, step, args, loss, norm, seen, rewards, kept, gap, seconds, dev
     if not kept:
         print(f"{begin}every group has equal rewards; no update", flush=True)
     elif not math.isfinite(norm):
-        rollout.log_not_finite(run, begin, step, loss, norm, kept)
+        rollout.log_not_finite(run, begin, record, kept)
     else:
         print(
             f"{begin}reward {record['reward']:.3f}  correct {record['correct']}/{len(seen)}  "

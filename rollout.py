@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass, field
 
-import torch
-
-from cli import fail, peak_memory
 from data import CONTEXTS, Problem, chat_ids, opened_think, plain, render_prompt
 from ranks import gather, rank_and_world, share
+from run import fail, peak_memory
 from verify import grade_responses
 
 OUTCOMES = ("correct", "incorrect", "truncated")
@@ -27,14 +25,10 @@ class Rollout:
     reason: str = ""  # correct, wrong, no_answer, timeout or truncated
     # The losses'.
     advantage: float = 0.0  # GRPO's, the same for every token
-    weights: list | None = None  # of each response token in the step's loss
-    measures: torch.Tensor | None = None  # (M, tokens), what the loss's script logs
-    # The teacher's (opsd.py).
-    teacher_row: list | None = None  # see model.response_hidden
-    teacher_hidden: torch.Tensor | None = None  # (tokens, D), on the rank that reads the row
-    control_row: list | None = None  # the second teacher's, of --gate contrast
-    control_logps: torch.Tensor | None = None  # (tokens,), likewise
-    token_classes: list | None = None  # of --gate's oracles: numbers in toy.CLASS_NAMES
+    weight: float = 0.0  # of each response token in the step's loss
+    tags: list | None = None  # a number a token, for gates and divergences of your own
+    measures: dict | None = None  # {name: (tokens,)}, what the loss's script logs
+    teacher_row: list | None = None  # the teacher's (opsd.py), see model.response_hidden
 
     @property
     def row(self):
@@ -88,16 +82,24 @@ def grade_rollouts(verifier, rollouts):
         rollout.outcome, rollout.reason = verdict
 
 
-def hand_out(rollouts, loss, measures):
-    """The loss of all ranks together; every rank's rollouts get all measures, (M, tokens) each.
+def hand_out(rollouts, parts):
+    """The loss of all ranks together; every rank's rollouts get their measures, {name: (tokens,)}.
 
-    loss, measures: this rank's; {index of a rollout: its measures}.
+    parts: this rank's [(numbers of rollouts, their loss, their measures {name: (R,)}), ...].
     """
-    everyone = gather([(loss, measures)])  # an entry a rank
-    for _, of_rank in everyone:
-        for i, value in of_rank.items():
-            rollouts[i].measures = value
-    return sum(rank_loss for rank_loss, _ in everyone)
+    on_cpu = [(group, loss.item(), to_cpu(measures)) for group, loss, measures in parts]
+    total = 0.0
+    for group, loss, measures in gather(on_cpu):
+        total += loss
+        lengths = [len(rollouts[i].response_ids) for i in group]
+        columns = {name: values.split(lengths) for name, values in measures.items()}
+        for place, i in enumerate(group):
+            rollouts[i].measures = {name: column[place] for name, column in columns.items()}
+    return total
+
+
+def to_cpu(measures):
+    return {name: values.cpu() for name, values in measures.items()}
 
 
 def drop_long(problems, tokenizer, args, limit, context="none"):
@@ -140,7 +142,6 @@ def add_context_flags(add):
         default=512,
         help="cap of a context that the teacher writes; one that hits it has failed",
     )
-    add("--part", type=float, default=0.5, help="of context part: share of the solution's words")
 
 
 def make_writer(sampler, tokenizer, args, seed):
@@ -204,17 +205,21 @@ def sample_lines(step, rollouts, kept=None):
     return lines
 
 
-def log_not_finite(run, begin, step, loss, norm, rollouts):
+def log_not_finite(run, begin, record, rollouts):
     """Says that a step is skipped; not_finite.jsonl: its rollouts whose measures are not finite,
     or, if it was only the gradient, all of them. begin: of the line on the screen.
     """
+    loss, norm = record["loss"], record["grad_norm"]
     print(f"{begin}loss {loss}, gradient norm {norm}: no update, see not_finite.jsonl")
-    bad = [r for r in rollouts if r.measures is not None and not r.measures.isfinite().all()]
+
+    def finite(r):
+        return all(values.isfinite().all() for values in r.measures.values())
+
     rows = [
         dict(question=r.problem.question, prompt_ids=r.prompt_ids, response_ids=r.response_ids)
-        for r in bad or rollouts
+        for r in [r for r in rollouts if not finite(r)] or rollouts
     ]
-    run.log("not_finite", dict(step=step, loss=loss, grad_norm=norm, rows=rows))
+    run.log("not_finite", dict(step=record["step"], loss=loss, grad_norm=norm, rows=rows))
 
 
 def kl_by_position(rollouts, width):
@@ -226,7 +231,7 @@ def kl_by_position(rollouts, width):
     for r in rollouts:
         row = bins[r.outcome]
         for first in range(0, len(r.response_ids), width):
-            values = r.measures[0, first : first + width].tolist()
+            values = r.measures["reverse_kl"][first : first + width].tolist()
             if first // width == len(row["kl"]):
                 for column in row.values():
                     column.append(0)

@@ -1,35 +1,203 @@
-"""A run's directory: logs, states, resuming; files that appear whole or not at all."""
+"""A run: flags, one-line errors, device, threads, its directory, states, resuming, logs."""
 
+import argparse
 import atexit
 import glob
 import importlib
-import io
 import json
 import os
+import platform
+import re
+import resource
 import shutil
+import subprocess
 import sys
+import time
+import zipfile
 import zlib
 from importlib.util import find_spec
 
 import torch
+import transformers
+from tqdm import tqdm
 
 import ranks
-from cli import fail, one_line, provenance
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 GIVE_UP = 10  # steps in a row without an update after which a run ends
+
+
+def fail(message):
+    """One line on stderr that names the flag or the file, and exit code 2; ends all ranks."""
+    rank = f"rank {ranks.rank_and_world()[0]}: " if "WORLD_SIZE" in os.environ else ""
+    print(f"{rank}error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def one_line(error, length=200):
+    """The text of an exception without line breaks, at most `length` characters."""
+    return " ".join(str(error).split())[:length]
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+
+
+class Parser(argparse.ArgumentParser):
+    """--help shows the script's docstring as written, and defaults; an error is one line."""
+
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        pass
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=self.Formatter, allow_abbrev=False)
+
+    def error(self, message):
+        fail(message.removeprefix("argument "))
+
+    def parse_args(self, argv=None):
+        """Numbers must not be negative, and those of POSITIVE flags not zero."""
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            least = "above 0" if name in POSITIVE else "0 or more"
+            if number and not (value > 0 or value == 0 and name not in POSITIVE):
+                fail(f"--{name.replace('_', '-')} {value}: must be {least}")
+        return args
+
+
+TRACKERS = ("trackio", "wandb", "tensorboard")
+POSITIVE = {
+    *("steps", "batch", "lr", "micro_tokens", "max_new_tokens", "sample_batch", "context_tokens"),
+    *("refresh", "updates", "problems", "samples"),
+}
+
+
+def tiny(name):
+    """The committed embedded checkpoint tiny/NAME, relative to where the user is."""
+    return os.path.relpath(os.path.join(HERE, "tiny", name))
+
+
+def add_run_flags(parser):
+    """The flags of every script that loads a model."""
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=int, default=0, help="fixes problems, sampling, new weights")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="of the computation; auto: bfloat16 on CUDA; trained weights are always float32",
+    )
+    add("--threads", type=int, default=0, help="CPU threads; 0 = torch's own choice")
+    add("--overwrite", action="store_true", help="replace an existing --out")
+    return add
+
+
+def add_training_flags(parser, steps, batch, lr, state_every):
+    """The flags of every stage besides, with its defaults."""
+    add = add_run_flags(parser)
+    add("--out", help="run directory; without it a new numbered one under runs/")
+    add("--resume", action="store_true", help="go on with the run in --out; other flags as before")
+    add("--state-every", type=int, default=state_every, help="steps between states for --resume")
+    add("--save-every", type=int, default=0, help="steps between checkpoints; 0 = the last only")
+    add("--track", choices=TRACKERS, help="send metrics.jsonl's numbers there as well")
+    add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    add("--offload", action="store_true", help="under torchrun: weights rest in host memory; slow")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, default=steps, help="updates, or batches of rollouts")
+    add("--batch", type=int, default=batch, help="problems drawn a step")
+    add("--lr", type=float, default=lr, help="learning rate of AdamW")
+    add("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch")
+    return add
+
+
+def set_up(args):
+    """Threads, seed and, under torchrun, the other ranks; settles --dtype; returns the device."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    torchrun = "WORLD_SIZE" in os.environ
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    # Under torchrun a rank touches its own card only: a touch takes memory.
+    touched = f"cuda:{os.environ['LOCAL_RANK']}" if torchrun and name == "cuda" else name
+    try:
+        torch.empty(1, device=touched)
+    except Exception as error:
+        fail(f"--device {args.device}: {one_line(error)}")
+    device = torch.device(name)
+    if device.type == "cpu" and not args.threads and os.getloadavg()[0] > os.cpu_count():
+        print("this machine is busy: --threads 1 may be many times faster")
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if torchrun and device.index is not None:
+        fail(
+            f"--device {args.device}: under torchrun every rank takes a card of its own; give cuda"
+        )
+    if torchrun:
+        return ranks.join(device)
+    if getattr(args, "offload", False):
+        fail("--offload: needs torchrun, also on one card (torchrun --nproc-per-node 1)")
+    return device
+
+
+def progress(items, what):
+    """`items`, with a bar on a terminal and nothing elsewhere."""
+    silent = True if ranks.rank_and_world()[0] else None  # None: tqdm looks for a terminal
+    return tqdm(items, desc=what, leave=False, disable=silent)
+
+
+def start(main):
+    """Runs a script's main; Ctrl-C is one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+# ------------------------------------------------------------------------------------------------
+# What a number needs to be repeated
+
+
+def provenance():
+    """Versions, machine, commit."""
+    command = ["git", "-C", HERE, "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = None
+    return dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        threads=torch.get_num_threads(),
+        ranks=ranks.rank_and_world()[1],
+        commit=commit or None,
+        started=time.strftime("%Y-%m-%dT%H:%M:%S"),
+    )
+
+
+def peak_memory(device):
+    """Peak memory in MB, of the rank with most: of the card, or on a CPU of the process."""
+    if device.type == "cuda":
+        return max(ranks.gather([torch.cuda.max_memory_allocated(device) / 2**20]))
+    return max(ranks.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]))
+
 
 # ------------------------------------------------------------------------------------------------
 # Files
 
 
 def write_whole(path, write):
-    """Calls write(temporary path), then renames it to `path`: whole or not at all, and synced.
-
-    Returns what `write` returned.
-    """
+    """Calls write(temporary path), then renames it to `path`: whole or not at all, and synced."""
     temporary = os.path.join(os.path.dirname(path), ".saving-" + os.path.basename(path))
     try:
-        result = write(temporary)
+        write(temporary)
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -41,7 +209,6 @@ def write_whole(path, write):
         if KeyboardInterrupt in (type(error), type(reason)):
             raise KeyboardInterrupt from None
         fail(f"{path}: cannot be written ({one_line(reason)})")
-    return result
 
 
 def write_json(path, record):
@@ -55,26 +222,6 @@ def write_json(path, record):
 
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     write_whole(path, write)
-
-
-class Summed(io.BufferedWriter):
-    """A new file, written from front to back, and the checksum of what was written."""
-
-    def __init__(self, path):
-        super().__init__(io.FileIO(path, "wb"))
-        self.value = 0
-
-    def write(self, block):
-        self.value = zlib.crc32(block, self.value)
-        return super().write(block)
-
-
-def checksum(path):
-    value = 0
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return f"{value:08x}"
 
 
 def check_out(args, directory=True):
@@ -130,8 +277,7 @@ def check_run_directory(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# States: everything that --resume needs, in one file, state-STEP-CHECKSUM.pt. The checksum in its
-# name tells a damaged file.
+# States: everything that --resume needs, in one file, state-STEP.pt.
 
 # Flags that may differ when a run is resumed.
 HARMLESS = {
@@ -147,13 +293,23 @@ def find_states(path):
 
 
 def load_state(path):
-    """The newest state in the run directory `path` that is whole; empty if there is none."""
+    """The newest state in the run directory `path` that is whole; empty if there is none.
+
+    torch.save writes a zip file, which holds a checksum of each of its parts.
+    """
     for name in find_states(path):
         file = os.path.join(path, name)
-        if name == f"{name[:13]}-{checksum(file)}.pt":
-            # Several ranks map one copy.
-            mapped = ranks.distributed()
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        if not re.fullmatch(r"state-\d{7}\.pt", name):
+            fail(
+                f"--resume: {file} is of an older edition of this code, which cannot go on with it"
+            )
+        try:
+            with zipfile.ZipFile(file) as parts:
+                damaged = parts.testzip()
+        except (zipfile.BadZipFile, OSError) as error:
+            damaged = error
+        if damaged is None:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         print(f"{file} is damaged: not used")
     return {}
 
@@ -256,22 +412,21 @@ class Run:
             problems=self.problems,
             updates=self.updates,
             skipped=self.skipped,
-            model=ranks.full_state(model.state_dict()),
-            optimizer=ranks.full_state(optimizer.state_dict()),
+            model=ranks.full_state(model),
+            optimizer=ranks.full_state(model, optimizer),
             generator=torch.get_rng_state(),
             **rest,
         )
         if not self.first:
             return
 
-        def write(target):
-            with Summed(target) as stream:  # a large state is not read again
-                torch.save(state, stream)
-            return stream.value
+        path = os.path.join(self.path, f"state-{step:07d}.pt")
 
-        unnamed = os.path.join(self.path, ".saving-state")
-        name = f"state-{step:07d}-{write_whole(unnamed, write):08x}.pt"
-        os.replace(unnamed, os.path.join(self.path, name))
+        def write(target):
+            with open(target, "wb") as stream:  # with a path a full disk would have no name
+                torch.save(state, stream)
+
+        write_whole(path, write)
         for old in find_states(self.path)[2:]:
             os.remove(os.path.join(self.path, old))
 
@@ -285,7 +440,7 @@ class Run:
             return step
         if self.state:
             ranks.load_full_state(model, self.state["model"])
-            ranks.load_full_optimizer(optimizer, self.state["optimizer"])
+            ranks.load_full_state(model, self.state["optimizer"], optimizer)
             torch.set_rng_state(self.state["generator"])
         if self.first:
             # What a crash left half-written.

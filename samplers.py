@@ -17,9 +17,9 @@ from importlib.util import find_spec
 import torch
 from transformers import GenerationConfig
 
-from cli import fail, one_line, progress
 from model import response_hidden, stop_ids
 from ranks import device_of, distributed, full, gather, is_sharded, open_head, rank_and_world
+from run import fail, one_line, progress
 
 SEGMENT = 32  # tokens after which rows that have finished leave the batch
 

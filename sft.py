@@ -15,6 +15,7 @@
 
 import math
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,19 +23,26 @@ import torch
 import data
 import ranks
 import toy
-from cli import Parser, add_training_flags, fail, peak_memory, set_up, start
 from data import CONTEXTS, render_prompt
 from model import (
     backward_in_chunks,
     load_model,
     my_micro_batches,
     optimizer_step,
-    response_targets,
     save_model,
     stop_ids,
 )
 from rollout import Rollout
-from run import Run, check_run_directory
+from run import (
+    Parser,
+    Run,
+    add_training_flags,
+    check_run_directory,
+    fail,
+    peak_memory,
+    set_up,
+    start,
+)
 
 
 def parse_args(argv=None):
@@ -89,17 +97,26 @@ def build_tiny(seed):
 # The loss
 
 
-def sft_loss(model, rows, tokens):
-    """The loss of one micro-batch over the step's `tokens`, its gradient added to the model's: the
-    sum of the cross-entropies (nats) of the response tokens of `rows`.
+class Tokens(NamedTuple):
+    """What is known of each response token, (P,) each."""
+
+    ids: torch.Tensor
+    weight: torch.Tensor  # in the step's loss
+
+
+def token_loss(logps, _, tokens, args):
+    """(each token's share of the step's loss (P,), no measures): its cross-entropy in nats."""
+    return -logps.gather(-1, tokens.ids[:, None])[:, 0] * tokens.weight, {}
+
+
+def sft_loss(model, rows, weight, args=None):
+    """The loss of one micro-batch, its gradient added to the model's: the cross-entropies (nats) of
+    the response tokens of `rows`, each times `weight`.
     """
-    ids = response_targets(model, rows)  # (R,)
-
-    def token_loss(logps, _, piece):
-        loss = -logps.gather(-1, ids[piece, None])[:, 0] / tokens  # (P,)
-        return loss, loss.detach()[None]
-
-    return backward_in_chunks(model, rows, token_loss)[0]
+    ids = [token for _, response in rows for token in response]
+    ids = torch.tensor(ids, device=ranks.device_of(model))  # (R,)
+    tokens = Tokens(ids, torch.full(ids.shape, weight, device=ids.device))
+    return backward_in_chunks(model, rows, token_loss, tokens, args)[0].item()
 
 
 def learning_rate(args, step):
@@ -147,7 +164,7 @@ def main(argv=None):
             lengths = [len(prompt) + len(response) for prompt, response in rows]
             for group, counts in my_micro_batches(lengths, args.micro_tokens):
                 part = [rows[i] for i in group]
-                loss += sft_loss(model, part, tokens if counts else math.inf)
+                loss += sft_loss(model, part, 1 / tokens if counts else 0.0)
             loss = sum(ranks.gather([loss]))
             # 3. step
             for group in optimizer.param_groups:

@@ -13,10 +13,10 @@ import rlvr
 import rollout
 import run
 import sft
-from cli import HERE
 from data import Problem, embedded_problems, render_prompt
-from model import micro_batches, response_hidden, response_targets, sampled_logps
+from model import micro_batches, response_hidden, sampled_logps, scored_ids
 from rollout import Rollout, grade_rollouts
+from run import HERE
 from tests.helpers import (
     SMALL,
     TINY,
@@ -38,10 +38,9 @@ def loss_and_gradient(model, teacher, rollouts, prompts, flags=""):
     args = opsd.parse_args(["--filter", "all", "--micro-tokens", str(10**9), *flags.split()])
     model.zero_grad()
     with_teacher_rows(rollouts, prompts)
-    opsd.read_by_teacher(teacher, rollouts, args)
     loss = opsd.accumulate_gradients(model, teacher, rollouts, args)
-    rows = len(opsd.MEASURES)
-    assert [r.measures.shape for r in rollouts] == [(rows, len(r.response_ids)) for r in rollouts]
+    for r in rollouts:
+        assert {len(values) for values in r.measures.values()} == {len(r.response_ids)}
     return loss, flat_gradient(model)
 
 
@@ -67,10 +66,14 @@ def by_hand(name, s, t, token, correct, beta):
 
 def tokens_of(ids, correct):
     ones = torch.ones(len(ids))
-    return opsd.Tokens(torch.tensor(ids), torch.tensor(correct), ones, ones, ones)
+    outcome = torch.tensor([0 if c else 1 for c in correct])
+    return opsd.Tokens(torch.tensor(ids), outcome, ones, ones, ones, ones)
 
 
-@pytest.mark.parametrize("name", list(opsd.DIVERGENCES))
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "split", "rft")
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_divergence_and_gradient_equal_a_float64_loop(name, beta):
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +85,7 @@ def test_divergence_and_gradient_equal_a_float64_loop(name, beta):
     values.sum().backward()
 
     def loop(x):
-        rows = zip(x, teacher, tokens.ids.tolist(), tokens.correct.tolist(), strict=True)
+        rows = zip(x, teacher, tokens.ids.tolist(), (tokens.outcome == 0).tolist(), strict=True)
         return [
             by_hand(name, row.softmax(-1).tolist(), t.exp().tolist(), i, c, beta)
             for row, t, i, c in rows
@@ -121,15 +124,14 @@ def test_empty_context_gives_zero_loss_and_zero_gradient(model, tokenizer):
     assert loss > 1e-3 and gradient.abs().max().item() > 1e-4  # with a context it is neither
 
 
-@pytest.mark.parametrize("divergence", list(opsd.DIVERGENCES))
-@pytest.mark.parametrize("mean", ["response", "token"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_chunks_pieces_micro_batches_padding_and_order_change_nothing(
-    model, tokenizer, divergence, mean, monkeypatch
+    model, tokenizer, divergence, monkeypatch
 ):
     rollouts = some_rollouts(tokenizer)
     prompts = teacher_prompts(tokenizer, rollouts)
     teacher = opsd.frozen_copy(model)
-    flags = f"--divergence {divergence} --mean {mean}"
+    flags = f"--divergence {divergence}"
     loss, gradient = loss_and_gradient(model, teacher, rollouts, prompts, flags)
     order = (3, 0, 5, 1, 4, 2)
     shuffled = [rollouts[i] for i in order], [prompts[i] for i in order]
@@ -147,8 +149,7 @@ def test_chunks_pieces_micro_batches_padding_and_order_change_nothing(
         assert apart(other_gradient, gradient) < 1e-5
 
 
-@pytest.mark.parametrize("mean", ["response", "token"])
-def test_loss_equals_a_dense_loop_over_full_logits(model, tokenizer, mean, monkeypatch):
+def test_loss_equals_a_dense_loop_over_full_logits(model, tokenizer, monkeypatch):
     """Row by row without padding, from the models' own logits, with the offsets written out:
     position len(prompt) + t - 1 predicts token t.
     """
@@ -158,8 +159,7 @@ def test_loss_equals_a_dense_loop_over_full_logits(model, tokenizer, mean, monke
     teacher = opsd.frozen_copy(model)
     with torch.no_grad():
         teacher.lm_head.weight.mul_(1.1)  # a teacher that differs in weights too
-    flags = f"--mean {mean} --micro-tokens 200"
-    loss, gradient = loss_and_gradient(model, teacher, rollouts, prompts, flags)
+    loss, gradient = loss_and_gradient(model, teacher, rollouts, prompts, "--micro-tokens 200")
     model.zero_grad()
     per_response = []
     for r, prompt in zip(rollouts, prompts, strict=True):
@@ -170,10 +170,7 @@ def test_loss_equals_a_dense_loop_over_full_logits(model, tokenizer, mean, monke
             a, b = s[len(r.prompt_ids) + i - 1], t[len(prompt) + i - 1]
             tokens.append((a.exp() * (a - b)).sum())
         per_response.append(torch.stack(tokens))
-    if mean == "token":
-        dense = torch.cat(per_response).mean()
-    else:
-        dense = torch.stack([row.mean() for row in per_response]).mean()
+    dense = torch.stack([row.mean() for row in per_response]).mean()
     dense.backward()
     assert loss == pytest.approx(dense.item(), rel=1e-4)
     assert apart(gradient, flat_gradient(model)) < 1e-5
@@ -186,7 +183,7 @@ def test_tenth_response_token_is_the_same_id_at_the_right_offset(model, tokenize
     assert all(len(p) > len(r.prompt_ids) for p, r in zip(prompts, rollouts, strict=True))
     for row_prompts in ([r.prompt_ids for r in rollouts], prompts):
         rows = [(p, r.response_ids) for p, r in zip(row_prompts, rollouts, strict=True)]
-        hidden, targets, first = response_hidden(model, rows), response_targets(model, rows), 0
+        hidden, targets, first = response_hidden(model, rows), scored_ids(model, rows), 0
         for prompt, response in rows:
             single = model.base_model(torch.tensor([prompt + response])).last_hidden_state[0]
             expected = single[len(prompt) + 9 - 1]
@@ -207,9 +204,9 @@ def test_reinjection_is_read_but_not_scored_and_moves_nothing(model, tokenizer):
         return [opsd.teacher_row(p, r.response_ids, ids, every) for p, r in pairs]
 
     plain, empty, again = rows_with((), 0), rows_with((), 10), rows_with(recall, 10)
-    ids = response_targets(model, plain).tolist()  # same tokens, same order
-    assert response_targets(model, again).tolist() == ids
-    assert response_targets(model, empty).tolist() == ids
+    ids = scored_ids(model, plain).tolist()  # same tokens, same order
+    assert scored_ids(model, again).tolist() == ids
+    assert scored_ids(model, empty).tolist() == ids
     assert sum(part == recall for part in again[0]) == (len(rollouts[0].response_ids) - 1) // 10
     # Token 9 stands before the first insertion: nothing changes. Token 10 stands behind it:
     # predicted from the insertion's last token.
@@ -222,7 +219,6 @@ def test_reinjection_is_read_but_not_scored_and_moves_nothing(model, tokenizer):
     for rows in (plain, empty, again):
         for r, row in zip(rollouts, rows, strict=True):
             r.teacher_row = row
-        opsd.read_by_teacher(teacher, rollouts, args)
         losses.append(opsd.accumulate_gradients(model, teacher, rollouts, args))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[2] != pytest.approx(losses[0], rel=1e-2)
@@ -234,20 +230,23 @@ def test_reinjection_is_read_but_not_scored_and_moves_nothing(model, tokenizer):
         assert hint in tokenizer.decode(row[2]) if hint else row[2] == []
 
 
-def test_masks_come_from_lengths_so_a_final_eos_counts_even_if_pad_is_eos(model, tokenizer):
+def test_masks_come_from_lengths_so_a_final_eos_counts_even_if_pad_is_eos(
+    model, tokenizer, monkeypatch
+):
     model.config.pad_token_id = tokenizer.eos_token_id
     rollouts = some_rollouts(tokenizer)
     rows = [r.row for r in rollouts]
-    targets = response_targets(model, rows)
+    targets = scored_ids(model, rows)
     assert len(response_hidden(model, rows)) == sum(len(r.response_ids) for r in rollouts)
     assert (targets == tokenizer.eos_token_id).sum() == sum(r.finished for r in rollouts) == 4
     model.lm_head.weight.data.mul_(0.5)  # less sure of itself, or the loss would round to 0
     # The eos position carries gradient: a loss on it alone moves the model, and prompt or padding
     # tokens are not among the targets.
     args, teacher = opsd.parse_args(["--divergence", "rft"]), opsd.frozen_copy(model)
-    opsd.read_by_teacher(teacher, with_teacher_rows(rollouts, [p for p, _ in rows]), args)
-    for r in rollouts:
-        r.weights = [0.0] * (len(r.response_ids) - 1) + [float(r.finished)]
+    with_teacher_rows(rollouts, [p for p, _ in rows])
+    at_the_end = torch.cat([torch.eye(len(r.response_ids))[-1] * r.finished for r in rollouts])
+    own = opsd.tokens_of
+    monkeypatch.setattr(opsd, "tokens_of", lambda *x: own(*x)._replace(weight=at_the_end))
     loss, _ = opsd.opsd_loss(model, teacher, rollouts, args)
     assert loss > 0 and model.lm_head.weight.grad[tokenizer.eos_token_id].abs().sum() > 0
 
@@ -281,12 +280,12 @@ def test_no_gradient_reaches_the_teacher_and_dropout_is_off(model, tokenizer):
     assert all(map(torch.equal, before, teacher.parameters()))
 
 
-def test_token_weights_sum_to_one_over_the_step():
-    rollouts = [Rollout(None, [], [0] * n) for n in (3, 5, 20)]
-    for mean in ("response", "token"):
-        assert sum(map(sum, opsd.token_weights(rollouts, mean))) == pytest.approx(1)
-    assert opsd.token_weights(rollouts, "response")[0][0] == pytest.approx(1 / 9)
-    assert opsd.token_weights(rollouts, "token")[0][0] == pytest.approx(1 / 28)
+def test_weights_sum_to_one_over_the_step_and_each_response_counts_alike(model, tokenizer):
+    rollouts = some_rollouts(tokenizer)
+    prompts = teacher_prompts(tokenizer, rollouts)
+    loss_and_gradient(model, opsd.frozen_copy(model), rollouts, prompts)
+    weight = [r.weight * len(r.response_ids) for r in rollouts]
+    assert weight == pytest.approx([1 / 6] * 6) and len({len(r.response_ids) for r in rollouts}) > 1
 
 
 def test_micro_batches_cover_every_row_once_within_the_budget():
@@ -327,11 +326,11 @@ def test_teachers_move_as_named(model):
         with torch.no_grad():
             for p in student.parameters():
                 p.add_(1.0)
-        opsd.TEACHERS[name](teacher, student, 1, args)
+        opsd.TEACHERS[name](teacher, student, dict(updates=1), args)
         for t, first in zip(teacher.parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(t - first, torch.full_like(t, weight), rtol=1e-4, atol=1e-5)
         if name == "every":
-            opsd.TEACHERS[name](teacher, student, 2, args)
+            opsd.TEACHERS[name](teacher, student, dict(updates=2), args)
             assert all(map(torch.equal, teacher.parameters(), student.parameters()))
 
 
@@ -343,7 +342,7 @@ def test_kl_by_position_sums_tokens_into_bins():
         ("correct", [100, 200]),
     ]:
         r = Rollout(None, [], [0] * len(kl), True, outcome=outcome)
-        r.measures = torch.tensor([kl] * 4)
+        r.measures = dict(reverse_kl=torch.tensor(kl))
         rollouts.append(r)
     bins = rollout.kl_by_position(rollouts, 2)
     assert bins["correct"] == dict(kl=[303, 7, 5], tokens=[4, 2, 1], rollouts=[2, 1, 1])
@@ -352,16 +351,14 @@ def test_kl_by_position_sums_tokens_into_bins():
 
 
 def test_filters_and_the_third_outcome():
-    kept = {}
-    for name, keeps in opsd.FILTERS.items():
-        rows = [Rollout(None, [], outcome=outcome) for outcome in rollout.OUTCOMES]
-        kept[name] = [r.outcome for r in rows if keeps(r, None)]
-    assert kept == {
+    drawn = [Rollout(None, [], outcome=outcome) for outcome in rollout.OUTCOMES]
+    for name, kept in {
         "all": ["correct", "incorrect", "truncated"],
         "correct": ["correct"],
         "incorrect": ["incorrect"],
         "not-correct": ["incorrect", "truncated"],
-    }
+    }.items():
+        assert [r.outcome for r in opsd.FILTERS[name](drawn, None)] == kept
     rows = [Rollout(Problem("q", "5"), [], [], False, "\\boxed{5}")]
     with Verifier() as verifier:
         grade_rollouts(verifier, rows)
@@ -398,7 +395,9 @@ def test_on_policy_grpo_gradient_is_the_policy_gradient(model, tokenizer, monkey
     rollouts = some_rollouts(tokenizer, 3)
     for r, advantage in zip(rollouts, (-1.0, 0.3, 0.8), strict=True):
         r.advantage = advantage
-    loss, measures = rlvr.rlvr_loss(model, rollouts, None, None, 100, 0.0)
+    for r in rollouts:
+        r.weight = 1 / 100
+    loss, measures = rlvr.rlvr_loss(model, None, rollouts, None, rlvr.parse_args([]))
     gradient = flat_gradient(model)
     model.zero_grad()
     expected, parts = 0.0, []
@@ -411,8 +410,7 @@ def test_on_policy_grpo_gradient_is_the_policy_gradient(model, tokenizer, monkey
     assert apart(gradient, flat_gradient(model)) < 1e-5
     ratio_1 = -sum(r.advantage * len(r.response_ids) for r in rollouts) / 100
     assert loss == pytest.approx(ratio_1, abs=1e-6)
-    assert measures.shape == (2, sum(len(r.response_ids) for r in rollouts))
-    for logps in (sampled_logps(model, [r.row for r in rollouts]), measures[1]):
+    for logps in (sampled_logps(model, [r.row for r in rollouts]), measures["logp"]):
         torch.testing.assert_close(logps, torch.cat(parts).detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -430,7 +428,7 @@ def test_sft_loss_is_the_cross_entropy_of_the_response_alone(model, tokenizer):
     expected = -sum(logps[len(prompt) + i - 1, t].item() for i, t in enumerate(response))
     assert sft.sft_loss(model, [(prompt, response)], 1) == pytest.approx(expected, rel=1e-4)
     twice = [(prompt, response)] * 2
-    assert sft.sft_loss(model, twice, 4) == pytest.approx(expected / 2, rel=1e-4)
+    assert sft.sft_loss(model, twice, 1 / 4) == pytest.approx(expected / 2, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -441,14 +439,10 @@ def test_sft_loss_is_the_cross_entropy_of_the_response_alone(model, tokenizer):
     "script, flags, first",
     [
         (opsd, "--filter correct --resample 1", "rlvr"),
-        (
-            opsd,
-            "--filter all --divergence jsd --teacher ema --mean token --context answer",
-            "rlvr",
-        ),
+        (opsd, "--filter all --divergence jsd --teacher ema --context answer", "rlvr"),
         (opsd, "--filter not-correct --thinking off --divergence split", "rlvr"),
         (opsd, "--filter all --context resolve --context-tokens 60", "rlvr"),
-        (rlvr, "--hard 1 --group 8 --updates 2 --kl 0.01", "sft"),
+        (rlvr, "--group 8 --updates 2 --kl 0.01", "sft"),
     ],
 )
 def test_script_trains(script, flags, first, tmp_path, capsys):
@@ -502,7 +496,7 @@ def test_sft_without_one_update_fails(tmp_path, monkeypatch, capsys):
 
 
 def test_a_filter_that_keeps_nothing_is_logged_and_then_ends_the_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(opsd.FILTERS, "correct", lambda r, args: False)
+    monkeypatch.setitem(opsd.FILTERS, "correct", lambda rollouts, args: [])
     monkeypatch.setattr(run, "GIVE_UP", 2)
     with pytest.raises(SystemExit) as stop:
         opsd.main(["--steps", "5", "--out", str(tmp_path / "run"), *SMALL])

@@ -13,10 +13,10 @@ import opsd
 import rlvr
 import sft
 import toy
-from cli import HERE
 from data import CONTEXTS, Problem, embedded_problems, render_prompt
 from model import load_model, save_model
 from rollout import Rollout
+from run import HERE
 
 TINY = os.path.join(HERE, "tiny", "rlvr")
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 SMALL = "--batch 6 --max-new-tokens 90 --eval-problems 8 --threads 1".split()
 STAGES = [
     (opsd, "--filter all --teacher ema --kl-by-position 8 --eval-every 2".split() + SMALL),
-    (rlvr, ["--hard", "1", *SMALL]),
+    (rlvr, SMALL),
     (sft, ["--batch", "4", "--threads", "1"]),
 ]
 

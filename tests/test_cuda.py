@@ -16,10 +16,10 @@ import opsd
 import ranks
 import rlvr
 import run
-from cli import HERE
 from data import embedded_problems, render_prompt
 from model import load_model
 from rollout import Rollout
+from run import HERE
 from samplers import make_sampler
 from tests.helpers import (
     CPU,
@@ -62,7 +62,6 @@ def random_rollouts(count, prompt, response, vocabulary):
 def loss_and_gradient(model, teacher, rollouts, flags):
     args = opsd.parse_args(flags)
     model.zero_grad()
-    opsd.read_by_teacher(teacher, rollouts, args)
     loss = opsd.accumulate_gradients(model, teacher, rollouts, args)
     return loss, flat_gradient(model)
 
@@ -209,7 +208,7 @@ def test_greedy_sampling_is_that_of_a_loop(device):
         (opsd, "--filter all"),
         (opsd, "--filter all --checkpointing --teacher ema --divergence jsd"),
         (opsd, "--filter all --context resolve --context-tokens 60"),
-        (rlvr, "--hard 1 --group 8 --updates 2 --kl 0.1"),
+        (rlvr, "--group 8 --updates 2 --kl 0.1"),
     ],
 )
 def test_scripts_train(device, script, flags, tmp_path):

@@ -117,14 +117,6 @@ def test_a_wrong_embedded_reference_reads_one_digit_wrong_and_adds_up():
             assert not wrongs or other != str(digit)
 
 
-@pytest.mark.parametrize(
-    "share, left", [("0.5", "a b"), ("0.9", "a b\nc  d"), ("1", "a b\nc  d e")]
-)
-def test_part_is_the_first_words_and_no_answer(share, left):
-    texts = contexts_of("part", [Problem("q", "6", "a b\nc  d e")], f"--part {share}")
-    assert texts == [f"Here is a reference solution:\n{left} ..."]
-
-
 def test_writer_counts_truncated_and_oversized_contexts_as_failed(tiny, tokenizer):
     args = opsd.parse_args("--context-tokens 150 --dtype float32".split())
     sampler = make_sampler(tiny[0], tokenizer, args)
@@ -177,7 +169,6 @@ def test_embedded_problems_are_right_reproducible_and_disjoint():
     for place, right in enumerate((toy.QUICK_RIGHT, toy.CAREFUL_RIGHT)):
         share = np.mean([int(smudge[place]) == digit for smudge, digit in scans])
         assert share == pytest.approx(right, abs=0.03)
-    assert {p.difficulty for p in embedded_problems(50, 0, hard=0.0)} == {"easy"}
 
 
 @pytest.mark.parametrize("context", toy.CONTEXTS)
@@ -188,49 +179,14 @@ def test_reference_traces_end_right_and_every_step_too(context):
         for p in embedded_problems(300, 0):
             text = toy.reference_trace(p, rng, context)
             assert verifier.grade([(text.split("boxed{")[1][:-1], p.answer)]) == ["correct"]
-            steps = toy.read_trace(p, text)
-            assert len(steps) == len(p.solution.split(", ")) and all(s["right"] for s in steps)
-            assert all(s["checked"] for s in steps if s["hard"] and not s["first_right"])
-            easy += [s["checked"] for s in steps if not s["hard"]]
-            hard += [s["checked"] for s in steps if s["hard"]]
+            lines = text.removeprefix("<think>\n").split("\n</think>")[0].split("\n")
+            for (a, op, digit, scans, c), line in zip(toy.read_steps(p), lines, strict=True):
+                assert line.endswith(f"{a:02d}{op}{digit}={c:02d}")
+                checked = " check " in line or " wait " in line
+                (hard if scans else easy).append(checked)
+                assert checked or line[3] == str(digit)
     assert np.mean(hard) > 0.5
     assert np.mean(easy) > 0.8 if context == "none" else np.mean(easy) < 0.05
-
-
-def test_read_trace_tells_what_a_step_did():
-    p = Problem("50 +23? -7 +26?, result?", "52", "50+3=53, 53-7=46, 46+6=52", "hard")
-    lines = ["50+2=52 wait 23 so 50+3=53", "53-7=46 check 53-7=46", "46+2=48"]
-    text = "<think>\n" + "\n".join(lines) + "\n</think>\n\n\\boxed{48}"
-    expected = dict(
-        hard=[1, 0, 1],
-        first_right=[0, 1, 0],
-        checked=[1, 1, 0],
-        conflict=[1, 0, 1],
-        careful=[1, 0, 0],
-        right=[1, 1, 0],
-    )
-    rows = toy.read_trace(p, text)
-    assert {key: [int(row[key]) for row in rows] for key in expected} == expected
-    rows = toy.read_trace(p, "<think>\n50+3=54\n54-7=47\nnonsense\n")
-    assert [row["right"] for row in rows] == [False, True]
-
-
-def test_token_classes_go_by_the_line_that_a_token_stands_in():
-    p = Problem("53 +4 -26?, result?", "51", "53+4=57, 57-6=51", "hard")
-    text = "<think>\n53+4=57 check 53+4=57\n57-2=55 wait 26 so 57-6=51\n</think>\n\n\\boxed{51}"
-    places = [
-        ("easy: check or go on", "53+4=57"),
-        ("easy: check or go on", "check 53+4=57"),
-        ("hard: first look", "\n57-"),
-        ("hard: check or go on", "57-2=55"),
-        ("hard: the digit settled on", "so 57-"),
-        ("other", "53+4="),
-        ("other", "wait 2"),
-        ("other", "</think>\n\n\\boxed{"),
-        ("other", "=51"),
-    ]
-    for name, end in places:
-        assert toy.token_class(p, text[: text.index(end) + len(end)]) == name, end
 
 
 # ------------------------------------------------------------------------------------------------

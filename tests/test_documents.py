@@ -14,7 +14,7 @@ import pytest
 
 import data
 import opsd
-from cli import HERE
+from run import HERE
 from tests.helpers import read_lines
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(glob.glob("docs/*.md", root_dir=HERE))]

@@ -8,9 +8,9 @@ import pytest
 
 import eval as evaluation
 import opsd
-from cli import HERE
 from data import Problem, embedded_problems
 from rollout import Rollout
+from run import HERE
 from tests.helpers import SMALL, TINY, graded, metrics, weights, write
 
 SFT = os.path.join(HERE, "tiny", "sft")

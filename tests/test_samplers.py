@@ -205,7 +205,7 @@ def test_vllm_keeps_the_stop_id_once_and_stops_at_every_stop_id(tokenizer, vllm)
         (opsd, "--filter all"),
         # The teacher writes with the student's engine.
         (opsd, "--filter all --context resolve --context-tokens 60"),
-        (rlvr, "--hard 1 --group 8 --updates 2"),
+        (rlvr, "--group 8 --updates 2"),
     ],
 )
 def test_script_trains_and_resumes_with_vllm(script, flags, tmp_path, vllm, crash, monkeypatch):

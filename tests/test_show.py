@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import opsd
-from cli import HERE
 from data import CONTEXTS, embedded_problems, render_prompt
 from model import load_model
 from rollout import Rollout
+from run import HERE
 from tools import show
 
 TINY = os.path.join(HERE, "tiny")

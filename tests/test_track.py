@@ -10,7 +10,7 @@ import pytest
 
 import opsd
 import run
-from cli import HERE
+from run import HERE
 from tests.helpers import SMALL, metrics
 
 

@@ -24,8 +24,8 @@ import rlvr
 import rollout
 import run
 import sft
-from cli import HERE
 from data import embedded_problems, problem_batch
+from run import HERE
 from samplers import TransformersSampler
 from tests.helpers import (
     TINY,
@@ -176,7 +176,7 @@ def check_sampling(events, seed):
 
 def check_held_out(first, last, tokenizer, rows, printed, thinking=True):
     """`rows`: the table after a run, between whose evaluations `first` and `last` it trained."""
-    problems = embedded_problems(8, 3, held_out=True, hard=0.9)
+    problems = embedded_problems(8, 3, held_out=True)
     prompts = [prompt_of(tokenizer, problem, "", thinking) for problem in problems]
     assert first.prompts == last.prompts == prompts
     lengths, accuracies = [], []
@@ -313,7 +313,7 @@ RUNS = {
         dict(keeps=rollout.OUTCOMES, divergence=reverse, every=2, thinking=False),
     ),
     "ema": (
-        "--filter not-correct --divergence split --teacher ema --ema 0.5 --mean token --reinject 8 "
+        "--filter not-correct --divergence split --teacher ema --ema 0.5 --reinject 8 "
         f"--context resolve --context-tokens {MEMO_CAP} --gate even --batch 8",
         dict(keeps=("incorrect", "truncated"), divergence=split, ema=0.5, memo=True),
     ),
@@ -336,12 +336,12 @@ def test_opsd_does_what_its_flags_say(
 ):
     monkeypatch.setitem(opsd.GATES, "even", even_positions)
     (flags, is_), out = RUNS[name], str(tmp_path / "run")
-    flags = [*flags.split(), *"--lr 2e-3 --hard 0.9 --kl-by-position 8".split(), *SHORT, *SAMPLING]
+    flags = [*flags.split(), *"--lr 2e-3 --kl-by-position 8".split(), *SHORT, *SAMPLING]
     opsd.main([*flags, "--out", out])
     printed = capsys.readouterr().out
     batch, resample = opsd.parse_args(flags).batch, is_.get("resample", 0)
     thinking, memo = is_.get("thinking", True), is_.get("memo", False)
-    problems = embedded_problems(3 * batch * (resample + 1), 3, hard=0.9)
+    problems = embedded_problems(3 * batch * (resample + 1), 3)
     first, steps, last = steps_of(events)
     seeds = check_sampling(events, seed=3)
     assert len(set(seeds)) == len(seeds)
@@ -401,10 +401,7 @@ def test_opsd_does_what_its_flags_say(
             values.append(value)
             r.kl = kl(s, t).tolist()
             measures.append(torch.stack([kl(s, t), kl(t, s), entropy(s), entropy(t)], 1))
-        if memo:
-            loss = torch.cat(values).mean()
-        else:
-            loss = torch.stack([value.mean() for value in values]).mean()
+        loss = torch.stack([value.mean() for value in values]).mean()
         norm = check_update(update, student, loss, lr=2e-3)
         student_weights = update.after
         assert torch.equal(push.weights, student_weights)
@@ -447,9 +444,9 @@ def test_opsd_does_what_its_flags_say(
 def test_rlvr_does_what_its_flags_say(updates, weight, tokenizer, events, tmp_path, capsys):
     out = str(tmp_path / "run")
     flags = f"--updates {updates} --kl {weight} --group 3 --batch 4 --length-penalty 0.5 --lr 4e-4"
-    rlvr.main([*flags.split(), "--hard", "0.9", *SHORT, *SAMPLING, "--out", out])
+    rlvr.main([*flags.split(), *SHORT, *SAMPLING, "--out", out])
     printed = capsys.readouterr().out
-    problems = embedded_problems(3 * 4, 3, hard=0.9)
+    problems = embedded_problems(3 * 4, 3)
     first, steps, last = steps_of(events)
     seeds = check_sampling(events, seed=3)
     assert len(set(seeds)) == len(seeds)
@@ -577,11 +574,11 @@ def test_sft_does_what_its_flags_say(given, model, tokenizer, events, tmp_path, 
 
 
 def test_eval_does_what_its_flags_say(model, tokenizer, events, tmp_path, capsys):
-    out, problems = str(tmp_path / "e.json"), embedded_problems(6, 3, held_out=True, hard=0.5)
-    flags = f"--problems 6 --samples 2 --context-tokens {MEMO_CAP} --seed 3 --threads 1 --hard 0.5"
+    out, problems = str(tmp_path / "e.json"), embedded_problems(6, 6, held_out=True)
+    flags = f"--problems 6 --samples 2 --context-tokens {MEMO_CAP} --seed 6 --threads 1"
     flags = [*flags.split(), "--context", "answer", "reflection", *SAMPLING]
     evaluation.main(["--model", TINY, FIRST, *flags, "--out", out])
-    assert len(set(check_sampling(events, seed=3))) == 1
+    assert len(set(check_sampling(events, seed=6))) == 1
     plain, answer, writer, reflection, second = events
     memos = memos_of(writer, tokenizer, "Notes from an earlier look at this problem:")
     assert memos.count(None) == 1
@@ -629,7 +626,7 @@ def test_eval_does_what_its_flags_say(model, tokenizer, events, tmp_path, capsys
         assert sum(responses["lengths"], []) == [len(r.ids) for r in rows]
         assert sum(responses["reasons"], []) == [r.reason for r in rows]
         assert len(responses["lengths"]) == 6
-    assert saved["args"]["temperature"] == 0.7 and set(saved["traces"]) == set(names)
+    assert saved["args"]["temperature"] == 0.7
     assert saved["responses"]["embedded"]["questions"] == [p.question for p in problems]
 
 
