@@ -33,8 +33,6 @@ class Problem:
     answer: str
     solution: str = ""
     difficulty: str = ""
-    wrong_solution: str = ""  # of the context `wrong`: both, or they are made
-    wrong_answer: str = ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -44,7 +42,6 @@ QUESTION_FIELDS = ("question", "problem", "prompt")
 ANSWER_FIELDS = ("answer", "ground_truth", "gold", "final_answer")
 SOLUTION_FIELDS = ("solution", "cot", "reasoning")
 DIFFICULTY_FIELDS = ("difficulty", "level")
-WRONG_FIELDS = ("wrong_solution", "wrong_answer")
 
 
 def add_data_flags(parser, several=False):
@@ -132,11 +129,9 @@ def load_file(path, args=None, flag="--data"):
                 pick(row, named("answer"), ANSWER_FIELDS, where, "--answer-field"),
                 pick(row, solution, SOLUTION_FIELDS, where, "--solution-field", bool(solution)),
                 pick(row, None, DIFFICULTY_FIELDS, where, "", required=False),
-                *(pick(row, None, (name,), where, "", required=False) for name in WRONG_FIELDS),
             )
         )
         places.append(where)
-        check_wrong(problems[-1], where)
     if not problems:
         fail(f"{flag} {path}: no rows")
     repeated = len(problems) - len({p.question for p in problems})
@@ -163,22 +158,6 @@ def tell_units(path, places, golds):
             f"{path}: {len(units)} of {len(golds)} gold answers have a unit; a response may leave "
             f"it out, but not name another (first: {where}: {gold!r} is {value}, unit {unit})"
         )
-    letter = re.compile(r"[0-9.,/]+ ([A-Za-z])")
-    letters = [(w, g) for w, g in zip(places, golds, strict=True) if letter.fullmatch(g.strip())]
-    if letters:
-        (where, gold), unit = letters[0], letters[0][1].strip()[-1]
-        print(
-            f"{path}: {len(letters)} of {len(golds)} gold answers are a number and one letter, "
-            f"read as a variable, not a unit (first: {where}: {gold!r}; a unit is \\text{{{unit}}})"
-        )
-
-
-def check_wrong(problem, where):
-    """Ends the program where a row's wrong reference is half there, or right."""
-    if bool(problem.wrong_solution) != bool(problem.wrong_answer):
-        fail(f"{where}: wrong_solution and wrong_answer: one without the other")
-    if problem.wrong_answer == problem.answer:
-        fail(f"{where}: wrong_answer is the answer")
 
 
 def read_rows(path, split, flag="--data"):
@@ -201,16 +180,11 @@ def read_rows(path, split, flag="--data"):
 
 def read_json(path):
     """Rows of a UTF-8 file, with or without a BOM: one JSON object a line, or one array of them."""
-    with open(path, "rb") as file:
-        content = file.read()
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:4]:
-        fail(f"{path}: UTF-16 or another wide encoding; save it as UTF-8")
     try:
-        text = content.decode("utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
     except UnicodeDecodeError as error:
-        number, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
-        where, wrong = f"{path}, line {number}", f"byte 0x{byte:02x} is not UTF-8 (latin-1?)"
-        fail(f"{where}: {wrong}; save the file as UTF-8")
+        fail(f"{path}: not UTF-8 ({error}); save it as UTF-8")
     if text.lstrip().startswith("["):
         try:
             rows = [(f"{path}, row {i}", row) for i, row in enumerate(json.loads(text), 1)]
@@ -420,8 +394,7 @@ def wrong(rollouts, write, args):
     make = toy.wrong_reference if args.data is None else with_wrong_answer
     texts = []
     for r in rollouts:
-        given = r.problem.wrong_solution, r.problem.wrong_answer
-        reference = given if all(given) else make(r.problem)
+        reference = make(r.problem)
         texts.append(reference and REFERENCE.format(solution=reference[0], answer=reference[1]))
     return texts
 

@@ -26,6 +26,7 @@ import data
 import ranks
 import rollout
 import samplers
+from answers import extract
 from data import CONTEXTS
 from model import load_model, load_tokenizer
 from run import (
@@ -52,7 +53,9 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--model", nargs="+", required=True, help="checkpoints; first: baseline")
     add = add_run_flags(parser)
-    add("--out", help="JSON file for the table and every response's outcome and length")
+    add(
+        "--out", help="JSON file, .json or .json.gz: the table, and every response with its verdict"
+    )
     data.add_data_flags(parser, several=True)
     samplers.add_sampling_flags(parser)
     add = add_evaluation_flags(parser)
@@ -110,11 +113,15 @@ def summarise(rollouts):
     )
 
 
-def per_problem(rollouts, samples):
-    """(accuracy, length), each the mean over a problem's samples: (problems,)."""
-    correct = np.array([r.outcome == "correct" for r in rollouts], float)
-    lengths = np.array([len(r.response_ids) for r in rollouts], float)
-    return correct.reshape(-1, samples).mean(1), lengths.reshape(-1, samples).mean(1)
+def per_problem(rollouts):
+    """(accuracy, length), each the mean over a question's responses: (problems,). Rows that repeat
+    a question are not independent: they are one problem.
+    """
+    responses = {}
+    for r in rollouts:
+        row = r.outcome == "correct", len(r.response_ids)
+        responses.setdefault(r.problem.question, []).append(row)
+    return np.array([np.mean(rows, 0) for rows in responses.values()]).T
 
 
 def paired_bootstrap(before, after, seed=0):
@@ -154,7 +161,7 @@ def shift(before, after):
 # Comparisons
 
 
-def compare(named, samples, benchmark=""):
+def compare(named, benchmark=""):
     """One record a (name, rollouts) pair and difficulty: `summarise`, and the change against the
     first pair.
     """
@@ -164,15 +171,9 @@ def compare(named, samples, benchmark=""):
     records = []
     for name, rollouts in named:
         for group in groups:
-            mine, base = of_group(rollouts, group), of_group(first, group)
-            record = dict(name=name, benchmark=benchmark, group=group, **summarise(mine))
-            record["change"] = None
-            if rollouts is not first:
-                pair = per_problem(base, samples), per_problem(mine, samples)
-                changes = paired_bootstrap(*pair)
-                record["change"] = {key: interval(*value) for key, value in changes.items()}
-                record["shift"] = shift(*pair)
-            records.append(record)
+            pair = of_group(first, group), of_group(rollouts, group)
+            record = dict(name=name, benchmark=benchmark, group=group)
+            records.append(dict(record, **compared([pair], rollouts is first)))
     return records
 
 
@@ -180,34 +181,39 @@ def of_group(rollouts, group):
     return [r for r in rollouts if group in ("all", r.problem.difficulty)]
 
 
-def compare_mean(benchmarks, samples):
+def compare_mean(benchmarks):
     """The same over several benchmarks, as in the paper: measures and changes are means over
     benchmarks, each counting alike, shifts are sums.
     """
     records = []
-    names = [name for name, _ in next(iter(benchmarks.values()))]
-    for i, name in enumerate(names):
-        parts = [summarise(named[i][1]) for named in benchmarks.values()]
-        record = dict(name=name, benchmark="mean", group="all")
-        for key in parts[0]:
-            values = [part[key] for part in parts]
-            record[key] = None if None in values else float(np.mean(values))
-        record["change"] = None
-        if i:
-            pairs = [
-                (per_problem(named[0][1], samples), per_problem(named[i][1], samples))
-                for named in benchmarks.values()
-            ]
-            # A seed each: draws are independent.
-            changes = [paired_bootstrap(*pair, seed=seed) for seed, pair in enumerate(pairs)]
-            record["change"] = {}
-            for key in changes[0]:
-                estimates, draws = zip(*(change[key] for change in changes), strict=True)
-                record["change"][key] = interval(np.mean(estimates), np.mean(draws, 0))
-            shifts = [shift(*pair) for pair in pairs]
-            record["shift"] = {key: sum(part[key] for part in shifts) for key in shifts[0]}
-        records.append(record)
+    for named in zip(*benchmarks.values(), strict=True):  # one model on all benchmarks
+        firsts = [named[0][1] for named in benchmarks.values()]
+        pairs = list(zip(firsts, [rollouts for _, rollouts in named], strict=True))
+        record = dict(name=named[0][0], benchmark="mean", group="all")
+        records.append(dict(record, **compared(pairs, not records)))
     return records
+
+
+def compared(pairs, baseline):
+    """The measures of a model, its change and shift against the baseline; `pairs` is a list of
+    (baseline's rollouts, model's rollouts), one a benchmark.
+    """
+    parts, record = [summarise(mine) for _, mine in pairs], dict(change=None)
+    for key in parts[0]:
+        values = [part[key] for part in parts]
+        record[key] = None if None in values else float(np.mean(values))
+    if baseline:
+        return record
+    measured = [(per_problem(base), per_problem(mine)) for base, mine in pairs]
+    # A seed each: draws are independent.
+    changes = [paired_bootstrap(*pair, seed=seed) for seed, pair in enumerate(measured)]
+    record["change"] = {}
+    for key in ("accuracy", "length"):
+        estimates, draws = zip(*(change[key] for change in changes), strict=True)
+        record["change"][key] = interval(np.mean(estimates), np.mean(draws, 0))
+    shifts = [shift(*pair) for pair in measured]
+    record["shift"] = {key: sum(part[key] for part in shifts) for key in shifts[0]}
+    return record
 
 
 def print_table(records):
@@ -264,7 +270,7 @@ class HeldOut:
         due = last or every and step % every == 0 and step < self.args.steps
         if not self.problems or not due:
             return
-        records = compare([("before", self.before), ("after", self.respond())], samples=1)
+        records = compare([("before", self.before), ("after", self.respond())])
         print(
             f"\n{len(self.problems)} held-out problems, one response each, after step {step};",
             end="",
@@ -324,7 +330,7 @@ def main(argv=None):
                     named[benchmark].append((name, rollouts))
     records = report(benchmarks, named, args)
     if args.out:
-        write_evaluation(benchmarks, named, records, args)
+        write_evaluation(named, records, args)
     ranks.leave()
 
 
@@ -333,13 +339,13 @@ def report(benchmarks, named, args):
     records = []
     settings = f"temperature {args.temperature}, cap {args.max_new_tokens} tokens"
     for benchmark, problems in benchmarks.items():
-        table = compare(named[benchmark], args.samples, benchmark)
+        table = compare(named[benchmark], benchmark)
         counts = f"{len(problems)} problems, {args.samples} responses each"
         print(f"\n{benchmark}: {counts}, {settings}; change with 95% interval")
         print_table(table)
         records += table
     if len(benchmarks) > 1:
-        table = compare_mean(named, args.samples)
+        table = compare_mean(named)
         print("\nmean over the benchmarks")
         print_table(table)
         records += table
@@ -351,28 +357,26 @@ def report(benchmarks, named, args):
     return records
 
 
-def write_evaluation(benchmarks, named, records, args):
-    """Writes --out: the settings, all tables, and every response's outcome and length."""
+def write_evaluation(named, records, args):
+    """Writes --out: the settings, all tables, and every response with its verdict."""
     responses = {
-        benchmark: dict(
-            questions=[p.question for p in problems],
-            difficulties=[p.difficulty for p in problems],
-            models=[responses_of(name, rows, args.samples) for name, rows in named[benchmark]],
-        )
-        for benchmark, problems in benchmarks.items()
+        benchmark: {name: [response_of(r) for r in rollouts] for name, rollouts in pairs}
+        for benchmark, pairs in named.items()
     }
-    record = dict(args=vars(args), **provenance(), records=records)
-    write_json(args.out, dict(**record, responses=responses))
+    record = dict(args=vars(args), **provenance(), records=records, responses=responses)
+    write_json(args.out, record)
     print(f"\nwritten to {args.out}")
 
 
-def responses_of(name, rollouts, samples):
-    """Every response's reason and length, a list a problem."""
-    rows = [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]
+def response_of(r):
     return dict(
-        name=name,
-        reasons=[[r.reason for r in row] for row in rows],
-        lengths=[[len(r.response_ids) for r in row] for row in rows],
+        question=r.problem.question,
+        difficulty=r.problem.difficulty,
+        gold=r.problem.answer,
+        response=r.text,
+        answer=extract(r.text) if r.finished else None,
+        verdict=r.reason,
+        length=len(r.response_ids),
     )
 
 

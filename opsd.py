@@ -356,8 +356,8 @@ def main(argv=None):
     with verifier, Run(args, f"opsd-{args.filter}", problems, state) as run:
         print(f"{len(problems):,} problems, device {device}, run directory {run.path}")
         first, drawn = run.resume(model, optimizer), state.get("drawn", 0)
-        if state.get("teacher"):
-            ranks.load_full_state(teacher, state["teacher"])
+        if followed := state.pop("teacher", None):
+            ranks.load_full_state(teacher, followed)
         if state:
             sampler.push(model)
         for step in range(first, args.steps):

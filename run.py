@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import glob
+import gzip
 import importlib
 import json
 import os
@@ -66,7 +67,6 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-TRACKERS = ("trackio", "wandb", "tensorboard")
 POSITIVE = {
     *("steps", "batch", "lr", "micro_tokens", "max_new_tokens", "sample_batch", "context_tokens"),
     *("refresh", "updates", "problems", "samples"),
@@ -101,7 +101,7 @@ def add_training_flags(parser, steps, batch, lr, state_every):
     add("--resume", action="store_true", help="go on with the run in --out; other flags as before")
     add("--state-every", type=int, default=state_every, help="steps between states for --resume")
     add("--save-every", type=int, default=0, help="steps between checkpoints; 0 = the last only")
-    add("--track", choices=TRACKERS, help="send metrics.jsonl's numbers there as well")
+    add("--track", choices=["trackio", "wandb"], help="send metrics.jsonl's numbers there as well")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--offload", action="store_true", help="under torchrun: weights rest in host memory; slow")
     add = parser.add_argument_group("training").add_argument
@@ -217,7 +217,8 @@ def write_json(path, record):
         return
 
     def write(target):
-        with open(target, "w") as stream:
+        packed = path.endswith(".gz")
+        with gzip.open(target, "wt") if packed else open(target, "w") as stream:
             json.dump(record, stream)
 
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -367,7 +368,7 @@ class Run:
     def remove_old_run(self):
         """With --overwrite: logs, states and weights of the run before, and no other files."""
         logs = ("metrics.jsonl", "samples.jsonl", "not_finite.jsonl", "kl_by_position.jsonl")
-        for pattern in (*logs, "state-*", "model*.safetensors*", "step-*", "events.out.tfevents*"):
+        for pattern in (*logs, "state-*", "model*.safetensors*", "step-*"):
             for stale in glob.glob(os.path.join(glob.escape(self.path), pattern)):
                 remove(stale)
 
@@ -439,8 +440,8 @@ class Run:
         if not self.args.resume:
             return step
         if self.state:
-            ranks.load_full_state(model, self.state["model"])
-            ranks.load_full_state(model, self.state["optimizer"], optimizer)
+            ranks.load_full_state(model, self.state.pop("model"))  # and free its memory
+            ranks.load_full_state(model, self.state.pop("optimizer"), optimizer)
             torch.set_rng_state(self.state["generator"])
         if self.first:
             # What a crash left half-written.
@@ -463,17 +464,6 @@ class Run:
 
 def make_tracker(args):
     """A function (numbers, step) that sends a line of the metrics to --track."""
-    if args.track == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(args.out)
-
-        def add_scalars(numbers, step):
-            for key, value in numbers.items():
-                writer.add_scalar(key, value, step)
-            writer.flush()
-
-        return add_scalars
     tracker = importlib.import_module(args.track)
     name = os.path.basename(os.path.normpath(args.out))
     tracker.init(project="opsd", name=name, config=vars(args), resume="allow")

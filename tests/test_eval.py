@@ -1,5 +1,6 @@
 """Evaluation: measures, intervals, benchmarks."""
 
+import gzip
 import json
 import os
 
@@ -44,13 +45,33 @@ def test_mean_over_benchmarks_weighs_benchmarks_alike_and_adds_shifts():
     outcomes = ["correct"] * 30 + ["incorrect"] * 10
     big = [("a", graded(outcomes, 100)), ("b", graded(outcomes, 80))]
     small = [("a", graded(["correct", "incorrect"], 10)), ("b", graded(["correct", "correct"], 10))]
-    before, after = evaluation.compare_mean(dict(big=big, small=small), samples=1)
+    before, after = evaluation.compare_mean(dict(big=big, small=small))
     assert (before["accuracy"], before["length"], before["change"]) == (62.5, 55, None)
     assert after["accuracy"] == 87.5
     assert after["change"]["accuracy"][0] == 25
     assert after["change"]["length"][0] == pytest.approx(-10)
     assert after["shift"]["net"] == 1
     assert after["length_incorrect"] is None  # one benchmark has none
+
+
+def test_rows_that_repeat_a_question_are_one_problem():
+    def rows(outcomes):
+        return [r for r in graded(outcomes, 10) for _ in range(2)]
+
+    before, after = ["correct", "incorrect"] * 20, ["correct"] * 30 + ["incorrect"] * 10
+    once = evaluation.compare([("a", graded(before, 10)), ("b", graded(after, 10))])
+    twice = evaluation.compare([("a", rows(before)), ("b", rows(after))])
+    assert twice[1]["change"] == once[1]["change"]
+
+
+def test_the_mean_of_two_equal_benchmarks_is_narrower_by_the_root_of_two():
+    rng = np.random.default_rng(0)
+    named = [
+        (name, graded(rng.choice(["correct", "incorrect"], 400).tolist(), 10)) for name in "ab"
+    ]
+    one = evaluation.compare(named)[1]["change"]["accuracy"]
+    two = evaluation.compare_mean(dict(x=named, y=named))[1]["change"]["accuracy"]
+    assert (one[2] - one[1]) / (two[2] - two[1]) == pytest.approx(2**0.5, rel=0.05)
 
 
 def test_summary_keeps_the_groups_apart():
@@ -84,12 +105,23 @@ def test_eval_writes_a_table_and_json(tmp_path, capsys):
         not any(r["truncated"] or r["no_answer"] for r in saved["records"])
     )
     assert len({r["name"] for r in saved["records"]}) == 3
-    for m in saved["responses"]["embedded"]["models"]:
-        assert len(m["reasons"]) == len(m["lengths"]) == 12 and len(m["reasons"][0]) == 2
+    for rows in saved["responses"]["embedded"].values():
+        assert [row["question"] for row in rows[::2]] == [row["question"] for row in rows[1::2]]
+        assert len(rows) == 24 and len({row["question"] for row in rows}) == 12
+        for row in rows:
+            right = row["answer"] is not None and int(row["answer"]) == int(row["gold"])
+            assert (row["verdict"] == "correct") == right
+
+
+def test_eval_packs_its_file_if_the_name_says_so(tmp_path):
+    out = str(tmp_path / "e.json.gz")
+    evaluation.main(["--model", SFT, *"--problems 2 --samples 1 --out".split(), out])
+    with gzip.open(out, "rt") as stream:
+        assert {row["name"] for row in json.load(stream)["records"]} == {SFT}
 
 
 def test_a_rate_that_is_zero_everywhere_is_a_line_below_the_table(capsys):
-    records = evaluation.compare([("a", graded(["correct", "incorrect"], 10))], 1)
+    records = evaluation.compare([("a", graded(["correct", "incorrect"], 10))])
     evaluation.print_table(records)
     assert capsys.readouterr().out.endswith("\ntruncated and no answer: 0.0%\n")
 

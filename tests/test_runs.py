@@ -212,8 +212,6 @@ def test_one_seed_fixes_everything(tmp_path):
         (["--data", "broken.jsonl"], "broken.jsonl, line 2: not JSON"),
         (["--data", "no_answer.jsonl"], "no_answer.jsonl, line 2: no answer"),
         (["--data", "bad_gold.jsonl"], "bad_gold.jsonl, line 1: gold answer"),
-        (["--data", "half.jsonl"], "half.jsonl, line 1: wrong_solution and wrong_answer: one"),
-        (["--data", "not_wrong.jsonl"], "not_wrong.jsonl, line 1: wrong_answer is the answer"),
         (["--data", "long.jsonl", "--eval-problems", "0"], "--max-new-tokens"),
         (["--data", "notes.txt"], "notes.txt"),
         (["--data", "broken.parquet"], "broken.parquet"),
@@ -235,9 +233,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, complaint, tmp_path, mon
     write(tmp_path / "empty.jsonl", "")
     write(tmp_path / "broken.jsonl", good, "{not json")
     write(tmp_path / "no_answer.jsonl", good, '{"question": "1+1?"}')
-    write(tmp_path / "half.jsonl", good[:-1] + ', "wrong_answer": "3"}')
-    both = ', "wrong_solution": "1+1=2", "wrong_answer": "2"}'
-    write(tmp_path / "not_wrong.jsonl", good[:-1] + both)
     write(tmp_path / "bad_gold.jsonl", '{"question": "1+1?", "answer": "}{"}')
     long = dict(question="long " * 3000, answer="1", solution="1")
     write(tmp_path / "long.jsonl", json.dumps(long))

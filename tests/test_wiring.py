@@ -622,12 +622,13 @@ def test_eval_does_what_its_flags_say(model, tokenizer, events, tmp_path, capsys
         ratios = np.array(lengths[-1]) / lengths[0]
         none = event is plain
         assert changes == ([None] * 3 if none else pytest.approx(list(100 * (ratios - 1))))
-        (responses,) = [m for m in saved["responses"]["embedded"]["models"] if m["name"] == name]
-        assert sum(responses["lengths"], []) == [len(r.ids) for r in rows]
-        assert sum(responses["reasons"], []) == [r.reason for r in rows]
-        assert len(responses["lengths"]) == 6
+        found = saved["responses"]["embedded"][name]
+        assert [row["question"] for row in found] == [r.problem.question for r in rows]
+        assert [row["gold"] for row in found] == [r.problem.answer for r in rows]
+        assert [row["response"] for row in found] == [r.text for r in rows]
+        assert [row["length"] for row in found] == [len(r.ids) for r in rows]
+        assert [row["verdict"] for row in found] == [r.reason for r in rows]
     assert saved["args"]["temperature"] == 0.7
-    assert saved["responses"]["embedded"]["questions"] == [p.question for p in problems]
 
 
 @pytest.mark.parametrize("script", [rlvr, evaluation])
