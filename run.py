@@ -57,20 +57,23 @@ class Parser(argparse.ArgumentParser):
         fail(message.removeprefix("argument "))
 
     def parse_args(self, argv=None):
-        """Numbers must not be negative, and those of POSITIVE flags not zero."""
+        """Numbers are within their flag's bounds: see POSITIVE, BELOW_1."""
         args = super().parse_args(argv)
         for name, value in vars(args).items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                continue
             least = "above 0" if name in POSITIVE else "0 or more"
-            if number and not (value > 0 or value == 0 and name not in POSITIVE):
-                fail(f"--{name.replace('_', '-')} {value}: must be {least}")
+            most = " and below 1" if name in BELOW_1 else ""
+            if not (value > 0 or value == 0 and name not in POSITIVE) or most and value >= 1:
+                fail(f"--{name.replace('_', '-')} {value}: must be {least}{most}")
         return args
 
 
 POSITIVE = {
     *("steps", "batch", "lr", "micro_tokens", "max_new_tokens", "sample_batch", "context_tokens"),
-    *("refresh", "updates", "problems", "samples"),
+    *("refresh", "updates", "problems", "samples", "beta", "vllm_memory"),
 }
+BELOW_1 = {"beta", "ema", "vllm_memory"}
 
 
 def tiny(name):
@@ -457,6 +460,7 @@ class Run:
 
     def finish(self):
         """The run is complete. Its last state stays: --resume with more --steps goes on with it."""
+        print(f"\nrun directory {self.path}: the trained model, metrics.jsonl, samples.jsonl")
         for name in find_states(self.path)[1:] if self.first else ():
             os.remove(os.path.join(self.path, name))
         ranks.leave()

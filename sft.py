@@ -179,7 +179,6 @@ def main(argv=None):
             fail("no step was taken, the model is unchanged")
         save_model(run.path, model, tokenizer)
         run.finish()
-    print(f"saved {run.path}")
 
 
 def log_step(run, step, args, loss, norm, rows, epoch, seconds, device):
