@@ -206,18 +206,17 @@ def sample_lines(step, rollouts, kept=None):
 
 
 def log_not_finite(run, begin, record, rollouts):
-    """Says that a step is skipped; not_finite.jsonl: its rollouts whose measures are not finite,
-    or, if it was only the gradient, all of them. begin: of the line on the screen.
-    """
+    """Says that a step is skipped; not_finite.jsonl: its rollouts. begin: of the line on screen."""
     loss, norm = record["loss"], record["grad_norm"]
     print(f"{begin}loss {loss}, gradient norm {norm}: no update, see not_finite.jsonl")
-
-    def finite(r):
-        return all(values.isfinite().all() for values in r.measures.values())
-
     rows = [
-        dict(question=r.problem.question, prompt_ids=r.prompt_ids, response_ids=r.response_ids)
-        for r in [r for r in rollouts if not finite(r)] or rollouts
+        dict(
+            question=r.problem.question,
+            prompt_ids=r.prompt_ids,
+            response_ids=r.response_ids,
+            finite=all(values.isfinite().all().item() for values in r.measures.values()),
+        )
+        for r in rollouts
     ]
     run.log("not_finite", dict(step=record["step"], loss=loss, grad_norm=norm, rows=rows))
 
