@@ -217,7 +217,7 @@ def test_loading_recognises_field_names(tmp_path):
     pyarrow.parquet.write_table(rows, tmp_path / "c.parquet")
     assert data.load_file(str(tmp_path / "c.parquet")) == [Problem("1+1?", "2.0")]
     path = write(tmp_path / "b.jsonl", '{"q": "1+1?", "a": "2"}')
-    args = opsd.parse_args("--question-field q --answer-field a".split())
+    args = opsd.parse_args("--fields question=q answer=a".split())
     assert data.load_file(path, args) == [Problem("1+1?", "2")]
 
 
@@ -256,7 +256,7 @@ def test_loading_recognises_field_names(tmp_path):
                 data_source="d",
                 source_prompt=[{"role": "user", "content": "x"}],
             ),
-            "--question-field prompt --answer-field solution",
+            "--fields question=prompt answer=solution",
         ),
     ],
 )
