@@ -86,7 +86,7 @@ def load_problems(args, count):
         return embedded_problems(count, args.seed)
     if args.model in (tiny("sft"), tiny("rlvr")):
         print(f"--data: it is the embedded {args.model} that is trained on it; see --model")
-    return load_file(args.data, args)
+    return load_file(args.data, args.fields)
 
 
 def load_held_out(args, problems):
@@ -98,7 +98,7 @@ def load_held_out(args, problems):
     if not args.eval_problems or (args.data and not args.eval_data):
         return problems, []
     if args.eval_data:
-        held_out = load_file(args.eval_data, args, "--eval-data")[: args.eval_problems]
+        held_out = load_file(args.eval_data, args.fields, "--eval-data")[: args.eval_problems]
     else:
         held_out = embedded_problems(args.eval_problems, args.seed, held_out=True)
     questions = {p.question for p in held_out}
@@ -113,10 +113,10 @@ def load_held_out(args, problems):
     return kept, held_out
 
 
-def fields_of(args):
+def fields_of(flag):
     """FIELDS, and --fields in their place. What is named there is one part's, and no other's."""
     given = {}
-    for pair in args.fields:
+    for pair in flag:
         part, _, names = pair.partition("=")
         if part not in FIELDS or not names:
             fail(f"--fields {pair}: PART=NAME, where PART is one of {', '.join(FIELDS)}")
@@ -126,14 +126,15 @@ def fields_of(args):
     return {**others, **given}
 
 
-def load_file(path, args, flag="--data"):
+def load_file(path, fields=(), flag="--data"):
     """Problems of a JSON(L) or parquet file or a Hugging Face data set; golds are checked.
 
     Prints how many golds have a unit. Ends the program at a bad file or row, which it names, and at
     a gold that no rule reads.
     """
-    problems, places, fields = [], [], fields_of(args)
-    required = {"question", "answer", *(pair.partition("=")[0] for pair in args.fields)}
+    problems, places = [], []
+    required = {"question", "answer", *(pair.partition("=")[0] for pair in fields)}
+    fields = fields_of(fields)
     for where, row in read_rows(path, flag):
         parts = {part: pick(row, part, fields, where, part in required) for part in fields}
         problems.append(Problem(**parts))
@@ -435,11 +436,9 @@ CONTEXTS = {
 NEED_SOLUTION = set(CONTEXTS) - {"none", "answer", "instruction", "reflection"}
 
 
-def require_solutions(problems, context, flag="--context"):
+def require_solutions(problems, context):
     """Ends the program where the context wants worked solutions and a problem has none."""
     for number, problem in enumerate(problems if context in NEED_SOLUTION else (), 1):
         if not problem.solution:
-            wants = f"{flag} {context}: needs a worked solution"
-            fail(
-                f"{wants}, and problem {number} of {len(problems)} has none (--fields solution=NAME?)"
-            )
+            has_none = f"problem {number} of {len(problems)} has none (--fields solution=NAME?)"
+            fail(f"--context {context}: needs a worked solution, and {has_none}")
