@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import opsd
-import samplers
+import vllm_sampler
 from model import load_model
 from run import Run
 from tests.helpers import CPU, TINY
@@ -41,7 +41,7 @@ def vllm(monkeypatch):
         pytest.skip("vllm is not installed")
     # GB; the CPU build would take a share of the machine's memory.
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    if not samplers.import_vllm().platforms.current_platform.device_type:
+    if not vllm_sampler.import_vllm().platforms.current_platform.device_type:
         pytest.skip("vllm has no device here")
     yield ["--backend", "vllm", "--vllm-eager", "--dtype", "float32"]
     gc.collect()  # the engine's memory

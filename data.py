@@ -38,34 +38,37 @@ class Problem:
 # ------------------------------------------------------------------------------------------------
 # 1. Loading
 
-QUESTION_FIELDS = ("question", "problem", "prompt")
-ANSWER_FIELDS = ("answer", "ground_truth", "gold", "final_answer")
-SOLUTION_FIELDS = ("solution", "cot", "reasoning")
-DIFFICULTY_FIELDS = ("difficulty", "level")
+# The names that the field of a problem's part may have in a row; the first that is there counts.
+FIELDS = {
+    "question": ("question", "problem", "prompt"),
+    "answer": ("answer", "ground_truth", "gold", "final_answer"),
+    "solution": ("solution", "cot", "reasoning"),
+    "difficulty": ("difficulty", "level"),
+}
 
 
 def add_data_flags(parser, several=False):
-    group = parser.add_argument_group("data")
-    add = group.add_argument
+    add = parser.add_argument_group("data").add_argument
     add(
         "--data",
         nargs="+" if several else None,
-        help="JSONL or parquet file, or a Hugging Face data set id (owner/name or "
-        "owner/name:configuration); without it the embedded task",
+        help="JSONL or parquet file, or a Hugging Face data set, owner/name[:configuration][@split]"
+        "; without it the embedded task",
     )
-    add("--split", help="split of a Hugging Face data set (else train, or the only one)")
-    for name, fields in (
-        ("question", QUESTION_FIELDS),
-        ("answer", ANSWER_FIELDS),
-        ("solution", SOLUTION_FIELDS),
-    ):
-        add(f"--{name}-field", help=f"its field in a row (else the first of {', '.join(fields)})")
+    known = "; ".join(f"{part}: {', '.join(names)}" for part, names in FIELDS.items())
+    add(
+        "--fields",
+        nargs="+",
+        default=[],
+        metavar="PART=NAME[,NAME]",
+        help=f"other names of a row's fields than these: {known}",
+    )
 
 
 def add_held_out_flags(parser):
     group = parser.add_argument_group("evaluation before, on the way and after")
     add = group.add_argument
-    add("--eval-data", help="like --data, with the same fields: held-out problems of a real run")
+    add("--eval-data", help="like --data: held-out problems of a real run")
     add("--eval-problems", type=int, default=512, help="number of held-out problems; 0 = none")
     add("--eval-every", type=int, default=0, help="steps between evaluations; 0 = before and after")
 
@@ -83,7 +86,7 @@ def load_problems(args, count):
         return embedded_problems(count, args.seed)
     if args.model in (tiny("sft"), tiny("rlvr")):
         print(f"--data: it is the embedded {args.model} that is trained on it; see --model")
-    return load_file(args.data, args)
+    return load_file(args.data, args.fields)
 
 
 def load_held_out(args, problems):
@@ -95,7 +98,7 @@ def load_held_out(args, problems):
     if not args.eval_problems or (args.data and not args.eval_data):
         return problems, []
     if args.eval_data:
-        held_out = load_file(args.eval_data, args, "--eval-data")[: args.eval_problems]
+        held_out = load_file(args.eval_data, args.fields, "--eval-data")[: args.eval_problems]
     else:
         held_out = embedded_problems(args.eval_problems, args.seed, held_out=True)
     questions = {p.question for p in held_out}
@@ -110,27 +113,31 @@ def load_held_out(args, problems):
     return kept, held_out
 
 
-def load_file(path, args=None, flag="--data"):
-    """Problems of a JSON(L) or parquet file or a Hugging Face data set id; golds are checked.
+def fields_of(flag):
+    """FIELDS, and --fields in their place. What is named there is one part's, and no other's."""
+    given = {}
+    for pair in flag:
+        part, _, names = pair.partition("=")
+        if part not in FIELDS or not names:
+            fail(f"--fields {pair}: PART=NAME, where PART is one of {', '.join(FIELDS)}")
+        given[part] = names.split(",")
+    taken = {name for names in given.values() for name in names}
+    others = {part: [n for n in names if n not in taken] for part, names in FIELDS.items()}
+    return {**others, **given}
+
+
+def load_file(path, fields=(), flag="--data"):
+    """Problems of a JSON(L) or parquet file or a Hugging Face data set; golds are checked.
 
     Prints how many golds have a unit. Ends the program at a bad file or row, which it names, and at
     a gold that no rule reads.
     """
     problems, places = [], []
-
-    def named(name):
-        return getattr(args, f"{name}_field", None)
-
-    for where, row in read_rows(path, getattr(args, "split", None), flag):
-        solution = named("solution")
-        problems.append(
-            Problem(
-                pick(row, named("question"), QUESTION_FIELDS, where, "--question-field"),
-                pick(row, named("answer"), ANSWER_FIELDS, where, "--answer-field"),
-                pick(row, solution, SOLUTION_FIELDS, where, "--solution-field", bool(solution)),
-                pick(row, None, DIFFICULTY_FIELDS, where, "", required=False),
-            )
-        )
+    required = {"question", "answer", *(pair.partition("=")[0] for pair in fields)}
+    fields = fields_of(fields)
+    for where, row in read_rows(path, flag):
+        parts = {part: pick(row, part, fields, where, part in required) for part in fields}
+        problems.append(Problem(**parts))
         places.append(where)
     if not problems:
         fail(f"{flag} {path}: no rows")
@@ -160,7 +167,7 @@ def tell_units(path, places, golds):
         )
 
 
-def read_rows(path, split, flag="--data"):
+def read_rows(path, flag="--data"):
     """Yields (place for error messages, row as a dict)."""
     is_json, is_parquet = path.endswith((".jsonl", ".json")), path.endswith(".parquet")
     if (is_json or is_parquet) and not os.path.isfile(path):
@@ -171,7 +178,7 @@ def read_rows(path, split, flag="--data"):
     if not is_parquet and (os.path.exists(path) or path.count("/") != 1):
         fail(f"{flag} {path}: not a .jsonl or .parquet file, nor a data set id (owner/name)")
     try:
-        rows = read_parquet(path) if is_parquet else read_data_set(path, split)
+        rows = read_parquet(path) if is_parquet else read_data_set(path)
     except Exception as error:  # a hub out of reach, a wrong id, a broken file: one line is enough
         fail(f"{flag} {path}: {type(error).__name__}: {one_line(error)}")
     for number, row in enumerate(rows, 1):
@@ -209,32 +216,33 @@ def read_parquet(path):
     return pyarrow.parquet.read_table(path).to_pylist()
 
 
-def read_data_set(name, split):
+def read_data_set(path):
     import datasets
 
-    rows = datasets.load_dataset(*name.split(":", 1), split=split)
-    if split is not None:
+    name, _, split = path.partition("@")
+    rows = datasets.load_dataset(*name.split(":", 1), split=split or None)
+    if split:
         return rows
     names = list(rows)
     return rows["train" if "train" in names or len(names) > 1 else names[0]]
 
 
-def pick(row, field, candidates, where, flag, required=True):
-    """The text of `field`, or of the first of `candidates` in the row.
+def pick(row, part, fields, where, required):
+    """The text of a part of the problem, from the first of its fields that the row has.
 
     Numbers become plain decimals (1e-05 would be read as e - 5); NaN and infinity are a missing
     value, as an empty text is.
     """
-    names = [field] if field else [name for name in candidates if name in row]
-    value = row.get(names[0]) if names else None
+    name = next((name for name in fields[part] if name in row), None)
+    value = row.get(name)
     infinite = isinstance(value, float) and math.isinf(value)
     if value is None or infinite or str(value).strip().lower() in ("", "nan"):
         if required:
-            wanted, has = field or " / ".join(candidates), ", ".join(map(str, row))
-            fail(f"{where}: no {wanted} (name the field with {flag}; the row has {has})")
+            wanted, has = name or " / ".join(fields[part]), ", ".join(map(str, row))
+            fail(f"{where}: no {wanted} (--fields {part}=NAME names it; the row has {has})")
         return ""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        fail(f"{where}: field {names[0]} is {type(value).__name__}, not text or a number")
+        fail(f"{where}: field {name} is {type(value).__name__}, not text or a number")
     return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
 
 
@@ -428,9 +436,9 @@ CONTEXTS = {
 NEED_SOLUTION = set(CONTEXTS) - {"none", "answer", "instruction", "reflection"}
 
 
-def require_solutions(problems, context, flag="--context"):
+def require_solutions(problems, context):
     """Ends the program where the context wants worked solutions and a problem has none."""
     for number, problem in enumerate(problems if context in NEED_SOLUTION else (), 1):
         if not problem.solution:
-            wants = f"{flag} {context}: needs a worked solution"
-            fail(f"{wants}, and problem {number} of {len(problems)} has none (--solution-field?)")
+            has_none = f"problem {number} of {len(problems)} has none (--fields solution=NAME?)"
+            fail(f"--context {context}: needs a worked solution, and {has_none}")

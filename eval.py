@@ -290,7 +290,8 @@ def load_benchmarks(args):
     names = [os.path.splitext(os.path.basename(path))[0] for path in args.data]
     if len(set(names)) < len(names):
         fail(f"--data {' '.join(args.data)}: two benchmarks of one name")
-    return {name: data.load_file(path, args) for name, path in zip(names, args.data, strict=True)}
+    files = [data.load_file(path, args.fields) for path in args.data]
+    return dict(zip(names, files, strict=True))
 
 
 def main(argv=None):

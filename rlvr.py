@@ -248,7 +248,6 @@ def main(argv=None):
         held_out.evaluate(run, args.steps, last=True)
         save_model(run.path, model, tokenizer)
         run.finish()
-    print(f"\nrun directory {run.path}: the trained model, metrics.jsonl, samples.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Rollouts: sampling and grading them, and contexts that the teacher writes."""
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from data import CONTEXTS, Problem, chat_ids, opened_think, plain, render_prompt
 from ranks import gather, rank_and_world, share
@@ -87,7 +88,10 @@ def hand_out(rollouts, parts):
 
     parts: this rank's [(numbers of rollouts, their loss, their measures {name: (R,)}), ...].
     """
-    on_cpu = [(group, loss.item(), to_cpu(measures)) for group, loss, measures in parts]
+    on_cpu = [
+        (group, loss.item(), {name: values.cpu() for name, values in measures.items()})
+        for group, loss, measures in parts
+    ]
     total = 0.0
     for group, loss, measures in gather(on_cpu):
         total += loss
@@ -96,10 +100,6 @@ def hand_out(rollouts, parts):
         for place, i in enumerate(group):
             rollouts[i].measures = {name: column[place] for name, column in columns.items()}
     return total
-
-
-def to_cpu(measures):
-    return {name: values.cpu() for name, values in measures.items()}
 
 
 def drop_long(problems, tokenizer, args, limit, context="none"):
@@ -206,18 +206,17 @@ def sample_lines(step, rollouts, kept=None):
 
 
 def log_not_finite(run, begin, record, rollouts):
-    """Says that a step is skipped; not_finite.jsonl: its rollouts whose measures are not finite,
-    or, if it was only the gradient, all of them. begin: of the line on the screen.
-    """
+    """Says that a step is skipped; not_finite.jsonl: its rollouts. begin: of the line on screen."""
     loss, norm = record["loss"], record["grad_norm"]
     print(f"{begin}loss {loss}, gradient norm {norm}: no update, see not_finite.jsonl")
-
-    def finite(r):
-        return all(values.isfinite().all() for values in r.measures.values())
-
     rows = [
-        dict(question=r.problem.question, prompt_ids=r.prompt_ids, response_ids=r.response_ids)
-        for r in [r for r in rollouts if not finite(r)] or rollouts
+        dict(
+            question=r.problem.question,
+            prompt_ids=r.prompt_ids,
+            response_ids=r.response_ids,
+            finite=all(values.isfinite().all().item() for values in r.measures.values()),
+        )
+        for r in rollouts
     ]
     run.log("not_finite", dict(step=record["step"], loss=loss, grad_norm=norm, rows=rows))
 
@@ -227,17 +226,17 @@ def kl_by_position(rollouts, width):
 
     Per outcome the sum over tokens, the tokens and the rollouts in each bin of `width` tokens.
     """
-    bins = {name: dict(kl=[], tokens=[], rollouts=[]) for name in OUTCOMES}
-    for r in rollouts:
-        row = bins[r.outcome]
-        for first in range(0, len(r.response_ids), width):
-            values = r.measures["reverse_kl"][first : first + width].tolist()
-            if first // width == len(row["kl"]):
-                for column in row.values():
-                    column.append(0)
-            row["kl"][first // width] += sum(values)
-            row["tokens"][first // width] += len(values)
-            row["rollouts"][first // width] += 1
+    bins = {}
+    for name in OUTCOMES:
+        rows = [r.measures["reverse_kl"] for r in rollouts if r.outcome == name]
+        rows = [row.split(width) for row in rows]  # of each rollout its bins
+        columns = list(zip_longest(*rows))
+        columns = [[part for part in column if part is not None] for column in columns]
+        bins[name] = dict(
+            kl=[sum(part.sum().item() for part in column) for column in columns],
+            tokens=[sum(map(len, column)) for column in columns],
+            rollouts=[len(column) for column in columns],
+        )
     return bins
 
 

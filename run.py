@@ -1,10 +1,8 @@
 """A run: flags, one-line errors, device, threads, its directory, states, resuming, logs."""
 
 import argparse
-import atexit
 import glob
 import gzip
-import importlib
 import json
 import os
 import platform
@@ -16,7 +14,6 @@ import sys
 import time
 import zipfile
 import zlib
-from importlib.util import find_spec
 
 import torch
 import transformers
@@ -57,20 +54,23 @@ class Parser(argparse.ArgumentParser):
         fail(message.removeprefix("argument "))
 
     def parse_args(self, argv=None):
-        """Numbers must not be negative, and those of POSITIVE flags not zero."""
+        """Numbers are within their flag's bounds: see POSITIVE, BELOW_1."""
         args = super().parse_args(argv)
         for name, value in vars(args).items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                continue
             least = "above 0" if name in POSITIVE else "0 or more"
-            if number and not (value > 0 or value == 0 and name not in POSITIVE):
-                fail(f"--{name.replace('_', '-')} {value}: must be {least}")
+            most = " and below 1" if name in BELOW_1 else ""
+            if not (value > 0 or value == 0 and name not in POSITIVE) or most and value >= 1:
+                fail(f"--{name.replace('_', '-')} {value}: must be {least}{most}")
         return args
 
 
 POSITIVE = {
     *("steps", "batch", "lr", "micro_tokens", "max_new_tokens", "sample_batch", "context_tokens"),
-    *("refresh", "updates", "problems", "samples"),
+    *("refresh", "updates", "problems", "samples", "beta", "vllm_memory"),
 }
+BELOW_1 = {"beta", "ema", "vllm_memory"}
 
 
 def tiny(name):
@@ -101,7 +101,6 @@ def add_training_flags(parser, steps, batch, lr, state_every):
     add("--resume", action="store_true", help="go on with the run in --out; other flags as before")
     add("--state-every", type=int, default=state_every, help="steps between states for --resume")
     add("--save-every", type=int, default=0, help="steps between checkpoints; 0 = the last only")
-    add("--track", choices=["trackio", "wandb"], help="send metrics.jsonl's numbers there as well")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--offload", action="store_true", help="under torchrun: weights rest in host memory; slow")
     add = parser.add_argument_group("training").add_argument
@@ -247,8 +246,6 @@ def check_run_directory(args):
     With --resume returns the newest whole state of the run, empty if there is none; ends the
     program where its settings were others, naming them.
     """
-    if args.track and not find_spec(args.track):
-        fail(f"--track {args.track}: not installed (pip install {args.track})")
     if not args.resume:
         check_out(args)
         names = set(os.listdir(args.out)) if args.out and os.path.isdir(args.out) else set()
@@ -283,7 +280,7 @@ def check_run_directory(args):
 # Flags that may differ when a run is resumed.
 HARMLESS = {
     *("out", "overwrite", "resume", "steps", "state_every", "save_every", "eval_every"),
-    *("threads", "device", "track", "micro_tokens", "sample_batch", "checkpointing", "offload"),
+    *("threads", "device", "micro_tokens", "sample_batch", "checkpointing", "offload"),
     *("vllm_memory", "vllm_eager"),
 }
 
@@ -350,8 +347,6 @@ class Run:
         self.path = args.out = ranks.gather([args.out])[0]
         if self.first and not args.resume:
             self.remove_old_run()
-        self.track = make_tracker(args) if args.track and self.first else None
-        if self.first and not args.resume:
             self.log_settings()
 
     def __enter__(self):
@@ -386,8 +381,6 @@ class Run:
                 stream.write(json.dumps(record) + "\n")
         except OSError as error:
             fail(f"{self.path}: cannot write {file}.jsonl ({error})")
-        if self.track and file == "metrics" and "step" in record:
-            self.track(numbers_of(record), record["step"])
 
     def count_update(self, updated, nothing=""):
         """After each step. Ends the program after GIVE_UP steps in a row without an update.
@@ -457,27 +450,10 @@ class Run:
 
     def finish(self):
         """The run is complete. Its last state stays: --resume with more --steps goes on with it."""
+        print(f"\nrun directory {self.path}: the trained model, metrics.jsonl, samples.jsonl")
         for name in find_states(self.path)[1:] if self.first else ():
             os.remove(os.path.join(self.path, name))
         ranks.leave()
-
-
-def make_tracker(args):
-    """A function (numbers, step) that sends a line of the metrics to --track."""
-    tracker = importlib.import_module(args.track)
-    name = os.path.basename(os.path.normpath(args.out))
-    tracker.init(project="opsd", name=name, config=vars(args), resume="allow")
-    atexit.register(tracker.finish)
-    return lambda numbers, step: tracker.log(numbers, step=step)
-
-
-def numbers_of(record):
-    """{name: number} of a line of the metrics; an evaluation gives one a checkpoint and group."""
-    numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
-    for row in record.get("evaluation", ()):
-        for key in ("accuracy", "length", "markers"):
-            numbers[f"{row['name']}/{row['group']}/{key}"] = row[key]
-    return numbers
 
 
 def make_directory(out, name):

@@ -133,7 +133,7 @@ def main(argv=None):
     state = check_run_directory(args)
     problems = data.load_problems(args, args.steps * args.batch)
     if args.data and not all(p.solution for p in problems):
-        fail(f"--data {args.data}: sft.py needs a solution in every row (see --solution-field)")
+        fail(f"--data {args.data}: sft.py needs a solution in every row (see --fields)")
     if args.model:
         model, tokenizer = load_model(args.model, ranks.load_device(device))  # in float32
     else:
@@ -179,7 +179,6 @@ def main(argv=None):
             fail("no step was taken, the model is unchanged")
         save_model(run.path, model, tokenizer)
         run.finish()
-    print(f"saved {run.path}")
 
 
 def log_step(run, step, args, loss, norm, rows, epoch, seconds, device):

@@ -217,8 +217,7 @@ def test_loading_recognises_field_names(tmp_path):
     pyarrow.parquet.write_table(rows, tmp_path / "c.parquet")
     assert data.load_file(str(tmp_path / "c.parquet")) == [Problem("1+1?", "2.0")]
     path = write(tmp_path / "b.jsonl", '{"q": "1+1?", "a": "2"}')
-    args = opsd.parse_args("--question-field q --answer-field a".split())
-    assert data.load_file(path, args) == [Problem("1+1?", "2")]
+    assert data.load_file(path, ["question=q", "answer=a"]) == [Problem("1+1?", "2")]
 
 
 @pytest.mark.parametrize(
@@ -256,7 +255,7 @@ def test_loading_recognises_field_names(tmp_path):
                 data_source="d",
                 source_prompt=[{"role": "user", "content": "x"}],
             ),
-            "--question-field prompt --answer-field solution",
+            "--fields question=prompt answer=solution",
         ),
     ],
 )
@@ -269,13 +268,18 @@ def test_hugging_face_data_sets_of_the_papers_shapes(
 
     def load_dataset(*names, split):
         asked.append((names, split))
-        return datasets.DatasetDict({split_there: datasets.Dataset.from_list([row])})
+        found = datasets.DatasetDict({split_there: datasets.Dataset.from_list([row])})
+        return found[split] if split else found
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    problems = data.load_file(identity, opsd.parse_args(flags.split()))
+    problems = data.load_file(identity, flags.split()[1:])
     names = [identity.split(":")[0]] + ([configuration] if configuration else [])
     assert asked == [(tuple(names), None)]
+    with pytest.raises(SystemExit):  # a split that is not there
+        data.load_file(f"{identity}@x", flags.split()[1:])
+    assert asked[1:] == [(tuple(names), "x")]
     assert (problems[0].question, float(problems[0].answer)) == ("1+1?", 2)
+    assert problems[0].solution == (row.get("solution", "") if "answer" in row else "")
 
 
 def test_oversized_and_repeated_rows_are_named_and_control_tokens_in_them_stay_text(

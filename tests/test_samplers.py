@@ -17,6 +17,7 @@ import opsd
 import ranks
 import rlvr
 import samplers
+import vllm_sampler
 from data import embedded_problems, render_prompt
 from model import load_model, sampled_logps, save_model
 from samplers import make_sampler, until_stop
@@ -130,7 +131,7 @@ def test_keys_and_values_have_the_computation_dtype_and_a_copy_follows_pushes(
 
 
 def on_its_device(path):
-    name = samplers.import_vllm().platforms.current_platform.device_type
+    name = vllm_sampler.import_vllm().platforms.current_platform.device_type
     return load_model(str(path), torch.device(name))[0]
 
 
@@ -272,11 +273,11 @@ def test_one_tensor_left_old_is_caught_and_rounding_is_not(name, tiny, tokenizer
     for dtype in ("float32", "bfloat16"):
         other = opsd.frozen_copy(model).to(getattr(torch, dtype))
         sampler = sampler_of(other, tokenizer, dtype=dtype)
-        samplers.check_engine(sampler, model, prompts, 100)
+        vllm_sampler.check_engine(sampler, model, prompts, 100)
     stale = opsd.frozen_copy(model)
     torch.nn.init.uniform_(stale.get_parameter(name), -1e-3, 1e-3)  # what an engine starts with
     with pytest.raises(SystemExit):
-        samplers.check_engine(sampler_of(stale, tokenizer), model, prompts, 100)
+        vllm_sampler.check_engine(sampler_of(stale, tokenizer), model, prompts, 100)
     error = capsys.readouterr().err
     assert error.startswith("error: --backend vllm") and error.count("\n") == 1
     assert "lm_head" in error
@@ -298,7 +299,7 @@ def test_without_vllm_or_a_device_for_it_one_line_names_the_backend(tmp_path, mo
     platform = types.SimpleNamespace()
     platforms = types.SimpleNamespace(current_platform=platform)
     vllm = types.SimpleNamespace(platforms=platforms)
-    monkeypatch.setattr(samplers, "import_vllm", lambda: vllm)
+    monkeypatch.setattr(vllm_sampler, "import_vllm", lambda: vllm)
     for has, device, says in (
         ("", "cpu", "no device that is here"),
         ("cpu", "cuda", "runs on cpu, the model on cuda"),
@@ -407,9 +408,9 @@ def engines(monkeypatch):
     platform = types.SimpleNamespace(device_type="cpu")
     vllm.platforms = types.SimpleNamespace(current_platform=platform)
     monkeypatch.setitem(sys.modules, "vllm", vllm)
-    monkeypatch.setattr(samplers, "import_vllm", lambda: vllm)
+    monkeypatch.setattr(vllm_sampler, "import_vllm", lambda: vllm)
     monkeypatch.setattr(samplers, "find_spec", lambda name: True)
-    monkeypatch.setattr(samplers, "device_of", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(vllm_sampler, "device_of", lambda model: torch.device("cuda"))
     return built
 
 
