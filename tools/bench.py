@@ -10,7 +10,7 @@
                                                 # beside the estimate of tools/memory.py
 
 Memory is the peak during one pass (of the process; of a card's allocator), above what was held
-before (weights and inputs; beside the estimate nothing). Time is that of the next pass, on a card
+before (weights and inputs). Time is that of the next pass, on a card
 the median of five. All variants of one question get the same numbers and must give the same
 gradient, which is checked. Ratios are within a run.
 """
@@ -19,7 +19,6 @@ import argparse
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from statistics import median
 
 import torch
@@ -80,27 +79,18 @@ def same_gradient(results, tolerance):
         print(f"the gradients differ: norms {norms}")
 
 
-def installed(names):
-    """Those of the LOSSES that can run here; says which cannot."""
-    for name in names:
-        _, title, package = LOSSES[name]
-        if package and not find_spec(package):
-            print(f"{title}: not measured ({package} is not installed)")
-    return [name for name in names if not LOSSES[name][2] or find_spec(LOSSES[name][2])]
-
-
 def loss(args):
     header = ["response tokens", "variant", "time", "peak memory", "time / naive", "memory / naive"]
     if args.bounds:
         header += ["products alone", "its traffic alone", "time / both", "least traffic"]
         header += ["bytes moved a logit", "kernels"]
-    digits, names = 3 if args.device == "cuda" else 1, installed(args.variants)
+    digits = 3 if args.device == "cuda" else 1
     for dtype in args.dtypes:
         rows, rates = [], ""
         for tokens in args.tokens:
             settings = dict(tokens=tokens, dtype=dtype, width=WIDTH, vocabulary=args.vocabulary)
             settings["bounds"] = args.bounds
-            results = measured({n: dict(settings, variant=n) for n in names}, args)
+            results = measured({n: dict(settings, variant=n) for n in args.variants}, args)
             same_gradient(results, 1e-3 if dtype == "float32" else 0.05)
             base = results.get("naive")
             for name, r in results.items():
@@ -120,61 +110,44 @@ def loss(args):
 
 
 def step(args):
+    header = ["how", "response tokens/s", "the first is faster by"]
+    header += ["share of the matrix-product floor", "memory of the update"]
+    header += ["peak with the models", "estimate", "peak / estimate"]
     for model in args.models:
-        table = against_trl if model == "smollm2" else against_estimate
-        table(model, args)
+        results = measured(ways(model, args), args)
+        same_gradient(results, 1e-2 if model == "smollm2" else 0.05)
+        if not results:
+            continue
+        first = next(iter(results.values()))
+        # By the best rate that any of the processes saw.
+        floor = min(r["floor"] for r in results.values())
+        rate = max(r["gflops"] for r in results.values())
+        rows = []
+        for name, r in results.items():
+            row = [name, f"{r['tokens'] / r['seconds']:,.0f}"]
+            row += [f"{r['seconds'] / first['seconds']:.2f} x", f"{floor / r['seconds']:.0%}"]
+            row += [f"{r[key]:,.0f} MB" for key in ("memory", "whole", "estimate")]
+            rows.append([*row, f"{r['whole'] / r['estimate']:.2f}"])
+        title = f"a whole update, {model} shape, {first['tokens']:,.0f} response tokens"
+        show(f"{title}, products alone {rate:,.0f} GFLOP/s", args, header, rows)
 
 
-def against_trl(model, args):
-    variants = {"ours": "ours"}
-    if find_spec("trl"):
-        for batch in (8, 1):  # its default is 8
+def ways(model, args):
+    """smollm2: ours and TRL's in float32. Others: as opsd.py prepares it, on one rank and under
+    torchrun.
+    """
+    if model == "smollm2":
+        variants = {"ours": "ours"}
+        for batch in ("8", "1", "1 alone"):  # its default is 8; alone: sampled by itself
             variants[f"TRL SDFTTrainer, batches of {batch}"] = f"trl {batch}"
-        variants["TRL SDFTTrainer, batches of 1, sampled by themselves"] = "trl 1 alone"
-    else:
-        print("TRL SDFTTrainer: not measured (trl is not installed)")
-    settings = dict(model=model, flags=["--dtype", "float32"])
-    cases = {name: dict(settings, variant=variant) for name, variant in variants.items()}
-    results = measured(cases, args)
-    same_gradient(results, 1e-2)
-    header = ["variant", "response tokens/s", "ours is faster by"]
-    header += ["share of the matrix-product floor", "peak memory"]
-    rows = []
-    for name, r in results.items():
-        rate, share = speed(r, results)
-        faster = f"{r['seconds'] / results['ours']['seconds']:.2f} x" if "ours" in results else ""
-        rows.append([name, rate, faster, share, f"{r['memory']:,.0f} MB"])
-    show(f"a whole update, {model} shape, float32, {products(results)}", args, header, rows)
-
-
-def against_estimate(model, args):
-    """A whole step as opsd.py prepares it, on one rank and under torchrun, beside the estimate."""
+        settings = dict(model=model, flags=["--dtype", "float32"])
+        return {name: dict(settings, variant=variant) for name, variant in variants.items()}
     cases = {}
     for launcher in ("python", "torchrun --nproc-per-node 1"):
         for flags in ([], ["--checkpointing"]):
             case = dict(variant="ours", model=model, tokens=args.micro_tokens, flags=flags)
             cases[" ".join([launcher, *flags])] = dict(case, torchrun=launcher != "python")
-    results = measured(cases, args)
-    same_gradient(results, 0.05)
-    header = ["how", "response tokens/s", "share of the matrix-product floor"]
-    header += ["peak memory", "estimate", "peak / estimate"]
-    rows = []
-    for name, r in results.items():
-        row = [f"`{name}`", *speed(r, results), f"{r['whole']:,.0f} MB"]
-        rows.append([*row, f"{r['estimate']:,.0f} MB", f"{r['whole'] / r['estimate']:.2f}"])
-    title = f"a whole step, {model} shape, micro-batches of {args.micro_tokens:,} tokens"
-    show(f"{title}, {products(results)}", args, header, rows)
-
-
-def speed(r, results):
-    """Response tokens/s; the share of the floor by the best rate that any of the processes saw."""
-    floor = min(other["floor"] for other in results.values())
-    return f"{r['tokens'] / r['seconds']:,.0f}", f"{floor / r['seconds']:.0%}"
-
-
-def products(results):
-    gflops = max((r["gflops"] for r in results.values()), default=0)
-    return f"products alone {gflops:,.0f} GFLOP/s"
+    return cases
 
 
 QUESTIONS = dict(loss=loss, step=step)

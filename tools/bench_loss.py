@@ -149,15 +149,6 @@ def trl_logits(student, teacher, rollouts):
     loss.mean().backward()
 
 
-def trl_chunked(student, teacher, rollouts):
-    from trl.trainer.distillation_trainer import _chunked_divergence_loss
-
-    s, t = hidden_states(student, teacher, rollouts)
-    mask = torch.ones(1, len(s), device=s.device)
-    heads = student.lm_head.weight, teacher.lm_head.weight
-    _chunked_divergence_loss(s[None], t[None], *heads, mask, beta=1.0)[0].backward()
-
-
 def trl_jsd(student, teacher, rollouts):
     from trl.experimental.gkd import GKDTrainer
 
@@ -176,14 +167,12 @@ def liger(student, teacher, rollouts):
     fused(s, student.lm_head.weight, t, teacher.lm_head.weight, None).backward()
 
 
-# Function, name, package if it is not ours.
 LOSSES = {
-    "ours": (ours, "ours: backward chunk by chunk", None),
-    "naive": (naive, "naive: full logits", None),
-    "trl_logits": (trl_logits, "TRL experimental.sdft, full_logits", "trl"),
-    "trl_chunked": (trl_chunked, "TRL DistillationTrainer, chunked", "trl"),
-    "trl_jsd": (trl_jsd, "TRL experimental.gkd, as the trainer of OPSD's authors", "trl"),
-    "liger": (liger, "Liger fused linear JSD", "liger_kernel"),
+    "ours": (ours, "ours: backward chunk by chunk"),
+    "naive": (naive, "naive: full logits"),
+    "trl_logits": (trl_logits, "TRL experimental.sdft, full_logits"),
+    "trl_jsd": (trl_jsd, "TRL experimental.gkd, as the trainer of OPSD's authors"),
+    "liger": (liger, "Liger fused linear JSD"),
 }
 
 
