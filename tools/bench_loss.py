@@ -3,7 +3,6 @@
 """
 
 import ctypes
-import functools
 import time
 from statistics import median
 
@@ -11,25 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import losses
-import model as model_module
 import opsd
-from model import chunks_of, response_hidden
+from model import response_hidden
 from rollout import Rollout
-
-
-def time_and_peak(work, device):
-    """(seconds, peak MB above what was held before) of work(): memory of a first pass, time of a
-    second, for which the first has warmed up. CPU: of the process; CUDA: of the allocator, and the
-    time is the median of five.
-    """
-    held = begin_peak(device)
-    work()
-    memory = peak_since(device) - held
-    return seconds_of(work, device), memory
 
 
 def begin_peak(device):
@@ -50,6 +35,11 @@ def peak_since(device):
     return torch.cuda.max_memory_allocated() / 2**20 if cuda else process_memory("VmHWM")
 
 
+def process_memory(key):
+    with open("/proc/self/status") as stream:
+        return next(int(line.split()[1]) for line in stream if line.startswith(key)) / 1024
+
+
 def seconds_of(work, device):
     """CPU: of one pass; CUDA: the median of five, each waited for."""
     wait, times = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
@@ -60,11 +50,6 @@ def seconds_of(work, device):
         wait()
         times.append(time.perf_counter() - begun)
     return median(times)
-
-
-def process_memory(key):
-    with open("/proc/self/status") as stream:
-        return next(int(line.split()[1]) for line in stream if line.startswith(key)) / 1024
 
 
 def matrix_rate(d, wide, device, dtype=torch.float32):
@@ -140,13 +125,10 @@ def hidden_states(student, teacher, rollouts):
     return response_hidden(student, [r.row for r in rollouts]), frozen
 
 
-def ours(student, teacher, rollouts, divergence="reverse_kl"):
-    args = opsd.parse_args([])
-    args.divergence = divergence
-    for r, weights in zip(rollouts, opsd.token_weights(rollouts, "token"), strict=True):
-        r.weights = weights
-    opsd.read_by_teacher(teacher, rollouts, args)
-    opsd.opsd_loss(student, teacher, rollouts, args)
+def ours(student, teacher, rollouts):
+    for r in rollouts:
+        r.weight = 1 / (len(rollouts) * len(r.response_ids))
+    opsd.opsd_loss(student, teacher, rollouts, opsd.parse_args([]))
 
 
 def naive(student, teacher, rollouts):
@@ -157,30 +139,6 @@ def naive(student, teacher, rollouts):
     (s.exp() * (s - t)).sum(-1).mean().backward()
 
 
-def checkpointed(student, teacher, rollouts):
-    def part(s, t):
-        with torch.no_grad():
-            t = F.log_softmax(teacher.lm_head(t).float(), -1)
-        return losses.kl(F.log_softmax(student.lm_head(s).float(), -1), t).sum()
-
-    s, t = hidden_states(student, teacher, rollouts)
-    parts = [checkpoint(part, s[c], t[c], use_reentrant=False) for c in chunks_of(s, student)]
-    (sum(parts) / len(s)).backward()
-
-
-@functools.cache
-def compiled_kl():
-    return torch.compile(losses.kl, dynamic=True)
-
-
-def compiled(student, teacher, rollouts):
-    def divergence(student_logps, teacher_logps, tokens, args):
-        return compiled_kl()(student_logps, teacher_logps)
-
-    opsd.DIVERGENCES["compiled"] = divergence
-    ours(student, teacher, rollouts, "compiled")
-
-
 def trl_logits(student, teacher, rollouts):
     from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
 
@@ -189,15 +147,6 @@ def trl_logits(student, teacher, rollouts):
         t = teacher.lm_head(t)
     loss = compute_full_logit_self_distillation_loss(student.lm_head(s), t, distillation_alpha=1.0)
     loss.mean().backward()
-
-
-def trl_chunked(student, teacher, rollouts):
-    from trl.trainer.distillation_trainer import _chunked_divergence_loss
-
-    s, t = hidden_states(student, teacher, rollouts)
-    mask = torch.ones(1, len(s), device=s.device)
-    heads = student.lm_head.weight, teacher.lm_head.weight
-    _chunked_divergence_loss(s[None], t[None], *heads, mask, beta=1.0)[0].backward()
 
 
 def trl_jsd(student, teacher, rollouts):
@@ -218,46 +167,37 @@ def liger(student, teacher, rollouts):
     fused(s, student.lm_head.weight, t, teacher.lm_head.weight, None).backward()
 
 
-# Function, name, package if it is not ours.
 LOSSES = {
-    "ours": (ours, "ours: backward chunk by chunk", None),
-    "naive": (naive, "naive: full logits", None),
-    "checkpointed": (checkpointed, "chunks, recomputed in backward", None),
-    "compiled": (compiled, "ours, divergence by torch.compile", None),
-    "trl_logits": (trl_logits, "TRL experimental.sdft, full_logits", "trl"),
-    "trl_chunked": (trl_chunked, "TRL DistillationTrainer, chunked", "trl"),
-    "trl_jsd": (trl_jsd, "TRL experimental.gkd, as the trainer of OPSD's authors", "trl"),
-    "liger": (liger, "Liger fused linear JSD", "liger_kernel"),
+    "ours": (ours, "ours: backward chunk by chunk"),
+    "naive": (naive, "naive: full logits"),
+    "trl_logits": (trl_logits, "TRL experimental.sdft, full_logits"),
+    "trl_jsd": (trl_jsd, "TRL experimental.gkd, as the trainer of OPSD's authors"),
+    "liger": (liger, "Liger fused linear JSD"),
 }
 
 
-def measure_loss(variant, *, tokens, vocabulary, width, dtype, device, chunk=None, bounds=False):
-    """`chunk`: logits, instead of model.CHUNK. bounds: with those of `least_times`."""
-    device = torch.device(device)
+def measure_loss(variant, *, tokens, vocabulary, width, dtype, device, bounds):
+    """Memory of one pass above what was held before, time of the next; bounds: with those of
+    `least_times`.
+    """
+    device, run = torch.device(device), LOSSES[variant][0]
     torch.manual_seed(0)
     student, teacher = (
         head_only_model(vocabulary, width, getattr(torch, dtype)).to(device) for _ in range(2)
     )
     teacher.requires_grad_(False)
-    chunks = model_module.CHUNK
-    chunks[device.type] = chunk or chunks[device.type]
-    run = LOSSES[variant][0]
 
-    def inputs(count):
+    def work(count=tokens):
         torch.manual_seed(count)
         ids = torch.randint(1000, (count + 1,)).tolist()
-        return [Rollout(None, ids[:1], ids[1:], teacher_row=[ids[:1], ids[1:]])]
-
-    run(student, teacher, inputs(64))
-    if variant == "compiled":
-        run(student, teacher, inputs(tokens))  # each new shape may be compiled anew
-    rollouts = inputs(tokens)
-
-    def work():
+        r = Rollout(None, ids[:1], ids[1:], outcome="correct", teacher_row=[ids[:1], ids[1:]])
         student.zero_grad(set_to_none=False)
-        run(student, teacher, rollouts)
+        run(student, teacher, [r])
 
-    seconds, memory = time_and_peak(work, device)
+    work(64)
+    held = begin_peak(device)
+    work()
+    memory, seconds = peak_since(device) - held, seconds_of(work, device)
     gradient = student.lm_head.weight.grad.float().norm().item()
     result = dict(seconds=seconds, memory=memory, gradient=gradient)
     if bounds:
@@ -274,14 +214,12 @@ def least_times(traffic, tokens, head):
     written and read once, the gradient written.
     """
     vocabulary, width = head.shape
-    products = 8 * tokens * vocabulary * width
     rate = matrix_rate(width, vocabulary, head.device, head.dtype)
     bandwidth = copy_rate(head.device)
-    least = 5 * tokens * vocabulary * head.element_size()
     return dict(
-        products=products / rate,
+        products=8 * tokens * vocabulary * width / rate,
         traffic=traffic.bytes / bandwidth,
-        least=least / bandwidth,
+        least=5 * tokens * vocabulary * head.element_size() / bandwidth,
         calls=traffic.calls,
         moved=traffic.bytes / (tokens * vocabulary),
         bandwidth=bandwidth / 1e9,

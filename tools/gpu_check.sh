@@ -89,7 +89,7 @@ def measured(name):
     missing = [line for line in lines if "not measured" in line]
     rows = sum(line.startswith("| ") for line in lines)
     rows -= sum(line.startswith("|---") for line in lines)  # a header each
-    expected = ("is not installed", "memory")
+    expected = ("No module named", "memory")
     bad = any(not any(word in line for word in expected) for line in missing)
     return f"{rows} rows above, {len(missing)} not measured", bad or not rows
 

@@ -32,20 +32,25 @@ import os
 import torch
 
 import data
-import losses
+import opsd
 import rollout
 import samplers
-from cli import Parser, add_run_flags, fail, set_up, start, tiny
 from eval import evaluate, summarise
-from losses import GATES, Tokens, measure
-from model import chunks_of, load_model, response_hidden
-from opsd import add_token_classes
+from model import chunks_of, load_model, response_hidden, take
 from ranks import open_head
-from run import check_out, write_whole
+from run import (
+    Parser,
+    add_run_flags,
+    check_out,
+    fail,
+    set_up,
+    start,
+    tiny,
+    write_whole,
+)
 from verify import Verifier
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "show.html")
-LIMIT = 2_000_000  # bytes of a page
 BEST = 5  # tokens listed of each distribution
 SHOWN = ["none", "instruction", "other", "answer", "part", "solution"]  # by what they give away
 EMBEDDED_NOTE = (
@@ -71,7 +76,7 @@ def parse_args(argv=None):
         "--contexts",
         nargs="+",
         default=SHOWN,
-        choices=list(data.CONTEXTS),
+        choices=[*data.CONTEXTS, "part"],
         help="what the teacher reads, as in opsd.py; part: half the solution",
     )
     add(
@@ -83,19 +88,21 @@ def parse_args(argv=None):
     )
     add("--jsonl", help="file for the data, one line a response")
     rollout.add_context_flags(add)
-    losses.add_gate_flags(add)
+    add("--gate", default="all", choices=list(opsd.GATES), help="as in opsd.py")
+    for bound in ("--gate-above", "--gate-below"):
+        add(bound, type=float, help="likewise")
     args = parser.parse_args(argv)
     if any(not 0 < share < 100 for share in args.shares):
         fail(f"--shares {' '.join(map(str, args.shares))}: above 0 and below 100")
-    losses.settle_gates(args)
-    if args.contrast:
-        fail("--gate contrast: the page has no second teacher")
+    bounds = dict(above=args.gate_above, below=args.gate_below)
+    bounds = [f"--gate-{side}={value}" for side, value in bounds.items() if value is not None]
+    args.step = opsd.parse_args(["--gate", args.gate, *bounds])  # what the loss reads
     args.draw = args.draw or 4 * args.problems
     return args
 
 
 # ------------------------------------------------------------------------------------------------
-# Contexts: those of data.py, but parts of the solution by characters: words are few stops
+# Contexts: those of data.py, and parts of the solution
 
 
 def part_of(percent):
@@ -126,9 +133,9 @@ def page_contexts(args):
 def answer_problems(args, device):
     """(tokenizer, {path: (model, its rollouts)}, contexts: {name: a text a problem}, limit)."""
     if args.data:
-        problems = data.load_file(args.data, args)[: args.draw]
+        problems = data.load_file(args.data, args.fields)[: args.draw]
     else:
-        problems = data.embedded_problems(args.draw, args.seed, True, args.hard)
+        problems = data.embedded_problems(args.draw, args.seed, held_out=True)
     answers, texts = {}, {}
     with Verifier() as verifier:
         for path in filter(None, [args.model, args.run]):
@@ -136,7 +143,6 @@ def answer_problems(args, device):
             data.require_thinking_switch(tokenizer, args.thinking == "on")
             sampler = samplers.make_sampler(model, tokenizer, args)
             rollouts = evaluate(sampler, tokenizer, problems, verifier, args)
-            add_token_classes(rollouts, tokenizer, args)
             answers[path] = model, rollouts
             if not texts:  # the teacher writes its contexts about its own answers
                 write = rollout.make_writer(sampler, tokenizer, args, args.seed)
@@ -150,42 +156,32 @@ def measure_response(student, teacher, answer, prompts, args):
 
     prompts: {context: the teacher's prompt ids}. In nats; the best tokens as (id, probability).
     """
-    ids = torch.tensor(answer.response_ids, device=student.device)  # (R,)
-    correct = torch.full_like(ids, answer.outcome == "correct", dtype=torch.bool)  # (R,)
-    position, one = torch.arange(len(ids), device=ids.device), torch.ones(len(ids)).to(ids.device)
-    tokens = Tokens(ids, correct, one * answer.advantage, position, one)
-    if answer.token_classes is not None:
-        classes = torch.tensor(answer.token_classes, device=ids.device)
-        tokens = tokens._replace(token_class=classes)
+    answer.weight = 1.0
+    tokens = opsd.tokens_of([answer], student.device)
     of_student = dict(student_entropy=[], student_logp=[], student_best=[])
     names = ("reverse_kl", "log_ratio", "teacher_entropy", "gate", "teacher_best")
     of_teacher = {context: {name: [] for name in names} for context in prompts}
     with torch.inference_mode():
-        hidden = response_hidden(student, [(answer.prompt_ids, answer.response_ids)])
+        hidden = response_hidden(student, [answer.row])  # (R, D)
         behind = {  # (R, D) each
             context: response_hidden(teacher, [(prompt, answer.response_ids)])
             for context, prompt in prompts.items()
         }
         head, teacher_head = open_head(student)[0], open_head(teacher)[0]
         for chunk in chunks_of(hidden, student):
-            part = Tokens(*(c if c is None else c[chunk] for c in tokens))  # (C,) each
+            part = take(tokens, chunk)
             student_logps = torch.log_softmax(head(hidden[chunk]).float(), -1)  # (C, V)
             of_student["student_best"] += best_tokens(student_logps)
             for context, row in of_teacher.items():
                 logits = teacher_head(behind[context][chunk])  # (C, V)
                 teacher_logps = torch.log_softmax(logits.float(), -1)  # (C, V)
-                inputs = student_logps, teacher_logps, part, args
-                gate = torch.stack([GATES[name](*inputs) for name in args.gate]).amax(0)  # (C,)
-                measures = measure(student_logps, teacher_logps, part.ids, gate)  # (M, C)
-                kl, _, entropy, teacher_entropy, logp, _ = measures  # (C,) each
-                ratio = teacher_logps.gather(-1, part.ids[:, None])[:, 0] - logp  # (C,)
-                row["reverse_kl"] += kl.tolist()
-                row["log_ratio"] += ratio.tolist()
-                row["teacher_entropy"] += teacher_entropy.tolist()
-                row["gate"] += gate.tolist()
+                _, found = opsd.token_loss(student_logps, teacher_logps, part, args.step)
+                found["log_ratio"] = opsd.sampled(teacher_logps, part) - found["logp"]  # (C,)
+                for name in names[:-1]:
+                    row[name] += found[name].tolist()
                 row["teacher_best"] += best_tokens(teacher_logps)
-            of_student["student_entropy"] += entropy.tolist()
-            of_student["student_logp"] += logp.tolist()
+            of_student["student_entropy"] += found["student_entropy"].tolist()
+            of_student["student_logp"] += found["logp"].tolist()
     return of_student, of_teacher
 
 
@@ -320,21 +316,6 @@ def render(page):
     return (head + text + tail).encode("utf-8", "replace")  # lone surrogates
 
 
-def fit(records, facts, path):
-    """(the page, its problems): without the last ones where all exceed LIMIT, with a word."""
-    problems = list(dict.fromkeys(record["problem"] for record in records))
-    count = len(problems)
-    while count:
-        shown = [record for record in records if record["problem"] in problems[:count]]
-        page = render(page_data(shown, facts))
-        if len(page) <= LIMIT:
-            return page, count
-        fewer = min(count - 1, count * LIMIT // len(page))
-        print(f"{count} problems make a page of {len(page) / 1e6:.1f} MB: the first {fewer} stay")
-        count = fewer
-    fail(f"--out {path}: no problem fits into a page (fewer --contexts or --shares?)")
-
-
 def write_file(path, content):
     def write(target):
         with open(target, "wb") as file:
@@ -357,9 +338,9 @@ def main(argv=None):
     counts = {path: summarise(rows) for path, (_, rows) in answers.items()}
     facts = dict(model=args.model, run=args.run, counts=counts, shown=args.contexts)
     facts.update(slider=page_contexts(args)[1], note="" if args.data else EMBEDDED_NOTE)
-    page, shown = fit(records, facts, args.out)
+    page = render(page_data(records, facts))
     write_file(args.out, page)
-    print(f"{shown} problems, {len(page) / 1000:.0f} kB: {args.out}")
+    print(f"{len(records)} responses, {len(page) / 1000:.0f} kB: {args.out}")
 
 
 if __name__ == "__main__":

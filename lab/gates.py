@@ -1,19 +1,15 @@
 """The bench of token gates, where the truth is known: every gate on correct, incorrect and all
 rollouts of the embedded task, on several pipelines of reproduce.sh.
 
-    python -m tools.gates       # interrupted, the same command goes on
-    python -m tools.gates --seeds 0 --pipelines tiny/rlvr --gates all the-digit --filters incorrect
-    python -m tools.gates --gates all the-digit --optimizer runs/gates --out runs/gates-frozen
+    python -m lab.gates       # interrupted, the same command goes on
+    python -m lab.gates --seeds 0 --pipelines tiny/rlvr --gates all the-digit --filters incorrect
 
 Writes table.md, table.json and figure.png, .svg (accuracy against length, a point a gate) to --out.
-Gates with +gap-low keep the agreeing tokens, and run only where --gates names them.
 The table, a row a gate: which share it lets through of each kind of token (redundant checks, the
-digit that nobody can know, the rest: toy.REDUNDANT, toy.UNKNOWABLE) and, over the run, of the
-loss's weight; the norm of the first step's gradient; these of the last filter. Then the changes of
-accuracy (means over the seeds with their 95% interval, or for one seed the interval over problems)
-and of length. table.json has these for each filter, and for easy and hard problems. The third line
-trains by Adam with the second moments of the first bench's ungated runs (tools/optimizer.py); sgd
-is another such choice.
+digit that nobody can know, the rest; see lab/oracles.py) and, over the run, of the loss's weight;
+the norm of the first step's gradient; these of the last filter. Then the changes of accuracy (means
+over the seeds with their 95% interval, or for one seed the interval over problems) and of length.
+table.json has these for each filter, and for easy and hard problems.
 """
 
 import os
@@ -27,15 +23,14 @@ import data
 import opsd
 import rollout
 import samplers
-import toy
-from cli import Parser, fail, set_up, start
 from data import CONTEXTS
-from losses import MEASURES
+from lab.oracles import ORACLES, REDUNDANT, UNKNOWABLE, add_oracles
+from lab.results import both, mean_interval
+from lab.traces import CLASS_NAMES, add_tags
 from model import load_model
-from run import write_json
+from run import Parser, fail, set_up, start, write_json
 from tools import markdown, read_json
 from tools.plot import COLOURS, figure, read_lines
-from tools.results import both, mean_interval
 from verify import Verifier
 
 # In the first step of tiny/rlvr above 0.01 nats lie 11% of the loss's weight by the student's
@@ -51,20 +46,10 @@ GATES = {
     "early": "--gate position --gate-below 40",
     "late": "--gate position --gate-above 40",
     "agreement": "--gate agreement",
-    "contrast": "--gate contrast",
-    "redundant-checks": "--gate redundant-checks",
-    "not-the-digit": "--gate not-the-digit",
-    "the-digit": "--gate the-digit",
+    **{name: f"--gate {name}" for name in ORACLES},
 }
-# The same with the agreeing tokens kept, the anchor.
-ANCHORED = {
-    "student-entropy-low+gap-low": "--gate student-entropy gap --gate-below 0.01",
-    "redundant-checks+gap-low": "--gate redundant-checks gap --gate-below 0.01",
-    "the-digit+gap-low": "--gate the-digit gap --gate-below 0.01",
-}
-FLAGS = GATES | ANCHORED
-KINDS = {"redundant": toy.REDUNDANT, "unknowable": toy.UNKNOWABLE}
-KINDS["rest"] = set(toy.CLASS_NAMES) - toy.REDUNDANT - toy.UNKNOWABLE
+KINDS = {"redundant": REDUNDANT, "unknowable": UNKNOWABLE}
+KINDS["rest"] = set(CLASS_NAMES) - REDUNDANT - UNKNOWABLE
 
 
 def parse_args(argv=None):
@@ -72,15 +57,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[101, 102, 103], help="of training and evaluation")
     add("--pipelines", default="runs/table/rlvr-SEED", help="models, SEED being the seed")
-    add("--gates", nargs="+", default=list(GATES), choices=list(FLAGS), help="rows of the table")
+    add("--gates", nargs="+", default=list(GATES), choices=list(GATES), help="rows of the table")
     add("--filters", nargs="+", default=["correct", "incorrect", "all"], choices=list(opsd.FILTERS))
     add("--steps", type=int, default=40, help="of each run")
     add("--lr", type=float, default=1e-4, help="of each run")
-    add(
-        "--optimizer",
-        default="adamw",
-        help="or sgd; or --out of a bench: its ungated runs' second moments (tools/optimizer.py)",
-    )
     add("--problems", type=int, default=1024, help="held-out problems, one response each")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each")
     add("--out", default="runs/gates", help="folder of the runs, the table and the figure")
@@ -112,18 +92,10 @@ def train(args, seed, gate, outcome):
         if before["model"] != pipeline(args, seed):
             return f"{out}: started from {before['model']}; give another --out"
         return ""
-    flags = f"--filter {outcome} --steps {args.steps} --lr {args.lr} {FLAGS[gate]} --overwrite"
+    flags = f"--filter {outcome} --steps {args.steps} --lr {args.lr} {GATES[gate]} --overwrite"
     where = ["--model", pipeline(args, seed), "--eval-problems", "0", "--out", out]
-    return run([*optimizer(args, seed, outcome), *flags.split(), *where], seed, out)
-
-
-def optimizer(args, seed, outcome):
-    """The module that trains, and its first argument if it has one."""
-    if args.optimizer == "adamw":
-        return ["opsd"]
-    if args.optimizer == "sgd":
-        return ["tools.optimizer", "sgd"]
-    return ["tools.optimizer", os.path.join(args.optimizer, str(seed), f"all-{outcome}")]
+    script = "lab.oracles" if gate in ORACLES else "opsd"
+    return run([script, *flags.split(), *where], seed, out)
 
 
 def evaluate(args, seed):
@@ -162,11 +134,11 @@ def measure_truth(args, seed):
     truth = {}
     if os.path.isfile(path):
         truth = read_json(path)
-    missing = [gate for gate in FLAGS if gate in args.gates and gate not in truth]
+    missing = [gate for gate in args.gates if gate not in truth]
     if not missing:
         return truth
     flags = ["--model", pipeline(args, seed), "--seed", str(seed), "--threads", "1"]
-    common = opsd.parse_args(flags)
+    common = opsd.parse_args([*flags, "--filter", "all"])
     device = set_up(common)
     samplers.choose_backend(common, device)
     model, tokenizer = load_model(common.model, device, common.dtype)
@@ -176,29 +148,24 @@ def measure_truth(args, seed):
     rollouts = rollout.make_rollouts(sampler, tokenizer, problems, common, seed)
     with Verifier() as verifier:
         rollout.grade_rollouts(verifier, rollouts)
-    opsd.add_token_classes(rollouts, tokenizer, opsd.parse_args(["--gate", "the-digit"]))
+    add_tags(rollouts, tokenizer)
+    contexts = CONTEXTS[common.context](rollouts, None, common)
+    opsd.add_teacher_rows(rollouts, contexts, tokenizer, common, None)
     for gate in missing:
-        step = opsd.parse_args([*flags, "--filter", "all", *FLAGS[gate].split()])
-        contexts = CONTEXTS[step.context](rollouts, None, step)
-        controls = step.contrast and CONTEXTS[step.contrast](rollouts, None, step)
-        opsd.add_teacher_rows(rollouts, contexts, tokenizer, step, None, controls)
+        step = opsd.parse_args([*flags, "--filter", "all", *GATES[gate].split()])
         # Of a step of opsd.py only what it measures is wanted, not its gradient.
-        opsd.read_by_teacher(teacher, rollouts, step)
         opsd.accumulate_gradients(model, teacher, rollouts, step)
-        truth[gate] = {name: shares(rollouts, name, step) for name in opsd.FILTERS}
+        truth[gate] = {name: shares(opsd.FILTERS[name](rollouts, step)) for name in opsd.FILTERS}
     write_json(path, truth)
     return truth
 
 
-def shares(rollouts, name, args):
-    """{kind: share of its tokens that the gate let through} of the rollouts that a filter keeps."""
+def shares(rollouts):
+    """{kind: share of these rollouts' tokens that the gate let through}."""
     through, tokens = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0)
     for r in rollouts:
-        if not opsd.FILTERS[name](r, args):
-            continue
-        gate = r.measures[MEASURES.index("gate")].tolist()
-        for value, number in zip(gate, r.token_classes, strict=True):
-            kind = next(k for k, names in KINDS.items() if toy.CLASS_NAMES[number] in names)
+        for value, number in zip(r.measures["gate"].tolist(), r.tags, strict=True):
+            kind = next(k for k, names in KINDS.items() if CLASS_NAMES[number] in names)
             through[kind] += value
             tokens[kind] += 1
     return {kind: through[kind] / tokens[kind] if tokens[kind] else None for kind in KINDS}
@@ -294,6 +261,7 @@ def draw(axes, records):
 
 def main(argv=None):
     args = parse_args(argv)
+    add_oracles()
     for seed in args.seeds:
         if not os.path.isdir(pipeline(args, seed)):
             fail(f"--pipelines {pipeline(args, seed)}: no such directory (reproduce.sh makes them)")
@@ -310,7 +278,7 @@ def main(argv=None):
     records = collect(args, truth)
     table = make_table(records)
     seeds = ", ".join(map(str, args.seeds))
-    made = f"Seeds {seeds}; models {args.pipelines}; {args.steps} steps of {args.optimizer}, rate "
+    made = f"Seeds {seeds}; models {args.pipelines}; {args.steps} steps, rate "
     made += f"{args.lr:g}; {args.problems} held-out problems, one response each; shares of tokens: "
     made += f"{args.filters[-1]} rollouts of 256 problems, first step."
     with open(os.path.join(args.out, "table.md"), "w") as stream:

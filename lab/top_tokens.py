@@ -1,7 +1,7 @@
 """The tokens on which the teacher differs most from the student, in context: what does it want?
 
     python -m tools.show --model tiny/rlvr --problems 40 --jsonl tokens.jsonl --out page.html
-    python -m tools.top_tokens tokens.jsonl --context solution
+    python -m lab.top_tokens tokens.jsonl --context solution
 
 For correct and for incorrect responses (not for truncated ones) the sampled tokens with the largest
 mean reverse KL, in nats: how many there are, that mean, their share of the KL of all such
@@ -11,7 +11,7 @@ of the next token.
 
 import json
 
-from cli import Parser, fail, start
+from run import Parser, fail, start
 from tools import markdown, open_text
 
 

@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Every table and figure of the documents from a fresh clone: eight pipelines, each of SFT, RLVR and
+# The tables and figures of the headline from a fresh clone: eight pipelines, each of SFT, RLVR and
 # OPSD from its own seed, and on the first three of them what is not the finding itself. Interrupted,
 # it goes on where it was: what exists in runs/table is skipped. Logs and evaluations of all runs
-# are kept in results/, compressed.
-#     bash reproduce.sh                         # two jobs of one thread each; docs/experiments.md
-#                                               # says how long it takes
-#     SEEDS="1 2 3" JOBS=4 bash reproduce.sh    # other seeds, more cores
-#     bash reproduce.sh real                    # a pretrained model instead (docs/real.md)
+# are kept in lab/results/, compressed.
+#     bash lab/reproduce.sh                         # two jobs of one thread each; lab/experiments.md
+#                                                   # says how long it takes
+#     SEEDS="1 2 3" JOBS=4 bash lab/reproduce.sh    # other seeds, more cores
+#     bash lab/reproduce.sh real                    # a pretrained model instead (lab/real.md)
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 export SEEDS=${SEEDS:-"101 102 103 104 105 106 107 108"} JOBS=${JOBS:-2}
 export REAL_SEEDS=${REAL_SEEDS:-"1 2 3"}
 FEW=$(echo $SEEDS | cut -d " " -f -3)
-mkdir -p results/metrics results/evaluations results/kl_by_position results/gates runs/table
+results=lab/results
+mkdir -p $results/{metrics,evaluations,kl_by_position,gates} runs/table
 
-# File, name in results/.
-keep() { gzip -9n < "$1" > "results/$2.gz"; }
+# File, name in lab/results/.
+keep() { gzip -9n < "$1" > "lab/results/$2.gz"; }
 
 # Script, name, seed, flags: one training run; its log is kept.
 run() {
@@ -44,29 +45,7 @@ evaluate() {
             exit 255
         }
     fi
-    keep "$out.json" "evaluations/$1-$2.json"
-}
-
-# Filter, seed: weights on the line from RLVR's to those of a branch, and beyond.
-dial() {
-    local out=runs/table/dial-$1-$2
-    if [ ! -f "$out.json" ]; then
-        echo "== dial $1, seed $2"
-        python -m tools.dial "runs/table/rlvr-$2" "runs/table/$1-$2" --out "$out.json" \
-            --at 0 0.25 0.5 1 1.5 --problems 1024 --samples 1 --seed "$2" --threads 1 \
-            > "$out.txt" 2>&1 || {
-            echo "failed: dial $1, seed $2"
-            tail -n 3 "$out.txt"
-            exit 255
-        }
-    fi
-    keep "$out.json" "evaluations/dial-$1-$2.json"
-}
-
-# Name, flags: a bench of token gates on the first pipelines.
-bench() {
-    python -m tools.gates --seeds $FEW --jobs "$JOBS" --out "runs/$1" "${@:2}"
-    keep "runs/$1/table.json" "gates/$1.json"
+    python -m lab.keep "$out.json" "lab/results/evaluations/$1-$2.json.gz"
 }
 
 # Seed: a whole pipeline, and the OPSD branches that start from it. Those of figures 1 to 3 are
@@ -84,7 +63,7 @@ pipeline() {
     keep "runs/table/all-$1/kl_by_position.jsonl" "kl_by_position/all-$1.jsonl"
     evaluate filters "$1" "rlvr correct incorrect all split jsd" --context solution
 
-    local contexts="answer instruction part other wrong" names=rlvr
+    local contexts="answer instruction other wrong" names=rlvr
     for context in $contexts; do
         for filter in correct incorrect; do
             run opsd $context-$filter "$1" $from $end --filter $filter --context $context
@@ -99,13 +78,9 @@ pipeline() {
     evaluate order "$1" "sft rlvr sft-correct sft-incorrect" --context solution
 }
 
-# Seed: the dial, baselines, reinjection, thinking off, roles and outcomes, gates against a wrong
-# reference, shorter SFT, the grid of rates and steps.
+# Seed: baselines, reinjection, thinking off, roles, a gate against a wrong reference.
 more() {
     local from="--model runs/table/rlvr-$1" end="--eval-problems 0"
-    dial correct "$1"
-    dial incorrect "$1"
-
     run opsd rft-correct "$1" $from $end --filter correct --divergence rft
     run rlvr length-penalty "$1" $from $end --length-penalty 0.5 --steps 20
     run opsd reinject-correct "$1" $from $end --filter correct --reinject 32
@@ -119,27 +94,8 @@ more() {
     evaluate off "$1" "rlvr off-correct off-incorrect off-on" --context solution --thinking off
 
     run opsd on-off "$1" $from $end --filter correct --teacher-thinking off
-    run opsd repel "$1" $from $end --filter all --weights repel
-    for gate in contrast agreement; do
-        run opsd wrong-$gate "$1" $from $end --filter correct --context wrong --gate $gate
-    done
-    evaluate roles "$1" "rlvr correct on-off all repel wrong-correct wrong-contrast wrong-agreement"
-
-    for steps in 400 700; do
-        run sft sft$steps "$1" --steps $steps
-        run rlvr rlvr$steps "$1" --model "runs/table/sft$steps-$1" $end
-        for filter in correct incorrect; do
-            run opsd $filter$steps "$1" --model "runs/table/rlvr$steps-$1" $end --filter $filter
-        done
-        evaluate sft$steps "$1" "rlvr$steps correct$steps incorrect$steps" --context solution
-    done
-
-    for rate in 5e-5 1e-4 2e-4; do
-        for filter in correct incorrect; do
-            run opsd grid-$rate-$filter "$1" $from --filter $filter --lr $rate --steps 80 \
-                --eval-every 20 --eval-problems 1024
-        done
-    done
+    run opsd wrong-agreement "$1" $from $end --filter correct --context wrong --gate agreement
+    evaluate roles "$1" "rlvr correct on-off all wrong-correct wrong-agreement"
 }
 
 # Seed: the three stages with a pretrained model; longer; controls; and OPSD before RLVR.
@@ -183,16 +139,16 @@ real() {
     evaluate real-order "$1" "real-sft real-rlvr real-sft-correct real-sft-incorrect" $test \
         --context $contexts
 }
-export -f keep run evaluate dial pipeline more real
+export -f keep run evaluate pipeline more real
 
-files() { for seed in $SEEDS; do echo "results/${1/SEED/$seed}"; done; }
+files() { for seed in $SEEDS; do echo "$results/${1/SEED/$seed}"; done; }
 
 if [ "${1:-real}" != real ]; then
-    echo "reproduce.sh $1: nothing, or real"
+    echo "lab/reproduce.sh $1: nothing, or real"
     exit 2
 fi
 if [ "${1:-}" = real ]; then
-    python -m tools.pretrained runs/real --seeds $REAL_SEEDS
+    python -m lab.pretrained runs/real --seeds $REAL_SEEDS
     # The CPU build of vLLM: one thread a job, and little of the memory is enough.
     export REAL_SAMPLER="--backend transformers" OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
     if python -c "import vllm" 2> /dev/null; then
@@ -200,18 +156,18 @@ if [ "${1:-}" = real ]; then
     fi
     echo $REAL_SEEDS | xargs -P "$JOBS" -n 1 bash -c 'set -euo pipefail; real "$1"' _
     SEEDS=$REAL_SEEDS
-    python -m tools.table --real-seeds $SEEDS --docs
+    python -m lab.table --real-seeds $SEEDS --docs
     for figure in path trajectory; do
         python -m tools.plot $figure $(files metrics/real-correct-SEED.jsonl.gz) \
-            $(files metrics/real-incorrect-SEED.jsonl.gz) --out results/real-$figure
+            $(files metrics/real-incorrect-SEED.jsonl.gz) --out $results/real-$figure
     done
     python -m tools.plot position $(files kl_by_position/real-all-SEED.jsonl.gz) \
-        --out results/real-position
+        --out $results/real-position
     first=${SEEDS%% *}
     python -m tools.show --model "runs/table/real-rlvr-$first" --data runs/real/dev.jsonl \
         --problems 100 --draw 100 --contexts solution --context-first --shares --threads 1 \
         --max-new-tokens 200 --jsonl runs/real/tokens.jsonl --out runs/real/tokens.html --overwrite
-    python -m tools.top_tokens runs/real/tokens.jsonl > results/real-tokens.md
+    python -m lab.top_tokens runs/real/tokens.jsonl > $results/real-tokens.md
     exit
 fi
 
@@ -220,24 +176,17 @@ fi
     for seed in $FEW; do echo more "$seed"; done
 } | xargs -P "$JOBS" -L 1 bash -c 'set -euo pipefail; "$@"' _
 
-bench gates
-cp runs/gates/figure.png results/gates.png
-cp runs/gates/figure.svg results/gates.svg
-gated="--filters incorrect --gates student-entropy-low the-digit"
-bench gates-frozen $gated redundant-checks --optimizer runs/gates
-bench gates-slow $gated --lr 2.5e-5
-bench gates-anchored --filters incorrect --gates all student-entropy-low redundant-checks the-digit \
-    student-entropy-low+gap-low redundant-checks+gap-low the-digit+gap-low
+python -m lab.gates --seeds $FEW --jobs "$JOBS"
+keep runs/gates/table.json gates/gates.json
+cp runs/gates/figure.png $results/gates.png
+cp runs/gates/figure.svg $results/gates.svg
 
-python -m tools.dose --seeds $SEEDS --out results/dose
-python -m tools.table --seeds $SEEDS --real-seeds $REAL_SEEDS --docs
-python -m tools.plot pairs $(files evaluations/filters-SEED.json.gz) \
-    $(files evaluations/contexts-SEED.json.gz) --out results/pairs
+python -m lab.table --seeds $SEEDS --real-seeds $REAL_SEEDS --docs
+python -m lab.plot pairs $(files evaluations/filters-SEED.json.gz) \
+    $(files evaluations/contexts-SEED.json.gz) --out $results/pairs
 python -m tools.plot path $(files metrics/correct-SEED.jsonl.gz) \
-    $(files metrics/incorrect-SEED.jsonl.gz) $(files metrics/all-SEED.jsonl.gz) --out results/figure1
-python -m tools.plot path $(SEEDS=$FEW files evaluations/dial-correct-SEED.json.gz) \
-    $(SEEDS=$FEW files evaluations/dial-incorrect-SEED.json.gz) --out results/dial
-python -m tools.plot position $(files kl_by_position/all-SEED.jsonl.gz) --out results/figure2
+    $(files metrics/incorrect-SEED.jsonl.gz) $(files metrics/all-SEED.jsonl.gz) --out $results/figure1
+python -m tools.plot position $(files kl_by_position/all-SEED.jsonl.gz) --out $results/figure2
 python -m tools.plot trajectory $(files metrics/correct-SEED.jsonl.gz) \
-    $(files metrics/incorrect-SEED.jsonl.gz) --out results/figure3
-python -m tools.plot shift $(files evaluations/filters-SEED.json.gz) --out results/figure4
+    $(files metrics/incorrect-SEED.jsonl.gz) --out $results/figure3
+python -m lab.plot shift $(files evaluations/filters-SEED.json.gz) --out $results/figure4

@@ -1,9 +1,9 @@
-"""Where teacher and student disagree: reverse KL by class of token (toy.TOKEN_CLASSES), on correct
+"""Where teacher and student disagree: reverse KL by class of token (lab/traces.py), on correct
 and on incorrect responses to embedded problems.
 
-    python -m tools.token_classes          # tiny/rlvr against itself reading the worked solution:
+    python -m lab.token_classes          # tiny/rlvr against itself reading the worked solution:
                                            # what the first step of opsd.py sees
-    python -m tools.token_classes --model runs/opsd-incorrect-001    # a trained student
+    python -m lab.token_classes --model runs/opsd-incorrect-001    # a trained student
 """
 
 import data
@@ -11,10 +11,10 @@ import opsd
 import rollout
 import samplers
 import toy
-from cli import Parser, add_run_flags, set_up, start, tiny
 from data import CONTEXTS
+from lab.traces import CLASS_NAMES, token_class
 from model import load_model
-from run import check_out, write_json
+from run import Parser, add_run_flags, check_out, set_up, start, tiny, write_json
 from verify import Verifier
 
 
@@ -28,7 +28,6 @@ def parse_args(argv=None):
     add = parser.add_argument_group("measurement").add_argument
     add("--context", default="solution", choices=toy.CONTEXTS)
     add("--problems", type=int, default=512, help="held-out problems, one response each")
-    add("--hard", type=float, default=toy.HARD_SHARE, help="share of hard problems")
     add("--reinject", type=int, default=0, help="as in opsd.py")
     args = parser.parse_args(argv)
     args.teacher_thinking, args.context_first = args.thinking, False
@@ -40,8 +39,8 @@ def by_class(tokenizer, rollouts):
     table = {r.outcome: {} for r in rollouts}
     for r in rollouts:
         text = ""
-        for token, value in zip(r.response_ids, r.measures[0].tolist(), strict=True):
-            row = table[r.outcome].setdefault(toy.token_class(r.problem, text), [0.0, 0])
+        for token, value in zip(r.response_ids, r.measures["reverse_kl"].tolist(), strict=True):
+            row = table[r.outcome].setdefault(token_class(r.problem, text), [0.0, 0])
             row[0] += value
             row[1] += 1
             text += tokenizer.decode([token])
@@ -52,7 +51,7 @@ def print_table(table, count):
     print(f"{'':28s}" + "".join(f"{f'{outcome} ({count[outcome]})':>38s}" for outcome in table))
     columns = f"{'a token':>14s}{'a response':>14s}{'share':>10s}"
     print(f"{'class of token':28s}" + "".join(columns for _ in table))
-    for name in [name for name, *_ in toy.TOKEN_CLASSES] + ["other"]:
+    for name in CLASS_NAMES:
         line = f"{name:28s}"
         for outcome, classes in table.items():
             value, tokens = classes.get(name, (0.0, 0))
@@ -66,7 +65,7 @@ def main(argv=None):
     check_out(args, directory=False)
     device = set_up(args)
     samplers.choose_backend(args, device)
-    problems = data.embedded_problems(args.problems, args.seed, True, args.hard)
+    problems = data.embedded_problems(args.problems, args.seed, held_out=True)
     student, tokenizer = load_model(args.model, device, args.dtype)
     teacher, _ = load_model(args.teacher, device, args.dtype)
     sampler = samplers.make_sampler(student, tokenizer, args)
@@ -76,9 +75,7 @@ def main(argv=None):
     contexts = CONTEXTS[args.context](rollouts, None, args)
     rollouts, _ = opsd.add_teacher_rows(rollouts, contexts, tokenizer, args, None)
     # Of a step of opsd.py only what it measures is wanted, not its gradient.
-    step = opsd.parse_args([])
-    opsd.read_by_teacher(teacher, rollouts, step)
-    opsd.accumulate_gradients(student, teacher, rollouts, step)
+    opsd.accumulate_gradients(student, teacher, rollouts, opsd.parse_args([]))
     table = by_class(tokenizer, rollouts)
     count = {outcome: sum(r.outcome == outcome for r in rollouts) for outcome in table}
     print(f"{args.model} against {args.teacher} reading {args.context}; reverse KL in nats")

@@ -1,9 +1,9 @@
-"""The paper's experiments: the command of each, our result beside the paper's. For tools.table."""
+"""The paper's experiments: the command of each, our result beside the paper's. For lab.table."""
 
 from typing import NamedTuple
 
+from lab.results import change, mean
 from tools import markdown
-from tools.results import change, mean
 
 
 class Experiment(NamedTuple):
@@ -17,8 +17,8 @@ class Experiment(NamedTuple):
 
 
 OPSD, EVAL = "python opsd.py --filter", "python eval.py --model tiny/rlvr"
-PLOT = "python -m tools.plot"
-SHIFT = f"RUN --problems 1024 --samples 2 --out E; {PLOT} shift E --out F"
+PLOT, LAB_PLOT = "python -m tools.plot", "python -m lab.plot"
+SHIFT = f"RUN --problems 1024 --samples 2 --out E; {LAB_PLOT} shift E --out F"
 POSITION = f"--kl-by-position 8 --out R; {PLOT} position R/kl_by_position.jsonl --out F"
 TRAJECTORY = f"--eval-every 10 --out R; {PLOT} trajectory R/metrics.jsonl --out F"
 
@@ -144,7 +144,7 @@ EXPERIMENTS = [
         "table 7: several seeds; here eight pipelines, or three",
         None,
         "every row here",
-        "bash reproduce.sh",
+        "bash lab/reproduce.sh",
         "correct -1.6 +- 1.6 pp, incorrect -7.9 +- 2.1 / +3.5 +- 1.0, -12.9 +- 3.3",
     ),
     Experiment(

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from cli import fail
 from eval import interval, paired_bootstrap
+from lab.results import branch_of, change, evaluations, mean_interval
+from run import fail
 from tools import markdown
-from tools.results import branch_of, change, evaluations, mean_interval
 
 
 def changes_of(responses, seed):

@@ -1,10 +1,10 @@
-"""The documents' tables from what reproduce.sh left in results/: means over pipelines, a seed each,
-and their 95% intervals (Student's t over the pipelines).
+"""The documents' tables from what reproduce.sh left in lab/results/: means over pipelines, a seed
+each, and their 95% intervals (Student's t over the pipelines).
 
-    python -m tools.table            # prints results/table.md, and writes it and results/table.json
-    python -m tools.table --docs     # and the tables in README.md and docs/
-    python -m tools.table --check    # writes nothing; names each table that is stale, and exits
-                                     # with 1 if one is
+    python -m lab.table            # prints table.md, and writes it and table.json into lab/results/
+    python -m lab.table --docs     # and the tables in README.md and lab/
+    python -m lab.table --check    # writes nothing; names each table that is stale, and exits with
+                                   # 1 if one is
 
 In a document a table stands between the lines <!-- name --> and <!-- end -->.
 """
@@ -16,17 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import HERE, Parser, fail, start
-from run import write_json
-from tools import dose, gates, markdown, memory, read_json, results
-from tools.paper import EXPERIMENTS, experiments_table
-from tools.plot import dial_of, read_lines, trajectory_of
-from tools.results import (
+from lab import gates, results
+from lab.paper import EXPERIMENTS, experiments_table
+from lab.results import (
     FEW,
     REAL_SEEDS,
     SEEDS,
     T95,
-    both,
     branch_of,
     change,
     evaluations,
@@ -34,7 +30,10 @@ from tools.results import (
     mean,
     mean_interval,
 )
-from tools.seeds import seeds_table
+from lab.seeds import seeds_table
+from run import HERE, Parser, fail, start, write_json
+from tools import markdown, read_json
+from tools.plot import read_lines
 
 
 class Part(NamedTuple):
@@ -52,8 +51,6 @@ PARTS = {
     "baselines": Part("Baselines and reinjection", few=True),
     "off": Part("Thinking off: the answer alone", few=True),
     "roles": Part("Roles, outcomes, gates against a wrong reference", few=True),
-    "sft400": Part("SFT of 400 steps instead of 1,500", few=True),
-    "sft700": Part("SFT of 700 steps", few=True),
     "real": Part("A pretrained model: filters after RLVR", real=True),
     "real-contexts": Part("A pretrained model: contexts", real=True),
     "real-order": Part("A pretrained model: OPSD before RLVR, changes against SFT", real=True),
@@ -66,7 +63,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--seeds", nargs="+", default=SEEDS, help="of reproduce.sh")
     add("--real-seeds", nargs="+", default=REAL_SEEDS, help="of reproduce.sh real")
-    add("--docs", action="store_true", help="also write the tables in README.md and docs/")
+    add("--docs", action="store_true", help="also write the tables in README.md and lab/")
     add("--check", action="store_true", help="write nothing, say which tables are stale")
     args = parser.parse_args(argv)
     for flag, seeds in (("--seeds", args.seeds), ("--real-seeds", args.real_seeds)):
@@ -148,7 +145,7 @@ def brief_table(records):
 
 def mechanism_table(part, seeds):
     """What the traces do on easy and on hard steps, in percent of such steps, means over seeds (see
-    toy.read_trace).
+    lab/traces.py).
     """
     columns = [("easy", "checked"), ("hard", "checked"), ("hard", "first_right")]
     columns += [("hard", "right_if_checked"), ("hard", "careful_in_conflict"), ("hard", "right")]
@@ -191,67 +188,6 @@ def pipelines_table(seeds):
     header += ["correct: length, %", "incorrect: points", "incorrect: length, %"]
     header += ["incorrect minus correct, points"]
     return markdown(header, rows)
-
-
-RATES, STEPS = ("5e-5", "1e-4", "2e-4"), (20, 40, 80)
-
-
-def grid_table(seeds):
-    """Learning rate x steps, correct and incorrect: change of accuracy, points; of length, %."""
-    rows = []
-    for branch in ("correct", "incorrect"):
-        for rate in RATES:
-            logs = [log_of(f"grid-{rate}-{branch}-{seed}") for seed in seeds]
-            curves = [trajectory_of(log)[2] for log in logs]  # of rows (step, accuracy, length)
-            cells = []
-            for step in STEPS:
-                rows_of_step = [curve[curve[:, 0] == step][0] for curve in curves]
-                accuracy, length = (mean_interval([r[i] for r in rows_of_step]) for i in (1, 2))
-                cells.append(both(accuracy, length))
-            rows.append([branch, rate, *cells])
-    return markdown(["rollouts", "learning rate", *(f"{s} steps" for s in STEPS)], rows)
-
-
-def bench(name):
-    """Records of a bench of token gates (tools.gates)."""
-    return read_json(os.path.join(results.RESULTS, "gates", f"{name}.json.gz"))["records"]
-
-
-BENCHES = {
-    "gates": "AdamW",
-    "gates-frozen": "Adam, second moments of the ungated run",
-    "gates-slow": "AdamW, a quarter of the rate",
-    "gates-anchored": "AdamW, a second set of pipelines",
-}
-ANCHOR = "these, the agreeing tokens kept"
-
-
-def optimizers_table():
-    """Gates on incorrect rollouts, an optimizer a column; the last two are the anchor's pair."""
-    cells = {
-        (name, r["gate"]): both(r["accuracy"], r["length"])
-        for name in BENCHES
-        for r in bench(name)
-        if r["filter"] == "incorrect"
-    }
-    rows = [
-        [gate, *(cells.get((name, gate), "") for name in BENCHES)]
-        + [cells.get(("gates-anchored", f"{gate}+gap-low"), "")]
-        for gate in ("all", "student-entropy-low", "redundant-checks", "the-digit")
-    ]
-    return markdown(["gate, incorrect rollouts", *BENCHES.values(), ANCHOR], rows)
-
-
-def dial_table(seeds):
-    """On the way from RLVR's weights to those of a branch, and beyond."""
-    rows = {}
-    for branch in ("correct", "incorrect"):
-        curves = [dial_of(results.evaluation(f"dial-{branch}", seed))[2] for seed in seeds]
-        for points in zip(*curves, strict=True):  # (share, accuracy, length) of each seed
-            accuracy, length = (mean_interval([p[i] for p in points]) for i in (1, 2))
-            rows.setdefault(points[0][0], []).append(both(accuracy, length))
-    rows = [[f"{share:g}", *cells] for share, cells in rows.items() if share]
-    return markdown(["share of the way", "to correct", "to incorrect"], rows)
 
 
 # Rows of README's table: (part, branch, its name there).
@@ -326,18 +262,15 @@ def main(argv=None):
         tables["brief-roles"] = brief_table(parts["roles"])
         tables["brief-off"] = brief_table(parts["off"])
         add("pipelines", "Pipeline by pipeline", pipelines_table(args.seeds))
-        add("dose", "Dose and response", dose.dose_table(dose.read_points(args.seeds)))
-        add("grid", "Learning rate and steps", grid_table(args.seeds[:FEW]))
-        add("gates", "Token gates", gates.make_table(bench("gates")))
-        add("optimizers", "Token gates by optimizer", optimizers_table())
-        add("dial", "Weights on the line", dial_table(args.seeds[:FEW]))
+        bench = read_json(os.path.join(results.RESULTS, "gates", "gates.json.gz"))
+        add("gates", "Token gates", gates.make_table(bench["records"]))
     except OSError as error:
-        fail(f"{error.filename}: no such file; run reproduce.sh first")
+        fail(f"{error.filename}: no such file; run lab/reproduce.sh first")
     add("experiments", "The paper's experiments", experiments_table(records))
     text = "\n".join(text)
-    tables |= dict(front=front_table(records), memory=memory.table())
+    tables["front"] = front_table(records)
 
-    documents = [os.path.join(HERE, "README.md"), *glob.glob(os.path.join(HERE, "docs", "*.md"))]
+    documents = [os.path.join(HERE, "README.md"), *glob.glob(os.path.join(HERE, "lab", "*.md"))]
     updated = {path: update(path, tables) for path in sorted(documents)}
     if args.check:
         stale = [
@@ -346,7 +279,7 @@ def main(argv=None):
             for name in names
         ]
         with open(os.path.join(results.RESULTS, "table.md")) as stream:
-            stale += [] if stream.read() == text else ["results/table.md"]
+            stale += [] if stream.read() == text else ["lab/results/table.md"]
         print("\n".join(f"stale: {name}" for name in stale) or "every table is as the results say")
         raise SystemExit(1 if stale else 0)
     write_text(os.path.join(results.RESULTS, "table.md"), text)
