@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 
 POSITIVE = {
     *("steps", "batch", "lr", "micro_tokens", "max_new_tokens", "sample_batch", "context_tokens"),
-    *("refresh", "updates", "problems", "samples", "beta", "vllm_memory"),
+    *("refresh", "problems", "samples", "beta", "vllm_memory"),
 }
 BELOW_1 = {"beta", "ema", "vllm_memory"}
 

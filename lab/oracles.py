@@ -38,7 +38,7 @@ def oracle(names):
 
 @functools.cache
 def tokenizer_of(path):
-    return load_tokenizer(path)[1]
+    return load_tokenizer(path)
 
 
 def tagging(keep):

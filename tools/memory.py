@@ -156,7 +156,7 @@ def estimate(
 
 def print_plan(args, gpus):
     """The prompts of the first problem, and the estimate for opsd.py's flags on so many GPUs."""
-    config, tokenizer = load_tokenizer(args.model)
+    config, tokenizer = AutoConfig.from_pretrained(args.model), load_tokenizer(args.model)
     rollout = Rollout(data.load_problems(args, 1)[0], [])
     written = ["(what the teacher will have written)"]
     context = CONTEXTS[args.context]([rollout], lambda prompts: written, args)[0]
