@@ -162,10 +162,6 @@ def print_plan(args, gpus):
     print(f"peak of training on each of {gpus} GPUs ({args.device}), {how}, {args.dtype},")
     print(f"micro-batches of {tokens} tokens; GB by part:")
     print(f"{' + '.join(terms)} = {sum(parts.values()) / 1e9:.3g}")
-    besides = "vLLM's share of the card (--vllm-memory)"
-    if args.backend == "transformers":
-        besides = "keys and values while sampling"
-    print(f"and, sampling with {args.backend}: {besides}")
     print("no weights were loaded, nothing was written")
 
 
