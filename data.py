@@ -14,6 +14,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from functools import lru_cache
 
@@ -21,7 +22,7 @@ import numpy as np
 
 import toy
 from answers import normal
-from run import fail, one_line, tiny
+from run import fail, one_line
 from verify import Verifier
 
 
@@ -84,8 +85,6 @@ def load_problems(args, count):
     """
     if args.data is None:
         return embedded_problems(count, args.seed)
-    if args.model in (tiny("sft"), tiny("rlvr")):
-        print(f"--data: it is the embedded {args.model} that is trained on it; see --model")
     return load_file(args.data, args.fields)
 
 
@@ -129,7 +128,7 @@ def fields_of(flag):
 def load_file(path, fields=(), flag="--data"):
     """Problems of a JSON(L) or parquet file or a Hugging Face data set; golds are checked.
 
-    Prints how many golds have a unit. Ends the program at a bad file or row, which it names, and at
+    Ends the program at a bad file or row, which it names, and at
     a gold that no rule reads.
     """
     problems, places = [], []
@@ -151,20 +150,10 @@ def load_file(path, fields=(), flag="--data"):
             count = sum(map(bool, complaints))
             more = f" (the first of {count} such rows)" if count > 1 else ""
             fail(f"{where}: gold answer {problem.answer[:80]!r}: {complaint}{more}")
-    tell_units(path, places, [p.answer for p in problems])
-    return problems
-
-
-def tell_units(path, places, golds):
-    """Says how golds with a word after the number are read (answers.py, rule c)."""
-    units = [(w, gold, *normal(gold)) for w, gold in zip(places, golds, strict=True)]
-    units = [row for row in units if row[3]]
+    units = [p.answer for p in problems if normal(p.answer)[1]]
     if units:
-        where, gold, value, unit = units[0]
-        print(
-            f"{path}: {len(units)} of {len(golds)} gold answers have a unit; a response may leave "
-            f"it out, but not name another (first: {where}: {gold!r} is {value}, unit {unit})"
-        )
+        print(f"{path}: {len(units)} golds have a unit, which a response may leave out: {units[0]}")
+    return problems
 
 
 def read_rows(path, flag="--data"):
@@ -283,7 +272,8 @@ def render_prompt(tokenizer, problem, context="", thinking=True, context_first=F
 def chat_ids(tokenizer, content, thinking):
     """Ids of one user turn and the opening of the assistant's.
 
-    `enable_thinking` is always explicit (Qwen3's default is on).
+    The switch of thinking is always explicit (Qwen3's default is on), and the date that some
+    templates write is one day's: a prompt is the same tomorrow.
     """
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -291,16 +281,22 @@ def chat_ids(tokenizer, content, thinking):
         tokenize=True,
         return_dict=False,
         enable_thinking=thinking,
+        thinking=thinking,  # its name in Granite and DeepSeek
+        strftime_now=datetime(2026, 1, 1).strftime,
     )
 
 
 def plain(tokenizer, text):
     """Text whose control tokens ("<|im_end|>", "<think>", ...) are broken by a space, so that data
-    can never open or close a turn.
+    can never open or close a turn. Those are special, of thinking, or in the chat template; other
+    added tokens (runs of spaces, letters, tags) are ordinary text and stay.
     """
-    for token in tokenizer.get_added_vocab():
-        if token in text:
-            text = text.replace(token, token[:1] + " " + token[1:])
+    template = str(tokenizer.chat_template)
+    for token in tokenizer.added_tokens_decoder.values():
+        word = token.content
+        control = token.special or "think" in word or word in template
+        if control and len(word.strip()) > 1 and word in text:
+            text = text.replace(word, word[:1] + " " + word[1:])
     return text
 
 

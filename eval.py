@@ -271,11 +271,8 @@ class HeldOut:
         if not self.problems or not due:
             return
         records = compare([("before", self.before), ("after", self.respond())])
-        print(
-            f"\n{len(self.problems)} held-out problems, one response each, after step {step};",
-            end="",
-        )
-        print(" change with 95% interval")
+        about = f"{len(self.problems)} held-out problems, one response each, after step {step}"
+        print(f"\n{about}; change with 95% interval")
         print_table(records)
         run.log("metrics", dict(step=step, evaluation=records))
 

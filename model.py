@@ -7,11 +7,13 @@ C those of a chunk, P those of a piece.
 import math
 import os
 import shutil
+import tempfile
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import data
 import ranks
 from ranks import device_of, open_head
 from run import fail, one_line, write_whole
@@ -27,47 +29,95 @@ PIECE = {"cpu": 1e6, "cuda": 64e6}
 # Loading and saving
 
 
+TEXT = "one two  three\n\n40 + 2? мир"  # must come back from a tokenizer, and out of a template
+
+
 def load_tokenizer(path):
-    """(configuration, tokenizer) of a Hugging Face directory or id; no remote code."""
+    """The tokenizer of a Hugging Face directory or id; no remote code."""
     owner = path.split("/")[0]
     if not os.path.isdir(path) and (path.count("/") != 1 or owner == "." or os.path.isdir(owner)):
         fail(f"--model {path}: no such directory (a Hugging Face id has the form owner/name)")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         fail(f"--model {path}: {one_line(error, 300)}")
     if tokenizer.chat_template is None:
         fail(f"--model {path}: its tokenizer has no chat template")
+    # transformers rebuilds some tokenizers by the class that their configuration names.
+    back = tokenizer.decode(tokenizer(TEXT, add_special_tokens=False).input_ids).strip()
+    if back != TEXT:
+        wrong = "a wrong tokenizer_class in tokenizer_config.json?"
+        fail(f"--model {path}: its tokenizer changes text, {TEXT!r} to {back!r} ({wrong})")
     try:
-        turn = [{"role": "user", "content": "x"}]
-        tokenizer.apply_chat_template(turn, add_generation_prompt=True, enable_thinking=True)
+        prompt = tokenizer.decode(data.chat_ids(tokenizer, TEXT, True))
     except Exception as error:  # templates are programs, and may raise what they like
         kind = type(error).__name__
         fail(f"--model {path}: its chat template fails on a user turn ({kind}: {one_line(error)})")
-    return config, tokenizer
+    if TEXT not in prompt:
+        fail(f"--model {path}: its chat template drops the user's text, or changes it: {prompt!r}")
+    return tokenizer
 
 
 def load_model(path, device, dtype="float32"):
-    """(model, tokenizer) of a Hugging Face directory or id; safetensors only, no remote code."""
-    _, tokenizer = load_tokenizer(path)
+    """(model, tokenizer) of a Hugging Face directory or id; safetensors only, no remote code.
+
+    Ends the program at whatever would make it another model than the one that is named, or keep it
+    from being saved.
+    """
+    tokenizer = load_tokenizer(path)
     options = dict(dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except Exception as error:  # a wrong id, no network, pickled weights, code: one line is enough
         fail(f"--model {path}: {one_line(error, 300)}")
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # often a temperature without do_sample: it loads, but could not be saved
-        model.generation_config.do_sample = True
-    if not stop_ids(model, tokenizer):
-        fail(f"--model {path}: generation config and tokenizer name no end-of-sequence token")
+    # What the checkpoint lacks transformers fills in at random.
+    names = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    names = sorted({*found["missing_keys"], *names})
+    extra = f"not used: {some(found['unexpected_keys'])}" if found["unexpected_keys"] else ""
+    if names:
+        lacks = f"{len(names)} weights are missing or of another shape: {some(names)}"
+        fail(f"--model {path}: {lacks}" + (f"; {extra}" if extra else ""))
+    if extra:
+        print(f"--model {path}: weights that are {extra}")
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             fail(f"--model {path}: {name} holds values that are not finite")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if len(tokenizer) > len(embedding.weight):
+        has = f"{len(tokenizer)} tokens, the model {len(embedding.weight)}"
+        fail(f"--model {path}: its tokenizer has {has}")
+    # The file decides, not the configuration, which all copies are built from.
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = head.weight is embedding.weight
+    if not stop_ids(model, tokenizer):
+        fail(f"--model {path}: generation config and tokenizer name no end-of-sequence token")
     model.to(device).eval()  # eval for the whole run: no dropout, in the student or the teacher
-    check_head(model)
+    check_head(path, model)
+    check_saving(path, model, tokenizer)
     return model, tokenizer
+
+
+def some(names):
+    """The first of many names."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def context_limit(model):
+    """(most tokens of a row or None, whether more would make rows depend on the longest one).
+
+    The rotary embeddings `dynamic` and `longrope` change for the whole batch where its longest row
+    passes the length of their first training.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if part.get("rope_type") in ("dynamic", "longrope"):
+            return part.get("original_max_position_embeddings") or limit, True
+    return limit, False
 
 
 def stop_ids(model, tokenizer):
@@ -77,15 +127,40 @@ def stop_ids(model, tokenizer):
     return sorted({*ids, tokenizer.eos_token_id} - {None})
 
 
-def check_head(model):
+def check_head(path, model):
     """Refuses a model whose logits are not lm_head(last hidden state): the losses rely on it."""
-    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size  # (1, T)
+    config = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(config, name, None) not in (None, 0, 1):
+            fail(f"--model {path}: logits that are capped or scaled ({name}) are not supported")
+    ids = torch.arange(8, device=model.device)[None] % len(model.get_input_embeddings().weight)
     with torch.no_grad():
         logits = model(input_ids=ids).logits.float()  # (1, T, V)
         hidden = model.base_model(input_ids=ids).last_hidden_state  # (1, T, D)
         ours = model.get_output_embeddings()(hidden).float()  # (1, T, V)
     if not torch.allclose(logits, ours, rtol=1e-2, atol=1e-2):
-        fail("--model: its logits are not lm_head(hidden states) (capped or scaled logits?)")
+        fail(f"--model {path}: its logits are not lm_head(hidden states)")
+    limit, short = context_limit(model)
+    if short:
+        print(f"--model {path}: rows of at most {limit} tokens, where its rotary embedding changes")
+
+
+def check_saving(path, model, tokenizer):
+    """Saves all but the weights, into nothing: better here than after the last step."""
+    generation = model.generation_config
+    try:
+        generation.validate(strict=True)
+    except ValueError:  # often a temperature without do_sample: it loads, but could not be saved
+        generation.do_sample = True
+    for name in ("pad_token_id", "bos_token_id"):
+        if (getattr(generation, name) or 0) < 0:
+            setattr(generation, name, None)
+    try:
+        with tempfile.TemporaryDirectory() as nowhere:
+            for part in (model.config, generation, tokenizer):
+                part.save_pretrained(nowhere)
+    except Exception as error:
+        fail(f"--model {path}: cannot be saved again: {one_line(error)}")
 
 
 def save_model(path, model, tokenizer):
@@ -107,10 +182,14 @@ def save_model(path, model, tokenizer):
     os.umask(umask)
     for name in sorted(os.listdir(temporary)):
         source = os.path.join(temporary, name)
-        os.chmod(source, 0o666 & ~umask)  # safetensors writes files that others cannot read
-        write_whole(
-            os.path.join(path, name), lambda target, source=source: os.replace(source, target)
-        )
+        if os.path.isfile(source):
+            os.chmod(source, 0o666 & ~umask)  # safetensors writes files that others cannot read
+        target = os.path.join(path, name)
+        if os.path.isdir(source):  # named chat templates
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(source, target)
+        else:
+            write_whole(target, lambda unnamed, source=source: os.replace(source, unnamed))
     os.rmdir(temporary)
 
 

@@ -59,6 +59,7 @@ from run import (
     add_training_flags,
     check_run_directory,
     fail,
+    fingerprint,
     progress,
     set_up,
     start,
@@ -336,7 +337,7 @@ def main(argv=None):
     model, tokenizer = load_model(args.model, ranks.load_device(device))  # in float32
     data.require_thinking_switch(tokenizer, args.thinking == "on")
     data.require_thinking_switch(tokenizer, args.teacher_thinking == "on", "--teacher-thinking")
-    teacher = frozen_copy(model)
+    identity, teacher = fingerprint([*problems, *held_out], model), frozen_copy(model)
     ranks.prepare(model, args, device)
     # EMA weights in bfloat16 would stand still: their changes are lost to rounding.
     ranks.prepare(teacher, args, device, low=args.teacher != "ema")
@@ -346,7 +347,7 @@ def main(argv=None):
     optimizer = make_optimizer(model, args)
     verifier = Verifier()
     held_out = HeldOut(sampler, tokenizer, held_out, verifier, args)
-    with verifier, Run(args, f"opsd-{args.filter}", problems, state) as run:
+    with verifier, Run(args, f"opsd-{args.filter}", identity, state) as run:
         print(f"{len(problems):,} problems, device {device}, run directory {run.path}")
         first, drawn = run.resume(model, optimizer), state.get("drawn", 0)
         if followed := state.pop("teacher", None):

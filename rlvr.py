@@ -44,6 +44,7 @@ from run import (
     add_training_flags,
     check_run_directory,
     fail,
+    fingerprint,
     progress,
     set_up,
     start,
@@ -190,6 +191,7 @@ def main(argv=None):
     problems, held_out = data.load_held_out(args, problems)
     model, tokenizer = load_model(args.model, ranks.load_device(device))  # in float32
     data.require_thinking_switch(tokenizer, args.thinking == "on")
+    identity = fingerprint([*problems, *held_out], model)
     start_model = copy.deepcopy(model).requires_grad_(False) if args.kl else None
     ranks.prepare(model, args, device)
     if start_model:
@@ -199,7 +201,7 @@ def main(argv=None):
     optimizer = make_optimizer(model, args)
     verifier = Verifier()
     held_out = HeldOut(sampler, tokenizer, held_out, verifier, args)
-    with verifier, Run(args, "rlvr", problems, state) as run:
+    with verifier, Run(args, "rlvr", identity, state) as run:
         print(f"{len(problems):,} problems, device {device}, run directory {run.path}")
         first, drawn = run.resume(model, optimizer), state.get("drawn", 0)
         if state:

@@ -1,6 +1,7 @@
 """A run: flags, one-line errors, device, threads, its directory, states, resuming, logs."""
 
 import argparse
+import fcntl
 import glob
 import gzip
 import json
@@ -231,13 +232,13 @@ def check_out(args, directory=True):
         return
     if os.path.lexists(out) and not args.overwrite:
         fail(f"--out {out}: exists already; choose another or add --overwrite")
-    above = os.path.abspath(out if directory else os.path.dirname(os.path.abspath(out)))
+    if not directory and os.path.isdir(out):
+        fail(f"--out {out}: is a directory, not a file")
+    above = os.path.abspath(out if directory else os.path.join(out, ".."))
     while not os.path.lexists(above):
         above = os.path.dirname(above)
     if not os.path.isdir(above) or not os.access(above, os.W_OK):
         fail(f"--out {out}: {above} is not a directory that can be written to")
-    if not directory and os.path.isdir(out):
-        fail(f"--out {out}: is a directory, not a file")
 
 
 def check_run_directory(args):
@@ -278,8 +279,21 @@ def check_run_directory(args):
 # States: everything that --resume needs, in one file, state-STEP.pt.
 
 # Flags that may differ when a run is resumed.
+# The model and the problems are told by their content, not by their names.
 HARMLESS = {
-    *("out", "overwrite", "resume", "steps", "state_every", "save_every", "eval_every"),
+    *(
+        "model",
+        "data",
+        "eval_data",
+        "fields",
+        "out",
+        "overwrite",
+        "resume",
+        "steps",
+        "state_every",
+        "save_every",
+        "eval_every",
+    ),
     *("threads", "device", "micro_tokens", "sample_batch", "checkpointing", "offload"),
     *("vllm_memory", "vllm_eager"),
 }
@@ -321,9 +335,14 @@ def first_args(path):
             return {}
 
 
-def fingerprint(problems):
+def fingerprint(problems, model):
+    """A number that tells other problems and other weights, by a sample of each tensor's values."""
     texts = [text for p in problems for text in (p.question, p.answer, p.solution)]
-    return zlib.crc32("\0".join(texts).encode())
+    number = zlib.crc32("\0".join(texts).encode())
+    for name, weight in model.state_dict().items():
+        values = weight.detach().flatten()[:: max(1, weight.numel() // 1000)].double().cpu()
+        number = zlib.crc32(name.encode() + values.numpy().tobytes(), number)
+    return number
 
 
 class Run:
@@ -334,17 +353,22 @@ class Run:
     alone writes. A context manager: Ctrl-C inside it ends the program with one line.
     """
 
-    def __init__(self, args, name, problems, state):
-        """`state`: what check_run_directory returned. Fails where it was made on other problems."""
-        self.args, self.state, self.problems = args, state, fingerprint(problems)
+    def __init__(self, args, name, identity, state):
+        """identity: `fingerprint` of problems and first weights. state: what check_run_directory
+        returned; fails where it is of another identity, or its run is still going on.
+        """
+        self.args, self.state, self.identity = args, state, identity
         self.first = ranks.rank_and_world()[0] == 0
         self.updates, self.skipped = state.get("updates", 0), state.get("skipped", 0)
-        if state and state["problems"] != self.problems:
-            fail(f"--resume: the run in {args.out} was on other problems")
+        if state and state["identity"] != identity:
+            fail(
+                f"--resume: the run in {args.out} was on other problems or began with another model"
+            )
         self.new, self.stepped = not args.out, False
         if self.first:
             args.out = make_directory(args.out, name)
         self.path = args.out = ranks.gather([args.out])[0]
+        self.lock = self.take_lock() if self.first else None
         if self.first and not args.resume:
             self.remove_old_run()
             self.log_settings()
@@ -353,12 +377,23 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace):
+        if self.first:
+            os.close(self.lock)
         if kind and self.first and self.new and not self.stepped:
             shutil.rmtree(self.path)  # a numbered directory of a run that never was
         elif kind is KeyboardInterrupt:
             goes_on = "goes on" if find_states(self.path) else "starts again"
             print(f"\ninterrupted; --out {self.path} --resume {goes_on}", file=sys.stderr)
             raise SystemExit(130) from None
+
+    def take_lock(self):
+        """Two runs must not write into one directory. The lock ends with the process."""
+        lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--out {self.path}: another run is writing there")
+        return lock
 
     def remove_old_run(self):
         """With --overwrite: logs, states and weights of the run before, and no other files."""
@@ -403,7 +438,7 @@ class Run:
             step=step,
             planned=self.state.get("planned", self.args.steps),
             args=vars(self.args),
-            problems=self.problems,
+            identity=self.identity,
             updates=self.updates,
             skipped=self.skipped,
             model=ranks.full_state(model),

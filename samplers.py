@@ -5,7 +5,7 @@ A sampler has two methods and two attributes, whatever the engine:
     push(model)           the student's weights after an optimizer step
     limit                 tokens of prompt and response together, or None
     logps                 the engine's log-probabilities of what `sample` returned last, a list a
-                          response; None with transformers
+                          response; None where the model itself samples
 The sampled end-of-sequence token is part of the response. A truncated response has none.
 """
 
@@ -13,8 +13,9 @@ from importlib.util import find_spec
 
 import torch
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from model import stop_ids
+from model import context_limit, sampled_logps, stop_ids
 from ranks import device_of, distributed, full, is_sharded
 from run import fail, one_line, progress
 
@@ -106,12 +107,10 @@ class TransformersSampler:
     was pushed.
     """
 
-    logps = None
-
     def __init__(self, model, tokenizer, args, other=None):
         self.model, self.stop = model, stop_ids(model, tokenizer)
         self.dtype, self.batch = getattr(torch, args.dtype), args.sample_batch
-        self.limit = getattr(model.config, "max_position_embeddings", None)
+        self.limit, self.logps = context_limit(model)[0], None
         self.engine = other.engine if other else dict(copy=None, holds=None)
         sharded = any(map(is_sharded, model.parameters()))
         self.copies = sharded or any(weight.dtype != self.dtype for weight in model.parameters())
@@ -122,10 +121,10 @@ class TransformersSampler:
             return
         if self.engine["copy"] is None:
             self.engine["copy"] = whole_model(model, self.dtype)
-        copied = zip(self.engine["copy"].parameters(), model.parameters(), strict=True)
+        new = tensors_of(model)
         with torch.no_grad():
-            for old, new in copied:
-                old.copy_(full(new))
+            for name, old in tensors_of(self.engine["copy"]).items():
+                old.copy_(full(new[name]))
         self.engine["holds"] = model
 
     def sample(self, prompts, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, logps=False):
@@ -141,13 +140,17 @@ class TransformersSampler:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         results = [None] * len(prompts)
         bar = progress(range(len(prompts)), "sampling")
+        self.logps = [None] * len(prompts) if logps and self.copies else None
         for start in range(0, len(order), self.batch):
             rows = order[start : start + self.batch]
+            batch = [prompts[i] for i in rows]
             with torch.no_grad():
-                batch = [prompts[i] for i in rows]
                 samples = self.generate(batch, max_new_tokens, temperature, top_p, bar)
             for i, sample in zip(rows, samples, strict=True):
                 results[i] = sample
+                if self.logps:  # the copy's own, which the trainer's are compared with
+                    row = prompts[i], sample[0]
+                    self.logps[i] = sampled_logps(self.engine["copy"], [row]).tolist()
         bar.close()
         return results
 
@@ -167,9 +170,10 @@ class TransformersSampler:
         own = model.generation_config
         model.generation_config = GenerationConfig()  # generate merges the model's own in: not here
         results, rows, cache = [None] * len(prompts), list(range(len(prompts))), None
+        segment = SEGMENT if rows_can_leave(model) else max_new_tokens
         try:
             while rows:
-                room = min(SEGMENT, width + max_new_tokens - ids.shape[1])
+                room = min(segment, width + max_new_tokens - ids.shape[1])
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=mask,
@@ -201,11 +205,26 @@ class TransformersSampler:
         return results
 
 
+def rows_can_leave(model):
+    """Whether all that the model's cache holds is keys and values, of which rows can be dropped;
+    states of linear attention and convolutions cannot.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)  # (1, T)
+    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    kinds = {type(layer) for layer in getattr(cache, "layers", [None])}
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
 def whole_model(model, dtype):
     """A model of the same shape in one piece, its weights to be filled in."""
     with torch.random.fork_rng(devices=[]), device_of(model):
         copy = type(model)._from_config(model.config, dtype=dtype)
     return copy.eval().requires_grad_(False)
+
+
+def tensors_of(model):
+    """All that a model computes with: {name: parameter or buffer}."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def logp_gap(rows, logps):

@@ -39,6 +39,7 @@ from run import (
     add_training_flags,
     check_run_directory,
     fail,
+    fingerprint,
     peak_memory,
     set_up,
     start,
@@ -76,7 +77,8 @@ def embedded_row(tokenizer, problem, rng):
 def real_row(tokenizer, problem, end):
     """The row of a real problem; `end` is the id that ends a response."""
     prompt = render_prompt(tokenizer, problem)
-    text = f"<think>\n{problem.solution}\n</think>\n\n\\boxed{{{problem.answer}}}"
+    solution, answer = (data.plain(tokenizer, t) for t in (problem.solution, problem.answer))
+    text = f"<think>\n{solution}\n</think>\n\n\\boxed{{{answer}}}"
     text = text.removeprefix(data.opened_think(tokenizer, prompt))
     return prompt, tokenizer(text, add_special_tokens=False).input_ids + [end]
 
@@ -139,6 +141,7 @@ def main(argv=None):
     else:
         model, tokenizer = build_tiny(args.seed)
         model.to(ranks.load_device(device)).eval()
+    identity = fingerprint(problems, model)
     ranks.prepare(model, args, device)
     end = tokenizer.eos_token_id
     if end is None:
@@ -146,7 +149,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
-    with Run(args, "sft", problems, state) as run:
+    with Run(args, "sft", identity, state) as run:
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{parameters:,} parameters, {len(problems):,} problems, device {device}, {run.path}")
         for step in range(run.resume(model, optimizer), args.steps):

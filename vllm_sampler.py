@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from model import response_hidden, stop_ids
+from model import context_limit, response_hidden, stop_ids
 from ranks import device_of, distributed, full, gather, open_head, rank_and_world
 from run import fail, one_line
 from samplers import check_room, logp_gap, until_stop
@@ -43,7 +43,7 @@ class VllmSampler:
             llm.wake_up(tags=["weights"])
         tensors = (
             (name, full(weight.detach()).to(self.dtype))
-            for name, weight in model.named_parameters(remove_duplicate=False)
+            for name, weight in model.state_dict().items()  # a tied matrix under both of its names
         )
         llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=tensors))
         if self.engine["asleep"]:
@@ -104,7 +104,7 @@ def shapes(model):
 def build_engine(model, args):
     """The engine and its state: whose weights it holds, whether it sleeps between samples."""
     LLM = import_vllm().LLM
-    cuda = device_of(model).type == "cuda"
+    cuda, (limit, short) = device_of(model).type == "cuda", context_limit(model)
     with torch.random.fork_rng(devices=[]):  # the engine seeds torch's global generator
         try:
             llm = LLM(
@@ -112,7 +112,7 @@ def build_engine(model, args):
                 dtype=args.dtype,
                 load_format="dummy",
                 skip_tokenizer_init=True,
-                max_model_len=-1,  # as long as the memory allows: `limit`
+                max_model_len=limit if short else -1,  # as long as the memory allows: `limit`
                 # Under torchrun an engine a rank, on the rank's card.
                 distributed_executor_backend="external_launcher" if distributed() else None,
                 # The CPU build fails on a prompt in pieces that has a seed.

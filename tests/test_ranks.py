@@ -240,7 +240,9 @@ def test_two_ranks_train_as_one(name, pair):
     assert all(row["loss_tokens"] > 0 and row["grad_norm"] > 1e-3 for row in steps)
     for a, b in zip(one[1:], two[1:], strict=True):
         assert a.keys() == b.keys()
-        assert differing(a, b) == []
+        # A sharded model samples from a copy, and the gap says that it is one.
+        assert differing(a, b) in ([], ["logprob_gap"])
+        assert b.get("logprob_gap") is None or b["logprob_gap"] < 1e-4
     if name == "sft":
         start = sft.build_tiny(0)[0].state_dict()
     else:

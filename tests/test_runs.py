@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def test_resume_skips_damaged_states_and_refuses_another_experiment(
     flags += "--backend transformers --dtype float32".split()
     args = opsd.parse_args(argv + flags)
     model, problems = load_model(TINY, CPU)[0], embedded_problems(6 * 6, 0)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer, identity = torch.optim.AdamW(model.parameters()), run.fingerprint(problems, model)
     for damaged in (
         b"",
         content[: len(content) // 2],
@@ -116,10 +117,11 @@ def test_resume_skips_damaged_states_and_refuses_another_experiment(
         write_bytes(newer, damaged)
         state = check_run_directory(args)
         assert state["step"] == 2
-        assert Run(args, "x", problems, state).resume(model, optimizer) == 2
+        with Run(args, "x", identity, state) as going:
+            assert going.resume(model, optimizer) == 2
         assert f"{newer} is damaged" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        Run(args, "x", problems[1:], state)
+        Run(args, "x", run.fingerprint(problems[1:], model), state)
     assert "on other problems" in capsys.readouterr().err
     os.remove(older)
     os.remove(newer)
@@ -130,6 +132,51 @@ def test_resume_skips_damaged_states_and_refuses_another_experiment(
     said = capsys.readouterr().out
     assert "resumed after step 0" in said and "no whole state" in said
     assert [row["step"] for row in metrics(out)[1:]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_goes_by_what_models_and_problems_are_not_by_their_names(
+    tmp_path, monkeypatch, capsys
+):
+    model, file = tmp_path / "m", tmp_path / "d.jsonl"
+    shutil.copytree(TINY, model)
+    rows = [json.dumps(dict(question=f"{i}+1?", answer=i + 1, solution=f"{i}")) for i in range(20)]
+    write(file, *rows)
+    argv = [*BARE, *"--state-every 1 --out".split(), str(tmp_path / "run")]
+    opsd.main([*argv, "--steps", "1", "--model", str(model), "--data", str(file)])
+    monkeypatch.chdir(tmp_path)
+    same = ["--resume", "--model", "./m/", "--data", "d.jsonl"]
+    opsd.main([*argv, "--steps", "2", *same])
+    assert "resumed after step 1" in capsys.readouterr().out
+    for change in ("solution", "model"):
+        if change == "solution":
+            write(file, *rows[:-1], rows[-1].replace('"solution": "19"', '"solution": "no"'))
+        else:
+            write(file, *rows)
+            student, tokenizer = load_model("m", CPU)
+            with torch.no_grad():
+                student.model.norm.weight.mul_(1.01)  # another teacher under the same name
+            save_model("m", student, tokenizer)
+        with pytest.raises(SystemExit):
+            opsd.main([*argv, "--steps", "3", *same])
+        assert "on other problems or began with another model" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_write_into_one_directory(tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = [*BARE, "--out", str(out)]
+    opsd.main([*argv, "--steps", "1"])
+    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX);"
+    code += "print('held', flush=True); sys.stdin.read()"
+    command, pipes = [sys.executable, "-c", code, out], dict(stdin=-1, stdout=-1, text=True)
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        for how in ("--resume", "--overwrite"):
+            with pytest.raises(SystemExit):
+                opsd.main([*argv, "--steps", "2", how])
+            assert "another run is writing there" in capsys.readouterr().err
+        other.stdin.close()
+    assert (out / "model.safetensors").exists()
+    opsd.main([*argv, "--steps", "2", "--resume"])
 
 
 def test_a_state_of_an_older_edition_is_one_line(tmp_path, capsys):
