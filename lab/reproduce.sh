@@ -108,7 +108,7 @@ real() {
     local test="--data runs/real/test.jsonl --dtype bfloat16 $sample --context-first"
     local contexts="solution answer instruction other"
     local short="--state-every 0 --batch 8"
-    run sft real-sft "$1" --model runs/real/model $task $short --solution-field trace --steps 20 \
+    run sft real-sft "$1" --model runs/real/model $task $short --fields solution=trace --steps 20 \
         --lr 1e-4 --warmup 5
     run rlvr real-rlvr "$1" --model "runs/table/real-sft-$1" $task $sample $short --steps 8 \
         --lr 5e-6

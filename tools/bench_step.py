@@ -153,7 +153,7 @@ def trl_batches(student, rollouts, variant):
         model=student,
         args=settings,
         train_dataset=Dataset.from_list(rows),
-        processing_class=load_tokenizer(tiny("rlvr"))[1],
+        processing_class=load_tokenizer(tiny("rlvr")),
     )
     ids = {f"prompt {i}": r.prompt_ids for i, r in enumerate(rollouts)}
     ids |= {f"prompt {i}, context {i}": r.teacher_row[0] for i, r in enumerate(rollouts)}

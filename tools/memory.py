@@ -15,7 +15,7 @@
 from importlib.util import find_spec
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 import data
 import opsd
@@ -136,7 +136,8 @@ def estimate(config, args, gpus, tokens, sharded):
 
 def print_plan(args, gpus):
     """The prompts of the first problem, and the estimate for opsd.py's flags on so many GPUs."""
-    config, tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
+    config = AutoConfig.from_pretrained(args.model)
     rollout = Rollout(data.load_problems(args, 1)[0], [])
     written = ["(what the teacher will have written)"]
     context = CONTEXTS[args.context]([rollout], lambda prompts: written, args)[0]
