@@ -138,6 +138,8 @@ def check_head(path, model):
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(config, name, None) not in (None, 0, 1):
             fail(f"--model {path}: logits that are capped or scaled ({name}) are not supported")
+    if model.base_model is model:
+        fail(f"--model {path}: {type(model).__name__} is not built as a body and a head")
     ids = torch.arange(8, device=model.device)[None] % len(model.get_input_embeddings().weight)
     with torch.no_grad():
         logits = model(input_ids=ids).logits.float()  # (1, T, V)

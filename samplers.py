@@ -12,7 +12,7 @@ The sampled end-of-sequence token is part of the response. A truncated response 
 from importlib.util import find_spec
 
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from model import context_limit, sampled_logps, stop_ids
@@ -211,8 +211,9 @@ def rows_can_leave(model):
     """
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)  # (1, T)
     cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    kinds = {type(layer) for layer in getattr(cache, "layers", [None])}
-    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    if type(cache) is not DynamicCache:
+        return False
+    return {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def whole_model(model, dtype):

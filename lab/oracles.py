@@ -36,9 +36,7 @@ def oracle(names):
     return gate
 
 
-@functools.cache
-def tokenizer_of(path):
-    return load_tokenizer(path)
+tokenizer_of = functools.cache(load_tokenizer)
 
 
 def tagging(keep):

@@ -13,7 +13,7 @@ import numpy as np
 from lab.results import branch_of, mean_interval
 from run import Parser, start
 from tools import read_json
-from tools.plot import COLOURS, draw
+from tools.plot import COLOURS, figure
 
 
 def parse_args(argv=None):
@@ -97,7 +97,8 @@ FIGURES = {"pairs": pairs, "shift": shift}
 
 def main(argv=None):
     args = parse_args(argv)
-    draw(args.figure, FIGURES[args.figure], args.files, args.out)
+    with figure(args.out) as axes:
+        FIGURES[args.figure](axes, args.files)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The documents: every command parses, every link leads somewhere, every made table is fresh."""
+"""The documents: every command parses, every link leads somewhere; the product stands alone."""
 
 import ast
 import glob
@@ -6,20 +6,16 @@ import importlib
 import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 
 import pytest
 
-import data
-import opsd
 from run import HERE
-from tests.helpers import read_lines
+from tools import memory
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(glob.glob("docs/*.md", root_dir=HERE))]
 COMMAND = re.compile(
-    r"(?:\bpython|torchrun --nproc-per-node \d+) (?:-m (tools\.\w+)|(\w+)\.py)([^\n&|#`;<>]*)"
+    r"(?:\bpython|torchrun --nproc-per-node \d+) "
+    r"(?:-m ((?:tools|lab)\.\w+)|(\w+)\.py)([^\n&|#`;<>]*)"
 )
 
 
@@ -30,33 +26,20 @@ def text_of(page):
 
 def commands(page):
     """(module, arguments) of each command of ours on a page, in code blocks or in a line."""
-    for tool, script, line in COMMAND.findall(text_of(page).replace("\\\n", " ")):
-        yield tool or script, shlex.split(line)
+    for module, script, line in COMMAND.findall(text_of(page).replace("\\\n", " ")):
+        yield module or script, shlex.split(line)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_command_parses(page):
+def parse_commands(page):
     for name, argv in commands(page):
         if name == "verify" or "--help" in argv:
             continue
-        if (page, name) == ("docs/forking.md", "opsd"):
-            continue  # those need their diffs, see below
-        if name == "tools.memory" and "opsd.py" in argv:
-            argv.remove("opsd.py")
-            del argv[argv.index("--gpus") : argv.index("--gpus") + 2]
-            name = "opsd"
+        if page == "docs/forking.md":
+            continue  # those need their diffs: test_forking.py
         importlib.import_module(name).parse_args(argv)
 
 
-def test_every_script_and_tool_is_in_a_document():
-    named = {name for page in PAGES for name, _ in commands(page)}
-    tools = {path for path in glob.glob("tools/*.py", root_dir=HERE) if "def main" in text_of(path)}
-    tools = {path[:-3].replace("/", ".") for path in tools}
-    assert named >= tools | {"opsd", "rlvr", "sft", "eval", "verify"}
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_somewhere(page):
+def follow_links(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
         if target.startswith(("http:", "https:")):
             continue
@@ -69,75 +52,17 @@ def test_every_link_leads_somewhere(page):
             assert anchor in anchors, target
 
 
-FORKS = re.findall(
-    r"```diff\n(.*?\n)```\n\n    python (opsd\.py [^\n]+)", text_of("docs/forking.md"), re.DOTALL
-)
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse_and_links_lead_somewhere(page):
+    parse_commands(page)
+    follow_links(page)
 
 
-@pytest.mark.parametrize("fork", range(4))
-def test_forks_apply_and_train(fork, tmp_path):
-    diff, command = FORKS[fork]
-    assert diff.count("\n@@") <= (3, 2, 5, 1)[fork]
-    for path in glob.glob("*.py", root_dir=HERE):
-        shutil.copy(os.path.join(HERE, path), tmp_path)
-    shutil.copytree(os.path.join(HERE, "tiny"), tmp_path / "tiny")
-    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
-    argv = [*shlex.split(command), "--threads", "1", "--batch", "16", "--max-new-tokens", "90"]
-    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "step 2/2  loss" in done.stdout
-
-
-# What a fork adds, in at most six lines each, and the flags that choose it.
-ADDED = {
-    "gate": (
-        """
-def first_ten(student_logps, teacher_logps, tokens, args):
-    return (tokens.position < 10).float()
-opsd.GATES["first-ten"] = first_ten""",
-        "--filter all --gate first-ten",
-    ),
-    "context": (
-        """
-def hint(rollouts, write, args):
-    return ["One hint: " + r.problem.solution[:7] for r in rollouts]
-data.CONTEXTS["hint"] = hint""",
-        "--filter all --context hint",
-    ),
-    "filter": (
-        """
-opsd.FILTERS["short"] = lambda r, args: len(r.response_ids) <= 50""",
-        "--filter short",
-    ),
-    "divergence": (
-        """
-def tv(student_logps, teacher_logps, tokens, args):
-    return (student_logps.exp() - teacher_logps.exp()).abs().sum(-1) / 2
-opsd.DIVERGENCES["tv"] = tv""",
-        "--filter all --divergence tv --mean token",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", ADDED)
-def test_a_gate_a_context_a_filter_a_divergence_are_a_few_lines(kind, tmp_path, monkeypatch):
-    lines, flags = ADDED[kind]
-    assert lines.count("\n") <= 6
-    table, name = re.search(r"\w+\.([A-Z]+)\[\"(\S+)\"\]", lines).groups()
-    monkeypatch.setitem(getattr(opsd, table), name, None)  # taken out again after the test
-    exec(lines, dict(opsd=opsd, data=data))
-    common = f"--steps 1 --batch 12 --eval-problems 0 --threads 1 --out {tmp_path / 'run'}"
-    opsd.main(f"{flags} {common}".split())
-    step = read_lines(tmp_path / "run" / "metrics.jsonl")[1]
-    samples = read_lines(tmp_path / "run" / "samples.jsonl")
-    if kind == "gate":
-        assert 0 < step["gate_mass"] < 0.5
-    if kind == "context":
-        assert "One hint: " in samples[0]["teacher_prompt"]
-    if kind == "filter":
-        assert 0 < step["kept"] < step["sampled"] and step["length_kept"] <= 50
-    if kind == "divergence":  # Pinsker's inequality, and Jensen's
-        assert 0 < 2 * step["loss"] ** 2 <= step["reverse_kl"] != pytest.approx(step["loss"])
+def test_every_script_and_tool_is_in_a_document():
+    named = {name for page in PAGES for name, _ in commands(page)}
+    tools = {path for path in glob.glob("tools/*.py", root_dir=HERE) if "def main" in text_of(path)}
+    tools = {path[:-3].replace("/", ".") for path in tools}
+    assert named >= tools | {"opsd", "rlvr", "sft", "eval", "verify"}
 
 
 def test_the_front_page_is_short_and_files_are_readable():
@@ -148,11 +73,18 @@ def test_the_front_page_is_short_and_files_are_readable():
             assert text_of(path).count("\n") <= 450, path
 
 
-def test_the_tables_are_fresh(capsys):
-    table = importlib.import_module("tools.table")
-    with pytest.raises(SystemExit) as stop:
-        table.main(["--check"])
-    assert stop.value.code == 0, capsys.readouterr().out
+def test_the_product_does_not_know_the_laboratory():
+    """Pages that lead there aside: README.md, CONTRIBUTING.md."""
+    files = sum((glob.glob(f"{f}*.py", root_dir=HERE) for f in ("", "tools/", "tests/")), [])
+    files += glob.glob("docs/*.md", root_dir=HERE) + ["tools/gpu_check.sh", "tools/show.html"]
+    files.remove("tests/test_documents.py")
+    for path in files:
+        assert not re.search(r"\blab/|\b(import|from|-m) lab\b", text_of(path)), path
+
+
+def test_the_memory_table_is_fresh():
+    made = text_of("docs/gpus.md").split("<!-- memory -->\n")[1].split("\n<!-- end -->")[0]
+    assert made == memory.table(), "python -m tools.memory"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -86,22 +86,19 @@ def test_measures_are_opsds_own(made):
         for name in ("none", "solution", "answer"):
             contexts = CONTEXTS[name]([row], None, args)
             opsd.add_teacher_rows([row], contexts, tokenizer, args, None)
-            opsd.read_by_teacher(model, [row], args)
             opsd.accumulate_gradients(model, model, [row], args)
-            measures = row.measures  # (5, R)
+            measures = row.measures
             model.zero_grad()
             found = record["contexts"][name]
-            for key, values in zip(
-                (found["reverse_kl"], record["student_entropy"], found["teacher_entropy"]),
-                measures[[0, 2, 3]],
-                strict=True,
-            ):
-                torch.testing.assert_close(torch.tensor(key), values, atol=1e-5, rtol=1e-4)
+            columns = dict(found, student_entropy=record["student_entropy"])
+            for key in ("reverse_kl", "student_entropy", "teacher_entropy", "gate"):
+                values = torch.tensor(columns[key])
+                torch.testing.assert_close(values, measures[key], atol=1e-5, rtol=1e-4)
             if name == "none":
                 assert max(map(abs, found["reverse_kl"])) < 1e-5
-                torch.testing.assert_close(torch.tensor(found["log_ratio"]), measures[4] * 0)
+                assert max(map(abs, found["log_ratio"])) < 1e-4
         own = torch.tensor(record["student_logp"])
-        torch.testing.assert_close(own, measures[4], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(own, measures["logp"], atol=1e-5, rtol=1e-4)
 
 
 def test_contexts(made):
@@ -129,9 +126,9 @@ HOSTILE = [
 ]
 
 
-def hostile_page(tmp_path, tokens=HOSTILE, count=1, contexts=("none", "solution")):
-    """A page of made-up responses, the measures drawn as a language model's are: mostly near 0."""
-    rng = np.random.default_rng(0)
+def hostile_page(tmp_path):
+    """A page of a made-up response, the measures drawn as a language model's: mostly near 0."""
+    rng, tokens = np.random.default_rng(0), HOSTILE
 
     def values():
         return [float(v) for v in rng.exponential(size=len(tokens)) * rng.random(len(tokens)) ** 8]
@@ -146,30 +143,31 @@ def hostile_page(tmp_path, tokens=HOSTILE, count=1, contexts=("none", "solution"
         row = {key: values() for key in keys}
         return dict(row, gate=[1.0] * len(tokens), teacher_best=best(), teacher_prompt=HOSTILE[1])
 
-    records = [
-        dict(
-            *[dict(problem=i, model="m", after=False, question=HOSTILE[0], answer=HOSTILE[3])],
-            outcome="incorrect" if i % 2 else "correct",
-            reason="wrong",
-            student_prompt=HOSTILE[2],
-            tokens=tokens,
-            student_entropy=values(),
-            student_logp=values(),
-            student_best=best(),
-            contexts={name: view() for name in contexts},
-        )
-        for i in range(count)
-    ]
-    summary = dict(responses=count, accuracy=50.0, length=10.0)
-    facts = dict(model="m", run=None, counts=dict(m=summary), shown=list(contexts), note="")
-    page, shown = show.fit(records, dict(facts, slider=[[0, "none"], [100, "solution"]]), "page")
+    record = dict(
+        problem=0,
+        model="m",
+        after=False,
+        question=HOSTILE[0],
+        answer=HOSTILE[3],
+        outcome="correct",
+        reason="correct",
+        student_prompt=HOSTILE[2],
+        tokens=tokens,
+        student_entropy=values(),
+        student_logp=values(),
+        student_best=best(),
+        contexts={name: view() for name in ("none", "solution")},
+    )
+    summary = dict(responses=1, accuracy=50.0, length=10.0)
+    facts = dict(model="m", run=None, counts=dict(m=summary), shown=["none", "solution"], note="")
+    page = show.page_data([record], dict(facts, slider=[[0, "none"], [100, "solution"]]))
     path = tmp_path / "hostile.html"
-    path.write_bytes(page)
-    return str(path), shown
+    path.write_bytes(show.render(page))
+    return str(path)
 
 
 def test_no_text_of_the_data_is_markup(tmp_path):
-    page, _ = hostile_page(tmp_path)
+    page = hostile_page(tmp_path)
     with open(page, encoding="utf-8") as file:
         inside = file.read().split('id="data">')[1].split("\n<script>")[0]
     assert inside.count("<") == 1 and inside.endswith("</script>")
@@ -179,16 +177,6 @@ def test_no_text_of_the_data_is_markup(tmp_path):
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|https?:", template
     )
-
-
-def test_a_page_stays_below_its_limit(tmp_path, capsys, made):
-    words = [f" word{i}" for i in range(2000)]
-    page, shown = hostile_page(tmp_path, words, 2, ("none", "instruction", "answer", "solution"))
-    assert shown == 2 and os.path.getsize(page) < show.LIMIT
-    page, shown = hostile_page(tmp_path, words, 12)
-    assert 2 < shown < 12 and os.path.getsize(page) < show.LIMIT
-    assert "stay" in capsys.readouterr().out
-    assert os.path.getsize(made[0]) < 250_000
 
 
 def test_token_texts_keep_leading_spaces():
@@ -316,7 +304,7 @@ def test_summary_is_computed_from_the_data(made, tmp_path):
 
 @in_browser
 def test_hostile_text_stays_text(tmp_path):
-    page, _ = hostile_page(tmp_path)
+    page = hostile_page(tmp_path)
     script = """build(RESPONSES[0]);
         return { title: document.title, images: document.images.length,
                  tokens: RESPONSES[0].spans.map(s => s.textContent) };"""

@@ -127,7 +127,8 @@ def step(args):
             row = [name, f"{r['tokens'] / r['seconds']:,.0f}"]
             row += [f"{r['seconds'] / first['seconds']:.2f} x", f"{floor / r['seconds']:.0%}"]
             row += [f"{r[key]:,.0f} MB" for key in ("memory", "whole", "estimate")]
-            rows.append([*row, f"{r['whole'] / r['estimate']:.2f}"])
+            row.append(f"{r['whole'] / r['estimate']:.2f}")
+            rows.append(row[:-2] + ["", ""] if name.startswith("TRL") else row)
         title = f"a whole update, {model} shape, {first['tokens']:,.0f} response tokens"
         show(f"{title}, products alone {rate:,.0f} GFLOP/s", args, header, rows)
 

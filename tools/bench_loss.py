@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import opsd
 from model import response_hidden
 from rollout import Rollout
+from tools.memory import qwen3_config
 
 
 def begin_peak(device):
@@ -101,16 +102,8 @@ class Traffic(TorchDispatchMode):
 
 
 def head_only_model(vocabulary, width, dtype):
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=8,
-            num_hidden_layers=0,
-            num_attention_heads=1,
-            tie_word_embeddings=False,
-        )
-    )
+    config = qwen3_config((width, 8, 0, 1, 1, False), vocabulary, 8)
+    model = AutoModelForCausalLM.from_config(config)
     # Small: the rows use the first 1,000 ids only.
     model.model.embed_tokens = torch.nn.Embedding(1000, width).requires_grad_(False)
     with torch.no_grad():
@@ -125,6 +118,14 @@ def hidden_states(student, teacher, rollouts):
     return response_hidden(student, [r.row for r in rollouts]), frozen
 
 
+def full_logits(student, teacher, rollouts):
+    """(R, V) of student and teacher."""
+    s, t = hidden_states(student, teacher, rollouts)
+    with torch.no_grad():
+        t = teacher.lm_head(t)
+    return student.lm_head(s), t
+
+
 def ours(student, teacher, rollouts):
     for r in rollouts:
         r.weight = 1 / (len(rollouts) * len(r.response_ids))
@@ -132,31 +133,24 @@ def ours(student, teacher, rollouts):
 
 
 def naive(student, teacher, rollouts):
-    s, t = hidden_states(student, teacher, rollouts)
-    with torch.no_grad():
-        t = F.log_softmax(teacher.lm_head(t).float(), -1)
-    s = F.log_softmax(student.lm_head(s).float(), -1)
+    s, t = full_logits(student, teacher, rollouts)
+    t = F.log_softmax(t.float(), -1)
+    s = F.log_softmax(s.float(), -1)
     (s.exp() * (s - t)).sum(-1).mean().backward()
 
 
 def trl_logits(student, teacher, rollouts):
     from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
 
-    s, t = hidden_states(student, teacher, rollouts)
-    with torch.no_grad():
-        t = teacher.lm_head(t)
-    loss = compute_full_logit_self_distillation_loss(student.lm_head(s), t, distillation_alpha=1.0)
-    loss.mean().backward()
+    s, t = full_logits(student, teacher, rollouts)
+    compute_full_logit_self_distillation_loss(s, t, distillation_alpha=1.0).mean().backward()
 
 
 def trl_jsd(student, teacher, rollouts):
     from trl.experimental.gkd import GKDTrainer
 
-    s, t = hidden_states(student, teacher, rollouts)
-    with torch.no_grad():
-        t = teacher.lm_head(t)
-    loss = GKDTrainer.generalized_jsd_loss(student.lm_head(s), t, beta=1, reduction="sum")
-    (loss / len(s)).backward()
+    s, t = full_logits(student, teacher, rollouts)
+    (GKDTrainer.generalized_jsd_loss(s, t, beta=1, reduction="sum") / len(s)).backward()
 
 
 def liger(student, teacher, rollouts):

@@ -102,9 +102,9 @@ def measure_step(variant, *, model, device, tokens=1, flags=()):
     peak, seconds = peak_since(device), seconds_of(update, device)
     dtype = getattr(torch, args.dtype)
     rate = matrix_rate(config.hidden_size, config.intermediate_size, device, dtype)
-    settings = dict(gpus=1, device=device.type, dtype=args.dtype, sharded=ranks.distributed())
-    settings.update(checkpointing=args.checkpointing, sampler=False)
-    estimate = memory.estimate(config, tokens=tokens, **settings)
+    args.device, args.backend = device.type, "vllm"  # nothing is sampled here
+    longest = max(sum(map(len, r.teacher_row)) for r in rollouts)
+    estimate = memory.estimate(config, args, 1, max(tokens, longest), ranks.distributed())
     ranks.leave()
     return dict(
         seconds=seconds,
@@ -132,8 +132,8 @@ def trl_batches(student, rollouts, variant):
 
     batch, alone = int(variant.split()[1]), variant.endswith("alone")
     count, path = len(rollouts) // batch, tempfile.mkdtemp()
-    student.config.save_pretrained(path)  # the trainer looks for a model of this name
-    student.name_or_path = student.config._name_or_path = path
+    student.save_pretrained(path)  # the trainer loads its teacher from there
+    student.config._name_or_path = path
     settings = SDFTConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=batch,
@@ -143,13 +143,9 @@ def trl_batches(student, rollouts, variant):
         distillation_mode="full_logits",
         distillation_alpha=1.0,
         distillation_is_clip=None,
-        num_loss_tokens_to_skip=0,
-        disable_dropout=True,
         gradient_checkpointing=False,
         bf16=False,
-        report_to=[],
         use_cpu=student.device.type == "cpu",
-        teacher_model_kind="base",
     )
     numbers = range(len(rollouts))
     rows = [dict(prompt=f"prompt {i}", privileged_context=f"context {i}") for i in numbers]

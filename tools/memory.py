@@ -13,10 +13,9 @@
 """
 
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 import data
 import opsd
@@ -59,16 +58,9 @@ def qwen3(name):
 # The estimate
 
 
-class Sizes(NamedTuple):
-    """Numbers of parameters."""
-
-    all: int
-    block: int  # the largest
-    rest: int  # of the body: embedding and last norm
-    head: int
-
-
 def sizes(config):
+    """Parameters: (all, of the largest block, of the rest of the body, of the head)."""
+
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
@@ -76,45 +68,33 @@ def sizes(config):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     blocks = [count(block) for block in ranks.blocks_of(model)]
     rest = count(model.base_model) - sum(blocks)
-    return Sizes(count(model), max(blocks), rest, count(model.get_output_embeddings()))
+    return count(model), max(blocks), rest, count(model.get_output_embeddings())
 
 
-def estimate(
-    config,
-    *,
-    gpus,
-    tokens,
-    device="cuda",
-    dtype="bfloat16",
-    teacher="frozen",
-    checkpointing=False,
-    offload=False,
-    sampler=True,
-    sharded=True,
-):
+def estimate(config, args, gpus, tokens, sharded):
     """Bytes on each GPU at the peak of a training step, by part; their sum is the peak.
 
-    tokens: of the longest micro-batch, padding included. teacher: "frozen" (any that is only
-    copied) or "ema". sampler: a whole copy for the transformers backend, which sharded models need.
-    sharded: under torchrun (also with one GPU); else the plain model, and no copy for the sampler.
+    args: of opsd.py, --device, --dtype and --backend settled. tokens: of the longest micro-batch,
+    padding included. sharded: under torchrun (also with one GPU), where sampling with transformers
+    needs a whole copy; else the plain model.
     """
-    size = sizes(config)
+    whole, block, rest, head = sizes(config)
     layers, width, mlp = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-    low = dtype == "bfloat16"
+    low = args.dtype == "bfloat16"
     b = 2 if low else 4  # bytes of a computed number
     head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    on_card = 0 if offload else 1 / gpus
+    on_card = 0 if args.offload else 1 / gpus
 
     # Kept from step to step. Not sharded, a frozen teacher's embedding, norms and head are float32.
-    blocks = size.block * layers
-    frozen = b * size.all if sharded else b * blocks + 4 * (size.all - blocks)
+    blocks = block * layers
+    frozen = b * whole if sharded else b * blocks + 4 * (whole - blocks)
     parts = {
-        "weights": 4 * size.all * on_card,
-        "gradients": 4 * size.all * on_card,
-        "optimizer": 8 * size.all * on_card,
-        "teacher": (4 * size.all if teacher == "ema" else frozen) * on_card,
-        "sampler": b * size.all if sampler and sharded else 0,
+        "weights": 4 * whole * on_card,
+        "gradients": 4 * whole * on_card,
+        "optimizer": 8 * whole * on_card,
+        "teacher": (4 * whole if args.teacher == "ema" else frozen) * on_card,
+        "sampler": b * whole if sharded and args.backend == "transformers" else 0,
     }
 
     # What a block keeps for its backward pass, in bytes a token. A norm keeps its input and its
@@ -129,24 +109,24 @@ def estimate(
         kept += norm(queries + keys)
     # Gradients of one block's activations on their way.
     inside = 2 * b * mlp + 8 * width
-    between = stream * width if checkpointing else kept
+    between = stream * width if args.checkpointing else kept
     parts["teacher's states"] = tokens * width * stream
     parts["activations"] = tokens * layers * between + tokens * width * 4 * b
 
     # Then either the loss of a chunk or the backward pass of a block is at its peak, whichever is
     # larger. The loss: a chunk's logits of each model, and of a piece's float32 tensors some eight:
     # log-probabilities, the divergence's terms, their gradients.
-    chunk, piece = (min(n[device], tokens * config.vocab_size) for n in (CHUNK, PIECE))
+    chunk, piece = (min(n[args.device], tokens * config.vocab_size) for n in (CHUNK, PIECE))
     logits = chunk * b * 2 + piece * 32
     if sharded:
-        head = (8 + 2 * b if low else 8) * size.head + b * size.head
+        heads = (8 + 3 * b if low else 8 + b) * head
         # Two blocks whole, one's gradient, and the same once more to be summed.
-        gathered = (3 * b + 4) * size.block + (2 * b + 4) * size.rest
+        gathered = (3 * b + 4) * block + (2 * b + 4) * rest
     else:
-        head, gathered = 2 * b * size.head if low else 0, 0
-        parts["rounded weights"] = 2 * blocks if low and not checkpointing else 0
-    recomputed = kept if checkpointing else 0
-    parts["loss or block"] = max(logits + head, gathered + tokens * (inside + recomputed))
+        heads, gathered = 2 * b * head if low else 0, 0
+        parts["rounded weights"] = 2 * blocks if low and not args.checkpointing else 0
+    recomputed = kept if args.checkpointing else 0
+    parts["loss or block"] = max(logits + heads, gathered + tokens * (inside + recomputed))
     return parts
 
 
@@ -156,7 +136,8 @@ def estimate(
 
 def print_plan(args, gpus):
     """The prompts of the first problem, and the estimate for opsd.py's flags on so many GPUs."""
-    config, tokenizer = AutoConfig.from_pretrained(args.model), load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
+    config = AutoConfig.from_pretrained(args.model)
     rollout = Rollout(data.load_problems(args, 1)[0], [])
     written = ["(what the teacher will have written)"]
     context = CONTEXTS[args.context]([rollout], lambda prompts: written, args)[0]
@@ -167,39 +148,28 @@ def print_plan(args, gpus):
         layout = thinking == "on", args.context_first and bool(text)
         prompt = render_prompt(tokenizer, rollout.problem, text, *layout)
         print(f"{whose}'s prompt, {len(prompt)} tokens:\n{tokenizer.decode(prompt)}\n")
-    device = "cpu" if args.device == "cpu" else "cuda"
+    args.device = "cpu" if args.device == "cpu" else "cuda"
     if args.dtype == "auto":
-        args.dtype = "bfloat16" if device == "cuda" else "float32"
+        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     if args.backend == "auto":
-        args.backend = "vllm" if device == "cuda" and find_spec("vllm") else "transformers"
-    sharded = gpus > 1 or args.offload
+        vllm = args.device == "cuda" and find_spec("vllm")
+        args.backend = "vllm" if vllm else "transformers"
     # A micro-batch has at least one row; the teacher's is the longer one.
     tokens = max(len(prompt) + args.max_new_tokens, args.micro_tokens)
-    parts = estimate(
-        config,
-        gpus=gpus,
-        tokens=tokens,
-        device=device,
-        dtype=args.dtype,
-        teacher="ema" if args.teacher == "ema" else "frozen",
-        checkpointing=args.checkpointing,
-        offload=args.offload,
-        sampler=args.backend == "transformers",
-        sharded=sharded,
-    )
+    sharded = gpus > 1 or args.offload
+    parts = estimate(config, args, gpus, tokens, sharded)
     terms = [f"{name} {value / 1e9:.3g}" for name, value in parts.items() if value]
     how = "sharded (torchrun)" if sharded else "not sharded"
-    print(f"peak of training on each of {gpus} GPUs ({device}), {how}, {args.dtype}, micro-batches")
-    print(f"of {tokens} tokens; GB by part:\n{' + '.join(terms)} = {sum(parts.values()) / 1e9:.3g}")
-    besides = dict(vllm="vLLM's share of the card (--vllm-memory)")
-    besides.update(transformers="keys and values while sampling")
-    print(f"and, sampling with {args.backend}: {besides[args.backend]}")
+    print(f"peak of training on each of {gpus} GPUs ({args.device}), {how}, {args.dtype},")
+    print(f"micro-batches of {tokens} tokens; GB by part:")
+    print(f"{' + '.join(terms)} = {sum(parts.values()) / 1e9:.3g}")
     print("no weights were loaded, nothing was written")
 
 
 # ------------------------------------------------------------------------------------------------
 
 CARD, VLLM, SPARE = 80e9, 0.3, 2e9
+CUDA = "--device cuda --dtype bfloat16 --backend vllm".split()
 ERROR = 1.22  # the largest measured / estimate, of a small model on two CPUs
 
 
@@ -212,15 +182,8 @@ def table():
     for name in QWEN3:
         for gpus in (1, 2, 4, 8):
             for flags in ([], ["--checkpointing"], ["--checkpointing", "--offload"]):
-                parts = estimate(
-                    qwen3(name),
-                    gpus=gpus,
-                    tokens=8192,
-                    checkpointing="--checkpointing" in flags,
-                    offload="--offload" in flags,
-                    sampler=False,
-                    sharded=gpus > 1 or "--offload" in flags,
-                )
+                args = opsd.parse_args([*CUDA, *flags])
+                parts = estimate(qwen3(name), args, gpus, 8192, gpus > 1 or args.offload)
                 peak = ERROR * sum(parts.values()) + VLLM * CARD + SPARE
                 if peak <= CARD:
                     break

@@ -155,7 +155,12 @@ def figure(out, size=(6.5, 4.2)):
 
     drawn, axes = plt.subplots(figsize=size)
     axes.spines[["top", "right"]].set_visible(False)
-    yield axes
+    try:
+        yield axes
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"no files for this figure ({type(error).__name__}: {error})")
     for ending in ("png", "svg"):
         try:
             drawn.savefig(f"{out}.{ending}", bbox_inches="tight", dpi=150)
@@ -165,24 +170,10 @@ def figure(out, size=(6.5, 4.2)):
     plt.close(drawn)
 
 
-def draw(name, function, files, out):
-    """The figure `name` of these files; ends the program where they are none of its kind."""
-    with figure(out) as axes:
-        try:
-            function(axes, files)
-        except OSError as error:
-            fail(f"{name}: {error.filename}: {error.strerror}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            message = f"not such a file ({type(error).__name__}: {error})"
-            fail(f"{name} {' '.join(files)}: {message}")
-
-
 def main(argv=None):
     args = parse_args(argv)
-    folder = os.path.dirname(os.path.abspath(args.out))
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        fail(f"--out {args.out}: {folder} is not a folder that can be written to")
-    draw(args.figure, FIGURES[args.figure], args.files, args.out)
+    with figure(args.out) as axes:
+        FIGURES[args.figure](axes, args.files)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ each context in turn. Every token is coloured by a measure (S student, T teacher
 3. The reference is shown in part, too: --shares percent of the solution's characters, without the
    sentence that gives the answer.
 4. --jsonl writes the data, one line a response, arrays aligned with its tokens, unrounded.
+5. All flags but those below are opsd.py's, with its defaults: model, data, sampling, gate.
 
     python -m tools.show --out page.html                    # the embedded model and task
     python -m tools.show --model MODEL --run runs/mine --data heldout.jsonl --max-new-tokens 2048 \\
@@ -26,6 +27,7 @@ and, if need be, outcome and theme (#r7after.t32.part.ratio.incorrect.dark).
         "file://$PWD/docs/tokens.html#r2.t10.solution.kl"
 """
 
+import argparse
 import json
 import os
 
@@ -38,16 +40,7 @@ import samplers
 from eval import evaluate, summarise
 from model import chunks_of, load_model, response_hidden, take
 from ranks import open_head
-from run import (
-    Parser,
-    add_run_flags,
-    check_out,
-    fail,
-    set_up,
-    start,
-    tiny,
-    write_whole,
-)
+from run import Parser, check_out, fail, set_up, start, write_whole
 from verify import Verifier
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "show.html")
@@ -61,42 +54,22 @@ EMBEDDED_NOTE = (
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--model", default=tiny("rlvr"), help="the student; frozen, the teacher too"
-    )
-    parser.add_argument("--run", help="run directory: the same model after OPSD, shown beside it")
-    add = add_run_flags(parser)
+    add = parser.add_argument
     add("--out", help="the page, an HTML file", required=True)
-    data.add_data_flags(parser)
-    samplers.add_sampling_flags(parser)
-    add = parser.add_argument_group("page").add_argument
+    add("--run", help="run directory: the same model after OPSD, shown beside it")
     add("--problems", type=int, default=12, help="problems on the page")
     add("--draw", type=int, default=0, help="problems answered, to choose from; 0 = 4 x --problems")
-    add(
-        "--contexts",
-        nargs="+",
-        default=SHOWN,
-        choices=[*data.CONTEXTS, "part"],
-        help="what the teacher reads, as in opsd.py; part: half the solution",
-    )
-    add(
-        "--shares",
-        nargs="*",
-        type=int,
-        default=[17, 33, 67, 83],
-        help="percent of the solution: stops of the slider beside 0 (none), 50 (part) and 100",
-    )
+    contexts = [*data.CONTEXTS, "part"]
+    add("--contexts", nargs="+", default=SHOWN, choices=contexts, help="part: half the solution")
+    percent = "percent of the solution: stops of the slider beside 0 (none), 50 (part) and 100"
+    add("--shares", nargs="*", type=int, default=[17, 33, 67, 83], help=percent)
     add("--jsonl", help="file for the data, one line a response")
-    rollout.add_context_flags(add)
-    add("--gate", default="all", choices=list(opsd.GATES), help="as in opsd.py")
-    for bound in ("--gate-above", "--gate-below"):
-        add(bound, type=float, help="likewise")
-    args = parser.parse_args(argv)
+    own, flags = parser.parse_known_args(argv)
+    args = argparse.Namespace(**vars(opsd.parse_args(flags)) | vars(own))
+    if args.problems < 1:
+        fail(f"--problems {args.problems}: at least 1")
     if any(not 0 < share < 100 for share in args.shares):
         fail(f"--shares {' '.join(map(str, args.shares))}: above 0 and below 100")
-    bounds = dict(above=args.gate_above, below=args.gate_below)
-    bounds = [f"--gate-{side}={value}" for side, value in bounds.items() if value is not None]
-    args.step = opsd.parse_args(["--gate", args.gate, *bounds])  # what the loss reads
     args.draw = args.draw or 4 * args.problems
     return args
 
@@ -175,7 +148,7 @@ def measure_response(student, teacher, answer, prompts, args):
             for context, row in of_teacher.items():
                 logits = teacher_head(behind[context][chunk])  # (C, V)
                 teacher_logps = torch.log_softmax(logits.float(), -1)  # (C, V)
-                _, found = opsd.token_loss(student_logps, teacher_logps, part, args.step)
+                _, found = opsd.token_loss(student_logps, teacher_logps, part, args)
                 found["log_ratio"] = opsd.sampled(teacher_logps, part) - found["logp"]  # (C,)
                 for name in names[:-1]:
                     row[name] += found[name].tolist()
