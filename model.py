@@ -141,10 +141,13 @@ def check_head(path, model):
     if model.base_model is model:
         fail(f"--model {path}: {type(model).__name__} is not built as a body and a head")
     ids = torch.arange(8, device=model.device)[None] % len(model.get_input_embeddings().weight)
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits.float()  # (1, T, V)
-        hidden = model.base_model(input_ids=ids).last_hidden_state  # (1, T, D)
-        ours = model.get_output_embeddings()(hidden).float()  # (1, T, V)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits.float()  # (1, T, V)
+            hidden = model.base_model(input_ids=ids).last_hidden_state  # (1, T, D)
+            ours = model.get_output_embeddings()(hidden).float()  # (1, T, V)
+    except Exception as error:
+        fail(f"--model {path}: does not run ({type(error).__name__}: {one_line(error)})")
     if not torch.allclose(logits, ours, rtol=1e-2, atol=1e-2):
         fail(f"--model {path}: its logits are not lm_head(hidden states)")
     limit, short = context_limit(model)
