@@ -9,6 +9,7 @@
 Everything downstream works on token ids; text is rendered here once and never tokenised again.
 """
 
+import glob
 import json
 import math
 import os
@@ -41,8 +42,8 @@ class Problem:
 
 # The names that the field of a problem's part may have in a row; the first that is there counts.
 FIELDS = {
-    "question": ("question", "problem", "prompt"),
-    "answer": ("answer", "ground_truth", "gold", "final_answer"),
+    "question": ("question", "problem", "prompt", "messages"),
+    "answer": ("answer", "ground_truth", "gold", "final_answer", "reward_model"),
     "solution": ("solution", "cot", "reasoning"),
     "difficulty": ("difficulty", "level"),
 }
@@ -53,7 +54,8 @@ def add_data_flags(parser, several=False):
     add(
         "--data",
         nargs="+" if several else None,
-        help="JSONL or parquet file, or a Hugging Face data set, owner/name[:configuration][@split]"
+        help="JSONL or parquet file, a directory of parquet files, or a Hugging Face data set, "
+        "owner/name[:configuration][@split]"
         "; without it the embedded task",
     )
     known = "; ".join(f"{part}: {', '.join(names)}" for part, names in FIELDS.items())
@@ -136,6 +138,9 @@ def load_file(path, fields=(), flag="--data"):
     fields = fields_of(fields)
     for where, row in read_rows(path, flag):
         parts = {part: pick(row, part, fields, where, part in required) for part in fields}
+        solution, marked, answer = parts["answer"].rpartition("####")  # gsm8k's
+        if marked:
+            parts.update(answer=answer.strip(), solution=parts["solution"] or solution.strip())
         problems.append(Problem(**parts))
         places.append(where)
     if not problems:
@@ -159,8 +164,11 @@ def load_file(path, fields=(), flag="--data"):
 def read_rows(path, flag="--data"):
     """Yields (place for error messages, row as a dict)."""
     is_json, is_parquet = path.endswith((".jsonl", ".json")), path.endswith(".parquet")
-    if (is_json or is_parquet) and not os.path.isfile(path):
+    is_parquet = is_parquet or bool(glob.glob(os.path.join(glob.escape(path), "*.parquet")))
+    if (is_json or is_parquet) and not os.path.exists(path):
         fail(f"{flag} {path}: no such file")
+    if is_json and os.path.isdir(path):
+        fail(f"{flag} {path}: a directory, not a file")
     if is_json:
         yield from read_json(path)
         return
@@ -224,6 +232,11 @@ def pick(row, part, fields, where, required):
     """
     name = next((name for name in fields[part] if name in row), None)
     value = row.get(name)
+    if isinstance(value, dict):  # verl's reward_model
+        value = value.get("ground_truth")
+    if isinstance(value, list):  # messages
+        users = [m for m in value if isinstance(m, dict) and m.get("role") == "user"]
+        value = users[0].get("content") if len(users) == 1 else value
     infinite = isinstance(value, float) and math.isinf(value)
     if value is None or infinite or str(value).strip().lower() in ("", "nan"):
         if required:
@@ -284,6 +297,14 @@ def chat_ids(tokenizer, content, thinking):
         thinking=thinking,  # its name in Granite and DeepSeek
         strftime_now=datetime(2026, 1, 1).strftime,
     )
+
+
+def turn_end(tokenizer):
+    """The id with which the template ends an assistant's turn; None where it writes none."""
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "yz"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("yz")[2]
+    ids = tokenizer(text.strip(), add_special_tokens=False).input_ids
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
 def plain(tokenizer, text):

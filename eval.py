@@ -167,7 +167,7 @@ def compare(named, benchmark=""):
     """
     _, first = named[0]
     difficulties = sorted({r.problem.difficulty for r in first} - {""})
-    groups = ["all", *(difficulties if len(difficulties) > 1 else [])]
+    groups = ["all", *(difficulties if 1 < len(difficulties) <= 10 else [])]  # not a solve rate's
     records = []
     for name, rollouts in named:
         for group in groups:
@@ -216,8 +216,8 @@ def compared(pairs, baseline):
     return record
 
 
-def print_table(records):
-    """The records of `compare` as an aligned table."""
+def table_of(records):
+    """The records of `compare` as an aligned table, a text."""
 
     def changed(record, key):
         if not record["change"]:
@@ -240,14 +240,16 @@ def print_table(records):
         row += [number(r["length_correct"]), number(r["length_incorrect"])]
         rows.append(row + [f"{r[key]:.1f}%" for key in rates] + [f"{r['markers']:.1f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         cells[:2] = row[0].ljust(widths[0]), row[1].ljust(widths[1])
-        print("  ".join(cells))
-    print("length in tokens: of all, of correct, of wrong responses; markers per 1,000 tokens")
+        lines.append("  ".join(cells))
+    lines.append(
+        "length in tokens: of all, of correct, of wrong responses; markers per 1,000 tokens"
+    )
     zero = [key.replace("_", " ") for key in ("truncated", "no_answer") if key not in rates]
-    if zero:
-        print(f"{' and '.join(zero)}: 0.0%")
+    return "\n".join(lines + ([f"{' and '.join(zero)}: 0.0%"] if zero else []))
 
 
 class HeldOut:
@@ -272,8 +274,8 @@ class HeldOut:
             return
         records = compare([("before", self.before), ("after", self.respond())])
         about = f"{len(self.problems)} held-out problems, one response each, after step {step}"
-        print(f"\n{about}; change with 95% interval")
-        print_table(records)
+        run.table = f"{about}; change with 95% interval\n{table_of(records)}"
+        print(f"\n{run.table}")
         run.log("metrics", dict(step=step, evaluation=records))
 
 
@@ -340,12 +342,12 @@ def report(benchmarks, named, args):
         table = compare(named[benchmark], benchmark)
         counts = f"{len(problems)} problems, {args.samples} responses each"
         print(f"\n{benchmark}: {counts}, {settings}; change with 95% interval")
-        print_table(table)
+        print(table_of(table))
         records += table
     if len(benchmarks) > 1:
         table = compare_mean(named)
         print("\nmean over the benchmarks")
-        print_table(table)
+        print(table_of(table))
         records += table
     print()
     for r in records:

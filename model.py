@@ -22,8 +22,8 @@ CLIP = 1.0  # gradient norm, the paper's
 
 # Logits of each model that exist at once, and those whose loss is computed at once. On a CPU a
 # piece fits the cache; on a GPU each costs kernel launches, so there they are few.
-CHUNK = {"cpu": 64e6, "cuda": 256e6}
-PIECE = {"cpu": 1e6, "cuda": 64e6}
+CHUNK = {"cpu": 64e6, "cuda": 256e6, "mps": 64e6}
+PIECE = {"cpu": 1e6, "cuda": 64e6, "mps": 64e6}
 
 # ------------------------------------------------------------------------------------------------
 # Loading and saving
@@ -91,8 +91,13 @@ def load_model(path, device, dtype="float32"):
     # The file decides, not the configuration, which all copies are built from.
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = head.weight is embedding.weight
-    if not stop_ids(model, tokenizer):
+    stop = stop_ids(model, tokenizer)
+    if not stop:
         fail(f"--model {path}: generation config and tokenizer name no end-of-sequence token")
+    end = data.turn_end(tokenizer)
+    if end not in (None, *stop):
+        token = tokenizer.decode([end])
+        print(f"--model {path}: its template ends a turn with {token}, at which it does not stop")
     model.to(device).eval()  # eval for the whole run: no dropout, in the student or the teacher
     check_head(path, model)
     check_saving(path, model, tokenizer)

@@ -407,22 +407,20 @@ def step_record(step, updates, loss, norm, kept, failed):
     The measures are means over the loss's tokens; the loss itself is eq. 1's mean over responses.
     """
     record = dict(step=step, updates=updates, loss=loss, grad_norm=norm, context_failed=failed)
+    record.update(rollout.measure_metrics(kept))
     if not kept:
         return record
-    measures = {name: torch.cat([r.measures[name] for r in kept]) for name in kept[0].measures}
+    gate, kl = (torch.cat([r.measures[name] for r in kept]) for name in ("gate", "reverse_kl"))
     weights = torch.cat([torch.full((len(r.response_ids),), r.weight) for r in kept])  # (R,)
-    gate, kl = measures["gate"], measures["reverse_kl"]  # (R,)
 
     def mean(values, by):
         return (values * by).sum().item() / by.sum().item() if by.sum() > 0 else None
 
     return dict(
         record,
-        **{name: values.mean().item() for name, values in measures.items()},
         gate_mass=mean(gate, weights),  # the share of the weight that the gate lets through
         reverse_kl_inside=mean(kl, gate),
         reverse_kl_outside=mean(kl, 1 - gate),
-        logprob_gap=samplers.logp_gap([r.sampler_logps for r in kept], measures["logp"]),
         length_kept=len(weights) / len(kept),
     )
 

@@ -6,9 +6,7 @@
    standard deviation. Groups with equal rewards carry no signal: they are skipped and counted.
 3. Loss: mean over all response tokens of the step (one denominator, as in DAPO), so long responses
    are not discounted.
-4. One update a batch is exactly on-policy: the ratio is 1 and nothing is clipped. With --updates
-   above 1 the ratio is taken against the trainer's own log-probabilities before the first update,
-   and clipped to [1 - CLIP_LOW, 1 + CLIP_HIGH], DAPO's.
+4. One update a batch: it is exactly on-policy, the ratio is 1 and there is nothing to clip.
 5. --kl adds KL(policy || start), estimated per token by exp(d) - d - 1, d = log start - log policy.
 
     python rlvr.py --out tiny/rlvr
@@ -52,8 +50,6 @@ from run import (
 )
 from verify import Verifier
 
-CLIP_LOW, CLIP_HIGH = 0.2, 0.28
-
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
@@ -61,7 +57,6 @@ def parse_args(argv=None):
     add = parser.add_argument_group("method").add_argument
     add("--group", type=int, default=8, help="responses a problem")
     add("--length-penalty", type=float, default=0.0, help="share of a reward lost at the cap")
-    add("--updates", type=int, default=1, help="optimizer steps a batch of rollouts")
     add("--kl", type=float, default=0.0, help="weight of the KL to the start; 0 = no such model")
     add_training_flags(parser, steps=40, batch=32, lr=7e-5, state_every=10)
     data.add_data_flags(parser)
@@ -98,84 +93,59 @@ def group_advantages(rewards, group):
 # The loss. Axes: R response tokens, V vocabulary, P tokens of a piece.
 
 
-def grpo_loss(logps, old_logps, start_logps, advantages, kl):
-    """Per-token loss (P,) from log-probabilities of the sampled ids (P,).
-
-    old_logps: before the batch's first update; start_logps: of the initial model, or None.
-    """
-    ratio = torch.exp(logps - old_logps)
-    clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    if start_logps is not None:
-        difference = start_logps - logps
-        loss = loss + kl * (difference.exp() - difference - 1)
-    return loss
-
-
 class Tokens(NamedTuple):
     """What is known of each response token, (P,) each."""
 
     ids: torch.Tensor  # the sampled ids
     advantage: torch.Tensor  # its rollout's
     weight: torch.Tensor  # in the step's loss
-    old_logps: torch.Tensor | None  # before the first update; None: the model is the sampled one
     start_logps: torch.Tensor | None  # the initial model's; None without --kl
 
 
 def token_loss(student_logps, _, tokens, args):
     """(each token's share of the step's loss (P,), its measures {name: (P,)} in nats)."""
     logps = student_logps.gather(-1, tokens.ids[:, None])[:, 0]  # (P,)
-    old_logps = logps.detach() if tokens.old_logps is None else tokens.old_logps
-    loss = grpo_loss(logps, old_logps, tokens.start_logps, tokens.advantage, args.kl)
+    ratio = torch.exp(logps - logps.detach())  # 1, with the gradient of the log-probability
+    loss = -ratio * tokens.advantage  # (P,)
+    if tokens.start_logps is not None:
+        difference = tokens.start_logps - logps
+        loss = loss + args.kl * (difference.exp() - difference - 1)
     with torch.no_grad():
         entropy = -(student_logps.exp() * student_logps).sum(-1)  # (P,)
     return loss * tokens.weight, dict(student_entropy=entropy, logp=logps.detach())
 
 
-def rlvr_loss(model, start_model, rollouts, old_logps, args):
+def rlvr_loss(model, start_model, rollouts, args):
     """The loss of one micro-batch, its gradient added to the model's: (loss, {name: (R,)}).
 
-    Each rollout carries its advantage and weight. old_logps: a (tokens,) for each, or None.
+    Each rollout carries its advantage and weight.
     """
     rows = [r.row for r in rollouts]
     known = [(token, r.advantage, r.weight) for r in rollouts for token in r.response_ids]
     device = ranks.device_of(model)
     columns = [torch.tensor(column, device=device) for column in zip(*known, strict=True)]  # (R,)
-    old = torch.cat(old_logps) if old_logps else None  # (R,)
     start_logps = sampled_logps(start_model, rows) if start_model else None  # (R,)
-    return backward_in_chunks(model, rows, token_loss, Tokens(*columns, old, start_logps), args)
+    return backward_in_chunks(model, rows, token_loss, Tokens(*columns, start_logps), args)
 
 
-def accumulate_gradients(model, start_model, rollouts, old_logps, args):
+def accumulate_gradients(model, start_model, rollouts, args):
     """The whole step's loss; gradients add up over micro-batches and ranks.
 
-    old_logps: {number of a rollout: (tokens,)}, or None on-policy. Each rollout gets its measures,
-    {name: (tokens,)}.
+    Each rollout gets its measures, {name: (tokens,)}.
     """
-    for r in rollouts:  # the one denominator: all tokens of the step
-        r.weight = 1 / rollout.tokens(rollouts)
+    tokens = rollout.tokens(rollouts)  # the one denominator: all tokens of the step
+    for r in rollouts:
+        r.weight = 1 / tokens
     lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
     parts = []
     for group, counts in progress(my_micro_batches(lengths, args.micro_tokens), "training"):
         micro = [rollouts[i] for i in group]
         if not counts:  # this rank runs along with the others
             micro = [replace(r, weight=0.0) for r in micro]
-        old = [old_logps[i] for i in group] if old_logps else None
-        loss, measures = rlvr_loss(model, start_model, micro, old, args)
+        loss, measures = rlvr_loss(model, start_model, micro, args)
         if counts:
             parts.append((group, loss, measures))
     return rollout.hand_out(rollouts, parts)
-
-
-def logps_before(model, rollouts, args):
-    """{index: log-probabilities (tokens,)} of this rank's rollouts, for the ratio of --updates."""
-    logps = {}
-    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
-    for group, _ in my_micro_batches(lengths, args.micro_tokens):
-        part = [rollouts[i] for i in group]
-        rows = sampled_logps(model, [r.row for r in part])
-        logps.update(zip(group, rows.split([len(r.response_ids) for r in part]), strict=True))
-    return logps
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,25 +192,16 @@ def main(argv=None):
             for r, advantage in zip(seen, group_advantages(rewards, args.group), strict=True):
                 r.advantage = advantage
             kept, sampled = [r for r in seen if r.advantage is not None], time.time()
-            old_logps = logps_before(model, kept, args) if args.updates > 1 else None
-            loss, norm, updates, gap = 0.0, 0.0, 0, None
-            for update in range(args.updates if kept else 0):
-                # 4. loss: gradients add up over micro-batches and ranks
-                loss = accumulate_gradients(model, start_model, kept, old_logps, args)
-                if update == 0:  # the model is still the sampled one
-                    logps = torch.cat([r.measures["logp"] for r in kept])  # (R,)
-                    gap = samplers.logp_gap([r.sampler_logps for r in kept], logps)
-                # 5. step
-                norm, updated = optimizer_step(model, optimizer)
-                if not updated:
-                    break
-                updates += 1
-            if kept:
+            # 4. loss: gradients add up over micro-batches and ranks
+            loss = accumulate_gradients(model, start_model, kept, args)
+            # 5. step
+            norm, updated = optimizer_step(model, optimizer) if kept else (0.0, False)
+            if updated:
                 sampler.push(model)
             seconds = sampled - begun, time.time() - sampled
-            log_step(run, step + 1, args, loss, norm, seen, rewards, kept, gap, seconds, device)
+            log_step(run, step + 1, args, loss, norm, seen, rewards, kept, seconds, device)
             equal = f"--group {args.group}: every group had equal rewards"
-            run.count_update(updates > 0, "" if kept else equal)
+            run.count_update(updated, "" if kept else equal)
             held_out.evaluate(run, step + 1)
             if args.save_every and (step + 1) % args.save_every == 0:
                 save_model(os.path.join(run.path, f"step-{step + 1}"), model, tokenizer)
@@ -255,19 +216,15 @@ def main(argv=None):
 # ------------------------------------------------------------------------------------------------
 
 
-def log_step(run, step, args, loss, norm, seen, rewards, kept, gap, seconds, device):
+def log_step(run, step, args, loss, norm, seen, rewards, kept, seconds, device):
     """One line of metrics.jsonl, and one on the screen; docs/runs.md explains each key."""
-    entropy = None
-    if kept:
-        entropy = torch.cat([r.measures["student_entropy"] for r in kept]).mean().item()
     record = dict(
         step=step,
         loss=loss,
         reward=sum(rewards) / len(rewards),
-        student_entropy=entropy,
         grad_norm=norm,
-        logprob_gap=gap,
         equal_groups=(len(seen) - len(kept)) // args.group,
+        **rollout.measure_metrics(kept),
         **rollout.rollout_metrics(seen, kept, *seconds, device),
     )
     run.log("metrics", record)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
+import torch
+
 from data import CONTEXTS, Problem, chat_ids, opened_think, plain, render_prompt
 from ranks import gather, rank_and_world, share
 from run import fail, peak_memory
@@ -167,6 +169,18 @@ def make_writer(sampler, tokenizer, args, seed):
 
 # ------------------------------------------------------------------------------------------------
 # What rlvr.py and opsd.py log of a step's rollouts; docs/runs.md explains each key
+
+
+def measure_metrics(kept):
+    """Means over the tokens of the loss, {name: nats}; logprob_gap: mean absolute difference of the
+    sampler's and the trainer's log-probabilities, None where the model itself samples.
+    """
+    gaps = [
+        (torch.tensor(r.sampler_logps) - r.measures["logp"]).abs() for r in kept if r.sampler_logps
+    ]
+    names = kept[0].measures if kept else ()
+    means = {name: torch.cat([r.measures[name] for r in kept]).mean().item() for name in names}
+    return dict(means, logprob_gap=torch.cat(gaps).mean().item() if gaps else None)
 
 
 def rollout_metrics(seen, kept, sampling_seconds, training_seconds, device):

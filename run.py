@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
 POSITIVE = {
     *("steps", "batch", "lr", "micro_tokens", "max_new_tokens", "sample_batch", "context_tokens"),
-    *("refresh", "updates", "problems", "samples", "beta", "vllm_memory"),
+    *("refresh", "problems", "samples", "beta", "vllm_memory"),
 }
 BELOW_1 = {"beta", "ema", "vllm_memory"}
 
@@ -152,12 +153,17 @@ def progress(items, what):
 
 
 def start(main):
-    """Runs a script's main; Ctrl-C is one line."""
+    """Runs a script's main; Ctrl-C and an output that nobody takes are one line, or none."""
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -340,7 +346,7 @@ def fingerprint(problems, model):
     texts = [text for p in problems for text in (p.question, p.answer, p.solution)]
     number = zlib.crc32("\0".join(texts).encode())
     for name, weight in model.state_dict().items():
-        values = weight.detach().flatten()[:: max(1, weight.numel() // 1000)].double().cpu()
+        values = weight.detach().flatten()[:: max(1, weight.numel() // 1000)].float().cpu()
         number = zlib.crc32(name.encode() + values.numpy().tobytes(), number)
     return number
 
@@ -364,7 +370,7 @@ class Run:
             fail(
                 f"--resume: the run in {args.out} was on other problems or began with another model"
             )
-        self.new, self.stepped = not args.out, False
+        self.new, self.stepped, self.table = not args.out, False, ""
         if self.first:
             args.out = make_directory(args.out, name)
         self.path = args.out = ranks.gather([args.out])[0]
@@ -385,6 +391,24 @@ class Run:
             goes_on = "goes on" if find_states(self.path) else "starts again"
             print(f"\ninterrupted; --out {self.path} --resume {goes_on}", file=sys.stderr)
             raise SystemExit(130) from None
+
+    def write_card(self):
+        """README.md, which the Hugging Face hub shows: where the model is from, and its table."""
+        script, args = os.path.splitext(os.path.basename(sys.argv[0]))[0], self.args
+        base = (
+            f"base_model: {args.model}\n" if args.model and not os.path.exists(args.model) else ""
+        )
+        flags = " ".join(map(shlex.quote, sys.argv[1:]))
+        text = f"---\nlibrary_name: transformers\n{base}tags: [{script}, math, reasoning]\n---\n\n"
+        text += f"Trained by `python {script}.py {flags}`.\n"
+        if self.table:
+            text += f"\n```\n{self.table}\n```\n"
+
+        def write(target):
+            with open(target, "w") as stream:
+                stream.write(text)
+
+        write_whole(os.path.join(self.path, "README.md"), write)
 
     def take_lock(self):
         """Two runs must not write into one directory. The lock ends with the process."""
@@ -485,6 +509,8 @@ class Run:
 
     def finish(self):
         """The run is complete. Its last state stays: --resume with more --steps goes on with it."""
+        if self.first:
+            self.write_card()
         print(f"\nrun directory {self.path}: the trained model, metrics.jsonl, samples.jsonl")
         for name in find_states(self.path)[1:] if self.first else ():
             os.remove(os.path.join(self.path, name))

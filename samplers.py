@@ -225,13 +225,3 @@ def whole_model(model, dtype):
 def tensors_of(model):
     """All that a model computes with: {name: parameter or buffer}."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def logp_gap(rows, logps):
-    """Mean absolute difference (nats) of the engine's log-probabilities, a list a response, and the
-    trainer's of the same tokens, (R,). None without an engine.
-    """
-    flat = [value for row in rows for value in row or []]
-    if not flat:
-        return None
-    return (torch.tensor(flat, device=logps.device) - logps).abs().mean().item()

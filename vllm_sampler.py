@@ -9,7 +9,7 @@ import torch
 from model import context_limit, response_hidden, stop_ids
 from ranks import device_of, distributed, full, gather, open_head, rank_and_world
 from run import fail, one_line
-from samplers import check_room, logp_gap, until_stop
+from samplers import check_room, until_stop
 
 
 class VllmSampler:
@@ -167,7 +167,9 @@ def check_engine(sampler, model, prompts, tokens):
         ids = torch.tensor(ids, device=logps.device)  # (R,)
         chosen.append(logps.gather(-1, ids[:, None])[:, 0])  # (R,)
     worse = (torch.cat(best) - torch.cat(chosen)).mean().item()
-    gap = logp_gap([logps for _, _, logps in rows], torch.cat(chosen)) or 0.0
+    engines = [value for _, _, logps in rows for value in logps or ()]
+    gaps = (torch.tensor(engines).to(best[0]) - torch.cat(chosen)).abs() if engines else best[0] * 0
+    gap = gaps.mean().item()
     if not (worse <= tolerance and gap <= tolerance):
         found = f"{worse:.2f} nats below its best token, {gap:.2f} nats apart"
         fail(

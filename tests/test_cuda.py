@@ -208,7 +208,7 @@ def test_greedy_sampling_is_that_of_a_loop(device):
         (opsd, "--filter all"),
         (opsd, "--filter all --checkpointing --teacher ema --divergence jsd"),
         (opsd, "--filter all --context resolve --context-tokens 60"),
-        (rlvr, "--group 8 --updates 2 --kl 0.1"),
+        (rlvr, "--group 8 --kl 0.1"),
     ],
 )
 def test_scripts_train(device, script, flags, tmp_path):

@@ -282,6 +282,46 @@ def test_hugging_face_data_sets_of_the_papers_shapes(
     assert problems[0].solution == (row.get("solution", "") if "answer" in row else "")
 
 
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        (
+            dict(
+                messages=[dict(role="system", content="s"), dict(role="user", content="1+1?")],
+                answer=2,
+            ),
+            Problem("1+1?", "2"),
+        ),
+        (
+            dict(
+                prompt=[dict(role="user", content="1+1?")],
+                reward_model=dict(style="rule", ground_truth="2"),
+                extra_info=dict(index=0),
+            ),
+            Problem("1+1?", "2"),
+        ),
+        (
+            dict(question="1+1?", answer="1+1 = <<1+1=2>>2\n#### 2"),
+            Problem("1+1?", "2", "1+1 = <<1+1=2>>2"),
+        ),
+        (dict(prompt="1+1?", solution="2"), None),
+    ],
+)
+def test_rows_of_the_fields_data_sets_load(row, problem, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "shards").mkdir()
+    for shard in ("a", "b"):
+        table = pyarrow.Table.from_pylist([row])
+        pyarrow.parquet.write_table(table, tmp_path / "shards" / f"{shard}.parquet")
+    path, fields = write(tmp_path / "d.jsonl", json.dumps(row)), []
+    if problem is None:  # DAPO's: the answer is called a solution
+        fields, problem = ["answer=solution"], Problem("1+1?", "2")
+    assert data.load_file(path, fields) == [problem]
+    assert data.load_file(str(tmp_path / "shards"), fields) == [problem] * 2
+
+
 def test_oversized_and_repeated_rows_are_named_and_control_tokens_in_them_stay_text(
     tmp_path, capsys
 ):

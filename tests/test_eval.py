@@ -120,10 +120,9 @@ def test_eval_packs_its_file_if_the_name_says_so(tmp_path):
         assert {row["name"] for row in json.load(stream)["records"]} == {SFT}
 
 
-def test_a_rate_that_is_zero_everywhere_is_a_line_below_the_table(capsys):
+def test_a_rate_that_is_zero_everywhere_is_a_line_below_the_table():
     records = evaluation.compare([("a", graded(["correct", "incorrect"], 10))])
-    evaluation.print_table(records)
-    assert capsys.readouterr().out.endswith("\ntruncated and no answer: 0.0%\n")
+    assert evaluation.table_of(records).endswith("\ntruncated and no answer: 0.0%")
 
 
 def test_eval_averages_several_files_of_the_shapes_that_benchmarks_have(tmp_path, capsys):

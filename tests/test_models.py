@@ -199,6 +199,15 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path, capsys):
     assert "394 tokens, the model 393" in error
 
 
+def test_a_turns_end_at_which_the_model_does_not_stop_is_told(tmp_path, capsys):
+    path = changed_model(tmp_path / "m", eos_token="<|endoftext|>")
+    changed_json(tmp_path / "m" / "generation_config.json", eos_token_id=0)
+    load_model(path, CPU)
+    assert "ends a turn with <|im_end|>, at which it does not stop" in capsys.readouterr().out
+    load_model(TINY, CPU)
+    assert "does not stop" not in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------
 # Saving is tried before the first step
 

@@ -54,7 +54,7 @@ RANKS = {
     "rlvr": (
         rlvr,
         SHORT
-        + "--temperature 0 --batch 3 --group 4 --updates 2 --kl 0.1".split()
+        + "--temperature 0 --batch 3 --group 4 --kl 0.1".split()
         + "--micro-tokens 500 --lr 1e-3".split(),
     ),
     "sft": (sft, BARE + "--batch 5 --micro-tokens 300".split()),

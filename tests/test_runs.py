@@ -242,6 +242,27 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_ends_the_run_after_some(
     assert not os.path.exists(os.path.join(out, "model.safetensors"))
 
 
+def test_a_run_leaves_a_model_card_with_its_command_and_table(tmp_path, monkeypatch, capsys):
+    out = str(tmp_path / "run")
+    argv = ["--filter", "all", "--steps", "1", *SMALL, "--out", out]
+    monkeypatch.setattr(sys, "argv", ["opsd.py", *argv])
+    opsd.main(argv)
+    card, printed = (tmp_path / "run" / "README.md").read_text(), capsys.readouterr().out
+    assert card.startswith("---\nlibrary_name: transformers\n") and "base_model" not in card
+    assert f"`python opsd.py {' '.join(argv)}`" in card
+    table = card.split("```")[1].strip()
+    assert table in printed and table.count("\n") >= 5
+
+
+def test_an_output_that_nobody_takes_is_no_traceback(tmp_path):
+    command = [sys.executable, os.path.join(HERE, "opsd.py"), *BARE, "--steps", "3"]
+    command += ["--out", str(tmp_path / "run")]
+    shell = " ".join(command) + " | head -n 1"
+    environment = dict(os.environ, PYTHONIOENCODING="latin-1")
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, env=environment)
+    assert "Traceback" not in done.stderr and done.stdout.count("\n") == 1
+
+
 def test_one_seed_fixes_everything(tmp_path):
     runs = [str(tmp_path / name) for name in "abc"]
     for out, seed in zip(runs, "001", strict=True):

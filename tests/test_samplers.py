@@ -180,7 +180,8 @@ def test_vllm_equals_transformers_before_and_after_pushes(name, tokenizer, tmp_p
     # Responses to one prompt are draws of their own.
     assert len({tuple(ids) for ids, _ in rows}) > 1
     logps = sampled_logps(model, [(prompts[0], ids) for ids, _ in rows])
-    assert samplers.logp_gap(sampler.logps, logps) < 1e-3
+    flat = torch.tensor([value for row in sampler.logps for value in row])
+    assert (flat - logps).abs().mean() < 1e-3
 
 
 def test_vllm_keeps_the_stop_id_once_and_stops_at_every_stop_id(tokenizer, vllm):
@@ -206,7 +207,7 @@ def test_vllm_keeps_the_stop_id_once_and_stops_at_every_stop_id(tokenizer, vllm)
         (opsd, "--filter all"),
         # The teacher writes with the student's engine.
         (opsd, "--filter all --context resolve --context-tokens 60"),
-        (rlvr, "--group 8 --updates 2"),
+        (rlvr, "--group 8"),
     ],
 )
 def test_script_trains_and_resumes_with_vllm(script, flags, tmp_path, vllm, crash, monkeypatch):

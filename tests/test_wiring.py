@@ -440,10 +440,10 @@ def test_opsd_does_what_its_flags_say(
 # rlvr.py
 
 
-@pytest.mark.parametrize("updates, weight", [(1, 0.0), (2, 0.1)])
-def test_rlvr_does_what_its_flags_say(updates, weight, tokenizer, events, tmp_path, capsys):
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_rlvr_does_what_its_flags_say(weight, tokenizer, events, tmp_path, capsys):
     out = str(tmp_path / "run")
-    flags = f"--updates {updates} --kl {weight} --group 3 --batch 4 --length-penalty 0.5 --lr 4e-4"
+    flags = f"--kl {weight} --group 3 --batch 4 --length-penalty 0.5 --lr 4e-4"
     rlvr.main([*flags.split(), *SHORT, *SAMPLING, "--out", out])
     printed = capsys.readouterr().out
     problems = embedded_problems(3 * 4, 3)
@@ -453,11 +453,11 @@ def test_rlvr_does_what_its_flags_say(updates, weight, tokenizer, events, tmp_pa
     lines, samples = metrics(out), read_lines(os.path.join(out, "samples.jsonl"))
     check_held_out(first, last, tokenizer, lines[-1]["evaluation"], printed)
     model, _ = modelling.load_model(FIRST, torch.device("cpu"))
-    start, student_weights, clipped, dropped = by_hand(model), flat(model), 0, 0
+    start, student_weights, dropped = by_hand(model), flat(model), 0
     assert torch.equal(first.weights, student_weights) and len(steps) == 3
     for number, (step, line) in enumerate(zip(steps, lines[1:-1], strict=True), 1):
         draw, *changes, push = step
-        assert [e.kind for e in (draw, *changes)] == ["sample"] + updates * ["update"]
+        assert [e.kind for e in (draw, *changes)] == ["sample", "update"]
         expected = problem_batch(problems, 4 * (number - 1), 4, 3)
         expected = [problem for problem in expected for _ in range(3)]
         assert draw.prompts == [prompt_of(tokenizer, problem) for problem in expected]
@@ -472,7 +472,6 @@ def test_rlvr_does_what_its_flags_say(updates, weight, tokenizer, events, tmp_pa
                 kept += group
                 for r in group:
                     r.advantage = (r.reward - rewards.mean()) / rewards.std()
-        sampled = by_hand(model, student_weights)
         dropped += len(seen) - len(kept)
         tokens = sum(len(r.ids) for r in kept)
         for update in changes:
@@ -481,10 +480,8 @@ def test_rlvr_does_what_its_flags_say(updates, weight, tokenizer, events, tmp_pa
                 logps = logps_of(student, r.prompt, r.ids)
                 entropies += entropy(logps).tolist()
                 logps = chosen(logps, r.ids)
-                ratio = (logps - chosen(logps_of(sampled, r.prompt, r.ids), r.ids).detach()).exp()
-                bounded = ratio.clamp(0.8, 1.28)
-                clipped += (ratio != bounded).sum().item()
-                loss -= torch.minimum(ratio * r.advantage, bounded * r.advantage).sum() / tokens
+                ratio = (logps - logps.detach()).exp()  # on-policy
+                loss -= (ratio * r.advantage).sum() / tokens
                 d = chosen(logps_of(start, r.prompt, r.ids), r.ids).detach() - logps
                 loss += weight * (d.exp() - d - 1).sum() / tokens
             norm = check_update(update, student, loss, lr=4e-4)
@@ -504,7 +501,7 @@ def test_rlvr_does_what_its_flags_say(updates, weight, tokenizer, events, tmp_pa
     shown = [row for row in samples if "student_prompt" in row]
     assert [row["step"] for row in shown] == [1]
     assert shown[0]["student_prompt"] == tokenizer.decode(steps[0][0].prompts[0])
-    assert dropped > 0 and (clipped > 0) == (updates > 1)
+    assert dropped > 0
     assert torch.equal(last.weights, student_weights)
     assert torch.equal(weights(out), student_weights)
 
@@ -519,7 +516,7 @@ def test_rlvr_takes_no_step_where_all_groups_are_equal(events, tmp_path, monkeyp
     assert [event.kind for event in events] == ["sample"] * 3
     lines = metrics(tmp_path / "run")[1:]
     assert [(row["equal_groups"], row["kept"]) for row in lines] == [(2, 0)] * 2
-    assert [row["student_entropy"] for row in lines] == [None] * 2
+    assert ["student_entropy" in row for row in lines] == [False] * 2
 
 
 # ------------------------------------------------------------------------------------------------
