@@ -321,7 +321,7 @@ def backward_in_chunks(student, rows, token_loss, tokens, args, teacher=None, te
     hidden = response_hidden(student, rows)  # (R, D)
     head, close = open_head(student)
     teacher_head = open_head(teacher)[0] if teacher else None
-    losses, gradients, measures = [], [], []
+    total, gradients, measures = torch.zeros((), device=hidden.device), [], {}
     for chunk in chunks_of(hidden, student):
         leaf = hidden[chunk].detach().requires_grad_()  # (C, D)
         logits = head(leaf)  # (C, V)
@@ -332,17 +332,19 @@ def backward_in_chunks(student, rows, token_loss, tokens, args, teacher=None, te
         # weight, never its output.
         gradient = logits.detach()  # the same memory
         for piece in slices(*logits.shape, PIECE[logits.device.type]):
-            known = take(tokens, slice(chunk.start + piece.start, chunk.start + piece.stop))
+            place = slice(chunk.start + piece.start, chunk.start + piece.stop)  # among the R
             part = gradient[piece], None if teacher is None else teacher_logits[piece]
+            known = take(tokens, place)
             gradient[piece], loss, measured = differentiate(token_loss, *part, known, args)
-            losses.append(loss)
-            measures.append(measured)
+            total += loss
+            for name, values in measured.items():
+                # Into one tensor: small ones that stay would split the heap between large ones.
+                measures.setdefault(name, values.new_empty(len(hidden)))[place] = values
         logits.backward(gradient)
         gradients.append(leaf.grad)
     close()
     hidden.backward(torch.cat(gradients))
-    measures = {name: torch.cat([part[name] for part in measures]) for name in measures[0]}
-    return torch.stack(losses).sum(), measures
+    return total, measures
 
 
 def differentiate(token_loss, logits, teacher_logits, tokens, args):
@@ -352,17 +354,13 @@ def differentiate(token_loss, logits, teacher_logits, tokens, args):
     exponentials, each one's gradient). Here they are freed piece by piece, and on a CPU a piece
     stays in the cache.
     """
-    teacher_logps = None
+    leaf = logits.detach().requires_grad_()  # (P, V)
+    student_logps, teacher_logps = torch.log_softmax(leaf.float(), -1), None  # (P, V)
     if teacher_logits is not None:
         teacher_logps = torch.log_softmax(teacher_logits.float(), -1)  # (P, V)
-
-    def summed(logits):
-        student_logps = torch.log_softmax(logits.float(), -1)  # (P, V)
-        losses, measures = token_loss(student_logps, teacher_logps, tokens, args)
-        return losses.sum(), measures
-
-    gradient, (loss, measures) = torch.func.grad_and_value(summed, has_aux=True)(logits)
-    return gradient, loss, measures
+    losses, measures = token_loss(student_logps, teacher_logps, tokens, args)
+    loss = losses.sum()
+    return torch.autograd.grad(loss, leaf)[0], loss.detach(), measures
 
 
 def take(tokens, piece):

@@ -272,19 +272,20 @@ BOUNDED = ("student-entropy", "teacher-entropy", "gap", "position")  # they call
 
 
 def token_loss(student_logps, teacher_logps, tokens, args):
-    """(each token's share of the step's loss (P,), its measures {name: (P,)} in nats).
-
-    reverse_kl, forward_kl, student_entropy, teacher_entropy; logp: the student's of the sampled id.
-    """
-    s, t = student_logps, teacher_logps  # (P, V)
+    """(each token's share of the step's loss (P,), its measures {name: (P,)})."""
+    inputs = student_logps, teacher_logps, tokens, args
     with torch.no_grad():
-        gate = GATES[args.gate](s, t, tokens, args)  # (P,)
-        p, q, dot = s.exp(), t.exp(), torch.linalg.vecdot
-        ps, pt, qs, qt = dot(p, s), dot(p, t), dot(q, s), dot(q, t)  # (P,)
-        measures = dict(reverse_kl=ps - pt, forward_kl=qt - qs, student_entropy=-ps)
-        measures.update(teacher_entropy=-qt, logp=sampled(s, tokens), gate=gate)
-    divergence = DIVERGENCES[args.divergence](s, t, tokens, args)  # (P,)
-    return divergence * gate * tokens.weight, measures
+        gate = GATES[args.gate](*inputs)  # (P,)
+        measures = dict(measure(*inputs), gate=gate)
+    return DIVERGENCES[args.divergence](*inputs) * gate * tokens.weight, measures
+
+
+def measure(s, t, tokens, args):
+    """What is logged of each token, in nats (P,); logp: the student's of the sampled id."""
+    p, q, dot = s.exp(), t.exp(), torch.linalg.vecdot
+    ps, pt, qs, qt = dot(p, s), dot(p, t), dot(q, s), dot(q, t)  # (P,)
+    measures = dict(reverse_kl=ps - pt, forward_kl=qt - qs, student_entropy=-ps)
+    return dict(measures, teacher_entropy=-qt, logp=sampled(s, tokens))
 
 
 # ------------------------------------------------------------------------------------------------
