@@ -8,7 +8,6 @@ table.
 import contextlib
 import io
 import os
-import sys
 import tempfile
 
 import torch
@@ -18,7 +17,7 @@ import opsd
 import samplers
 from data import embedded_problems, render_prompt
 from model import load_model
-from run import fail, tiny
+from run import Parser, fail, start, tiny
 
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
 ROUTED = dict(EXPERTS, n_routed_experts=4, n_group=1, topk_group=1, n_shared_experts=1)
@@ -101,10 +100,18 @@ def worst_choice(path):
     return worst
 
 
-def main(names):
-    for name in names or FAMILIES:
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="families; none = all")
+    args = parser.parse_args(argv)
+    for name in args.names:
         if name not in FAMILIES:
             fail(f"{name}: not one of {', '.join(FAMILIES)}")
+    return args
+
+
+def main(argv=None):
+    for name in parse_args(argv).names or FAMILIES:
         said = io.StringIO()
         with tempfile.TemporaryDirectory() as folder:
             model, out = os.path.join(folder, "model"), os.path.join(folder, "run")
@@ -121,4 +128,4 @@ def main(names):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    start(main)

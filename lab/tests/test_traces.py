@@ -10,10 +10,10 @@ import eval as evaluation
 import opsd
 import toy
 from data import Problem, embedded_problems
-from lab import keep, oracles, token_classes, traces
+from lab import keep, oracles, traces
 from rollout import Rollout
 from run import HERE
-from tests.helpers import TINY, read_lines, some_rollouts
+from tests.helpers import TINY, read_lines
 
 TRACE = Problem("53 +4 -26?, result?", "51", "53+4=57, 57-6=51", "hard")
 TEXT = "<think>\n53+4=57 check 53+4=57\n57-2=55 wait 26 so 57-6=51\n</think>\n\n\\boxed{51}"
@@ -128,22 +128,3 @@ def test_an_evaluation_is_kept_in_short(tmp_path):
     problems = {p.question: p for p in embedded_problems(6, 0, held_out=True)}
     pairs = [(problems[r["question"]], r["response"]) for r in whole["responses"]["embedded"][TINY]]
     assert short["traces"][TINY] == traces.trace_table(pairs)
-
-
-def test_token_classes_add_up_to_the_whole_kl(tokenizer, tmp_path, capsys):
-    out = tmp_path / "k.json"
-    flags = f"--model {TINY} --teacher {TINY} --problems 10 --threads 1 --max-new-tokens 90 --out"
-    token_classes.main([*flags.split(), str(out)])
-    saved = json.loads(out.read_text())
-    assert sum(saved["count"].values()) == 10 and "easy: check or go on" in capsys.readouterr().out
-    for outcome in saved["table"].values():
-        assert all(value > -1e-3 and tokens > 0 for value, tokens in outcome.values())
-    rollouts = some_rollouts(tokenizer, 6)
-    for r in rollouts:
-        r.measures = dict(reverse_kl=torch.rand(len(r.response_ids)))
-    found = token_classes.by_class(tokenizer, rollouts)
-    for outcome in ("correct", "truncated"):
-        kl = torch.cat([r.measures["reverse_kl"] for r in rollouts if r.outcome == outcome])
-        total = sum(value for value, _ in found[outcome].values())
-        assert total == pytest.approx(kl.sum().item(), rel=1e-5)
-        assert sum(count for _, count in found[outcome].values()) == len(kl)
