@@ -330,17 +330,17 @@ def backward_in_chunks(student, rows, token_loss, tokens, args, teacher=None, te
         # The gradient takes the place of the logits, piece by piece, so that a chunk exists once
         # for each model. That is legal: the backward pass of a linear layer reads its input and its
         # weight, never its output.
-        gradient = logits.detach()  # the same memory
+        buffer = logits.detach()  # the same memory: logits now, their gradient after the loop
         for piece in slices(*logits.shape, PIECE[logits.device.type]):
             place = slice(chunk.start + piece.start, chunk.start + piece.stop)  # among the R
-            part = gradient[piece], None if teacher is None else teacher_logits[piece]
+            part = buffer[piece], None if teacher is None else teacher_logits[piece]
             known = take(tokens, place)
-            gradient[piece], loss, measured = differentiate(token_loss, *part, known, args)
+            buffer[piece], loss, measured = differentiate(token_loss, *part, known, args)
             total += loss
             for name, values in measured.items():
                 # Into one tensor: small ones that stay would split the heap between large ones.
                 measures.setdefault(name, values.new_empty(len(hidden)))[place] = values
-        logits.backward(gradient)
+        logits.backward(buffer)
         gradients.append(leaf.grad)
     close()
     hidden.backward(torch.cat(gradients))

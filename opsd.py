@@ -164,18 +164,15 @@ def move_weights(teacher, student, keep=0.0):
             old.lerp_(new.to(old.dtype), 1 - keep)
 
 
-def every(teacher, student, step, args):
-    if step["updates"] % args.refresh == 0:
-        move_weights(teacher, student)
-
-
 # (teacher, student, step, args) -> None, after each update. The teacher is always its own copy;
 # `step` is the step's record, see step_record.
 TEACHERS = {
     "frozen": lambda teacher, student, step, args: None,
     "current": lambda teacher, student, step, args: move_weights(teacher, student),
     "ema": lambda teacher, student, step, args: move_weights(teacher, student, args.ema),
-    "every": every,
+    "every": lambda teacher, student, step, args: (
+        move_weights(teacher, student) if step["updates"] % args.refresh == 0 else None
+    ),
 }
 
 # ------------------------------------------------------------------------------------------------
@@ -235,9 +232,8 @@ DIVERGENCES = {
 }
 
 
-# Gates: a factor in [0, 1] on each token's divergence, without gradient. A gate changes neither
-# weights nor denominators: one that lets 5% of the weight through leaves a small gradient. AdamW
-# does not see that scale and makes a step of the usual length from what is left.
+# Gates: a factor in [0, 1] on each token's divergence, without gradient. Weights and denominators
+# stay as they are. AdamW does not see that less is left: its step has the usual length.
 
 
 def sampled(logps, tokens):
@@ -251,9 +247,7 @@ def entropy(logps):
 
 
 def within(values, args):
-    """1 where --gate-above <= value < --gate-below, so that the two with one number are each
-    other's complement; a bound that is not given bounds nothing.
-    """
+    """1 where --gate-above <= value < --gate-below; a bound that is not given bounds nothing."""
     above = -math.inf if args.gate_above is None else args.gate_above
     below = math.inf if args.gate_below is None else args.gate_below
     return ((values >= above) & (values < below)).float()
@@ -272,7 +266,10 @@ BOUNDED = ("student-entropy", "teacher-entropy", "gap", "position")  # they call
 
 
 def token_loss(student_logps, teacher_logps, tokens, args):
-    """(each token's share of the step's loss (P,), its measures {name: (P,)})."""
+    """(each token's share of the step's loss (P,), its measures {name: (P,)}).
+
+    The mean of each measure is logged under its name.
+    """
     inputs = student_logps, teacher_logps, tokens, args
     with torch.no_grad():
         gate = GATES[args.gate](*inputs)  # (P,)
@@ -295,7 +292,8 @@ def measure(s, t, tokens, args):
 def opsd_loss(student, teacher, rollouts, args):
     """The loss of one micro-batch, its gradient added to the student's: (loss, {name: (R,)}).
 
-    Each rollout carries its weight and its teacher row.
+    student's row: prompt x      | response y | padding     scored: the positions that predict y
+    teacher's row: prompt x, c     | response y | padding   (the mask: model.response_hidden)
     """
     with torch.no_grad():  # inference mode fails under FSDP2 on one rank
         teacher_hidden = response_hidden(teacher, [r.teacher_row for r in rollouts])  # (R, D)
@@ -403,10 +401,7 @@ def main(argv=None):
 
 
 def step_record(step, updates, loss, norm, kept, failed):
-    """What metrics.jsonl says of a step's loss; docs/runs.md explains each key.
-
-    The measures are means over the loss's tokens; the loss itself is eq. 1's mean over responses.
-    """
+    """What metrics.jsonl says of a step's loss; docs/runs.md explains each key."""
     record = dict(step=step, updates=updates, loss=loss, grad_norm=norm, context_failed=failed)
     record.update(rollout.measure_metrics(kept))
     if not kept:
@@ -433,9 +428,8 @@ def log_step(run, record, args, seen, kept):
         run.log("samples", line)
     begin = f"step {record['step']}/{args.steps}  "
     if not kept:
-        reasons = f"--filter {args.filter} left none of {len(seen)} rollouts"
         failed = f"{record['context_failed']} contexts failed or were too long"
-        print(f"{begin}nothing kept: {reasons}, or {failed}; no update", flush=True)
+        print(f"{begin}--filter {args.filter} kept nothing, or {failed}; no update", flush=True)
     elif not math.isfinite(record["grad_norm"]):
         rollout.log_not_finite(run, begin, record, kept)
     else:
