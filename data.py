@@ -188,7 +188,8 @@ def read_json(path):
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
     except UnicodeDecodeError as error:
-        fail(f"{path}: not UTF-8 ({error}); save it as UTF-8")
+        line = error.object.count(b"\n", 0, error.start) + 1
+        fail(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8")
     if text.lstrip().startswith("["):
         try:
             rows = [(f"{path}, row {i}", row) for i, row in enumerate(json.loads(text), 1)]
