@@ -106,9 +106,7 @@ def load_held_out(args, problems):
     kept = [p for p in problems if p.question not in questions]
     dropped = len(problems) - len(kept)
     if dropped:
-        print(
-            f"dropped {dropped} of {len(problems)} training problems: they are in --eval-data too"
-        )
+        print(f"dropped {dropped} of {len(problems)} training problems: they are held out too")
     if not kept:
         fail(f"--eval-data {args.eval_data}: holds every training problem")
     return kept, held_out
