@@ -79,6 +79,10 @@ def ascii_of(match: re.Match) -> str:
     return normalize("NFKC", match[0]).replace("−", "-")
 
 
+def in_base_ten(match: re.Match) -> str:
+    return str(int(match[1], int(match[2]))) if max(match[1]) < match[2] else match[0]
+
+
 def clock(match: re.Match) -> str:
     """8:30 in minutes, as no fraction; 8:15 stays, since it may be a ratio in lowest terms."""
     hours, minutes, half = int(match[1]), int(match[2]), (match[3] or "").lower()
@@ -104,7 +108,7 @@ SPELLINGS = [
     (re.compile("[ℂℕℚℝℤ]"), lambda m: r"\mathbb{" + ascii_of(m) + "}"),
     (re.compile("[０-９（），：＝＜＞＋．]+"), ascii_of),
     *map(spelling, TABLE.strip("\n").split("\n")),
-    (re.compile(r"\b([01]+)_\{?2\}? ?(?==)"), lambda m: str(int(m[1], 2))),  # 101_2=5
+    (re.compile(r"\b([0-9]+)_\{?([2-9])\}? ?(?==)"), in_base_ten),  # 101_2=5
 ]
 # , k\in\mathbb{Z} or \text{ for all } n\ge0 or , where k is an integer, at the end
 FILL = (
@@ -129,10 +133,8 @@ BRACE = re.compile(
     r"|\\\\(?!boxed)|\\[{}]|[{}]"
 )
 # between the boxes of one answer: , or "$ and $x="
-JOIN = re.compile(
-    r"[\s$]*(?:,[\s$]*)?(?:(?:\\text\{)?\s*(?:and|or)(?![a-z])[\s}$]*|(?<=,)|(?<=,[\s$]))"
-    r"(?:[A-Za-z]\s*=\s*)?"
-)
+AND = r"(?:\\text\{)?\s*(?:and|or)(?![a-z])[\s}$]*"
+JOIN = re.compile(rf"[\s$]*(?:,[\s$]*(?:{AND})?|{AND})(?:[A-Za-z]\s*=\s*)?")
 
 CLOCK = re.compile(  # 8:30 or t=8:30\text{ p.m.}
     rf"^(?:[A-Za-z] ?= ?)?([0-9]{{1,2}}):([0-5][0-9]) ?(?:{TEXT})?(?:([apAP])\.? ?[mM]\.?)?\}}?$"
@@ -178,7 +180,7 @@ NOT_UNITS = set(
     " squared cubed factorial pi sin cos tan cot csc log ln exp sqrt mod gcd lcm max choose"
     " infinity lakh crore score quarter third fourth fifth sixth seventh eighth ninth tenth"
     " hundredth thousandth millionth is are was were be but because since so no yes wait wrong"
-    " incorrect false right correct true percent".split()
+    " incorrect false right correct true percent maybe".split()
 )
 SHORT = dict(
     pair.split("=")
