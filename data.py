@@ -5,8 +5,6 @@
    are equal. Question and instruction stand in the user turn, the privileged context between them
    (paper, section 2) or, with --context-first, before them.
 3. `CONTEXTS`: what the teacher reads besides the problem (paper, table 4).
-
-Everything downstream works on token ids; text is rendered here once and never tokenised again.
 """
 
 import glob
@@ -54,9 +52,8 @@ def add_data_flags(parser, several=False):
     add(
         "--data",
         nargs="+" if several else None,
-        help="JSONL or parquet file, a directory of parquet files, or a Hugging Face data set, "
-        "owner/name[:configuration][@split]"
-        "; without it the embedded task",
+        help="JSONL or parquet file, directory of parquet files, or Hugging Face data set, "
+        "owner/name[:configuration][@split]; without it the embedded task",
     )
     known = "; ".join(f"{part}: {', '.join(names)}" for part, names in FIELDS.items())
     add(
@@ -81,10 +78,7 @@ def embedded_problems(count, seed, held_out=False):
 
 
 def load_problems(args, count):
-    """The problems of `--data`, or `count` problems of the embedded task.
-
-    Ends the program on a bad file or row, naming file, row and field.
-    """
+    """The problems of `--data`, or `count` problems of the embedded task."""
     if args.data is None:
         return embedded_problems(count, args.seed)
     return load_file(args.data, args.fields)
@@ -112,28 +106,27 @@ def load_held_out(args, problems):
     return kept, held_out
 
 
-def fields_of(flag):
-    """FIELDS, and --fields in their place. What is named there is one part's, and no other's."""
+def fields_of(pairs):
+    """({part: names of its field}, parts that a row must have): FIELDS, and --fields in their
+    place. What is named there is one part's, and no other's.
+    """
     given = {}
-    for pair in flag:
+    for pair in pairs:
         part, _, names = pair.partition("=")
         if part not in FIELDS or not names:
             fail(f"--fields {pair}: PART=NAME, where PART is one of {', '.join(FIELDS)}")
         given[part] = names.split(",")
     taken = {name for names in given.values() for name in names}
     others = {part: [n for n in names if n not in taken] for part, names in FIELDS.items()}
-    return {**others, **given}
+    return {**others, **given}, {"question", "answer", *given}
 
 
-def load_file(path, fields=(), flag="--data"):
-    """Problems of a JSON(L) or parquet file or a Hugging Face data set; golds are checked.
+def load_file(path, pairs=(), flag="--data"):
+    """Problems of a JSON(L) or parquet file or a Hugging Face data set; `pairs` is --fields.
 
-    Ends the program at a bad file or row, which it names, and at
-    a gold that no rule reads.
+    Ends the program at a bad file or row, which it names, and at a gold that no rule reads.
     """
-    problems, places = [], []
-    required = {"question", "answer", *(pair.partition("=")[0] for pair in fields)}
-    fields = fields_of(fields)
+    problems, places, (fields, required) = [], [], fields_of(pairs)
     for where, row in read_rows(path, flag):
         parts = {part: pick(row, part, fields, where, part in required) for part in fields}
         solution, marked, answer = parts["answer"].rpartition("####")  # gsm8k's
@@ -161,8 +154,8 @@ def load_file(path, fields=(), flag="--data"):
 
 def read_rows(path, flag="--data"):
     """Yields (place for error messages, row as a dict)."""
-    is_json, is_parquet = path.endswith((".jsonl", ".json")), path.endswith(".parquet")
-    is_parquet = is_parquet or bool(glob.glob(os.path.join(glob.escape(path), "*.parquet")))
+    shards = glob.glob(os.path.join(glob.escape(path), "*.parquet"))
+    is_json, is_parquet = path.endswith((".jsonl", ".json")), path.endswith(".parquet") or shards
     if (is_json or is_parquet) and not os.path.exists(path):
         fail(f"{flag} {path}: no such file")
     if is_json and os.path.isdir(path):
@@ -301,7 +294,10 @@ def chat_ids(tokenizer, content, thinking):
 def turn_end(tokenizer):
     """The id with which the template ends an assistant's turn; None where it writes none."""
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "yz"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("yz")[2]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("yz")[2]
+    except Exception:  # a template for user turns only
+        return None
     ids = tokenizer(text.strip(), add_special_tokens=False).input_ids
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
@@ -371,13 +367,7 @@ OWN_SOLUTION = "Here is a solution that you wrote earlier:\n{text}"
 
 def fill(template, rollout):
     """The template with this rollout's fields."""
-    problem = rollout.problem
-    return template.format(
-        question=problem.question,
-        answer=problem.answer,
-        solution=problem.solution,
-        response=rollout.text,
-    )
+    return template.format(**vars(rollout.problem), response=rollout.text)
 
 
 def given(template):

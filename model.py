@@ -101,6 +101,9 @@ def load_model(path, device, dtype="float32"):
     model.to(device).eval()  # eval for the whole run: no dropout, in the student or the teacher
     check_head(path, model)
     check_saving(path, model, tokenizer)
+    limit, short = context_limit(model)
+    if short:
+        print(f"--model {path}: rows of at most {limit} tokens, where its rotary embedding changes")
     return model, tokenizer
 
 
@@ -150,9 +153,6 @@ def check_head(path, model):
         fail(f"--model {path}: does not run ({type(error).__name__}: {one_line(error)})")
     if not torch.allclose(logits, ours, rtol=1e-2, atol=1e-2):
         fail(f"--model {path}: its logits are not lm_head(hidden states)")
-    limit, short = context_limit(model)
-    if short:
-        print(f"--model {path}: rows of at most {limit} tokens, where its rotary embedding changes")
 
 
 def check_saving(path, model, tokenizer):

@@ -12,7 +12,7 @@ Where this code departs from the paper, or fills in what it left open:
 2. --resample N draws again until --batch rollouts are kept, so that filters are compared at equal
    update size; 0 is the paper's single draw.
 3. Sampling is at temperature 1, the student's own distribution (the paper: 0.7).
-4. No clipping, no top-k, no loss temperature: the full distribution in float32.
+4. No clipping of the loss, no top-k, no loss temperature: the full distribution in float32.
 5. The default context is the worked solution; the defaults are the embedded task's. The paper's:
    --lr 1e-6 --batch 32 --steps 100 --temperature 0.7 --max-new-tokens 8192 --context reflection.
 
@@ -309,7 +309,9 @@ def accumulate_gradients(student, teacher, rollouts, args):
     """
     for r in rollouts:  # the one denominator: eq. 1's, over the whole step
         r.weight = 1 / (len(rollouts) * len(r.response_ids))
-    lengths = [sum(map(len, r.teacher_row)) for r in rollouts]  # tokens; the student's are shorter
+    lengths = [
+        sum(map(len, r.teacher_row)) for r in rollouts
+    ]  # tokens; the student's are no longer
     parts = []
     for group, counts in progress(my_micro_batches(lengths, args.micro_tokens), "training"):
         micro = [rollouts[i] for i in group]
@@ -367,7 +369,7 @@ def main(argv=None):
                 drawn += args.batch
                 if len(kept) >= args.batch:
                     break
-            kept, sampled = kept[: args.batch], time.time()
+            kept, trained_from = kept[: args.batch], time.time()
             # 4. loss: the teacher reads the same tokens behind its own prompt
             write = rollout.make_writer(teacher_sampler, tokenizer, args, args.seed + drawn)
             contexts = CONTEXTS[args.context](kept, write, args)
@@ -381,7 +383,7 @@ def main(argv=None):
             if updated:
                 TEACHERS[args.teacher](teacher, model, record, args)
                 sampler.push(model)
-            seconds = sampled - begun, time.time() - sampled
+            seconds = trained_from - begun, time.time() - trained_from
             record.update(rollout.rollout_metrics(seen, kept, *seconds, device))
             log_step(run, record, args, seen, kept)
             run.count_update(updated, "" if kept else f"--filter {args.filter} kept nothing")
@@ -429,7 +431,7 @@ def log_step(run, record, args, seen, kept):
     begin = f"step {record['step']}/{args.steps}  "
     if not kept:
         failed = f"{record['context_failed']} contexts failed or were too long"
-        print(f"{begin}--filter {args.filter} kept nothing, or {failed}; no update", flush=True)
+        print(f"{begin}nothing kept by --filter {args.filter}; {failed}; no update", flush=True)
     elif not math.isfinite(record["grad_norm"]):
         rollout.log_not_finite(run, begin, record, kept)
     else:

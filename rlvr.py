@@ -191,14 +191,14 @@ def main(argv=None):
             rewards = [reward(r, args.length_penalty, args.max_new_tokens) for r in seen]
             for r, advantage in zip(seen, group_advantages(rewards, args.group), strict=True):
                 r.advantage = advantage
-            kept, sampled = [r for r in seen if r.advantage is not None], time.time()
+            kept, trained_from = [r for r in seen if r.advantage is not None], time.time()
             # 4. loss: gradients add up over micro-batches and ranks
             loss = accumulate_gradients(model, start_model, kept, args)
             # 5. step
             norm, updated = optimizer_step(model, optimizer) if kept else (0.0, False)
             if updated:
                 sampler.push(model)
-            seconds = sampled - begun, time.time() - sampled
+            seconds = trained_from - begun, time.time() - trained_from
             log_step(run, step + 1, args, loss, norm, seen, rewards, kept, seconds, device)
             equal = f"--group {args.group}: every group had equal rewards"
             run.count_update(updated, "" if kept else equal)

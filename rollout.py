@@ -22,7 +22,7 @@ class Rollout:
     response_ids: list = field(default_factory=list)
     finished: bool = False  # the model ended the response, not the cap
     text: str = ""
-    sampler_logps: list | None = None  # vLLM's log-probabilities of the response ids
+    sampler_logps: list | None = None  # its log-probabilities, unless the model itself samples
     # The verifier's.
     outcome: str = ""  # one of OUTCOMES
     reason: str = ""  # correct, wrong, no_answer, timeout or truncated

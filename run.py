@@ -16,6 +16,7 @@ import sys
 import time
 import zipfile
 import zlib
+from pathlib import Path
 
 import torch
 import transformers
@@ -287,19 +288,8 @@ def check_run_directory(args):
 # Flags that may differ when a run is resumed.
 # The model and the problems are told by their content, not by their names.
 HARMLESS = {
-    *(
-        "model",
-        "data",
-        "eval_data",
-        "fields",
-        "out",
-        "overwrite",
-        "resume",
-        "steps",
-        "state_every",
-        "save_every",
-        "eval_every",
-    ),
+    *("model", "data", "eval_data", "fields", "out", "overwrite", "resume"),
+    *("steps", "state_every", "save_every", "eval_every"),
     *("threads", "device", "micro_tokens", "sample_batch", "checkpointing", "offload"),
     *("vllm_memory", "vllm_eager"),
 }
@@ -394,21 +384,16 @@ class Run:
 
     def write_card(self):
         """README.md, which the Hugging Face hub shows: where the model is from, and its table."""
-        script, args = os.path.splitext(os.path.basename(sys.argv[0]))[0], self.args
-        base = (
-            f"base_model: {args.model}\n" if args.model and not os.path.exists(args.model) else ""
-        )
+        script = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+        hub = self.args.model and not os.path.exists(self.args.model)
+        base = f"base_model: {self.args.model}\n" if hub else ""
         flags = " ".join(map(shlex.quote, sys.argv[1:]))
         text = f"---\nlibrary_name: transformers\n{base}tags: [{script}, math, reasoning]\n---\n\n"
         text += f"Trained by `python {script}.py {flags}`.\n"
         if self.table:
             text += f"\n```\n{self.table}\n```\n"
-
-        def write(target):
-            with open(target, "w") as stream:
-                stream.write(text)
-
-        write_whole(os.path.join(self.path, "README.md"), write)
+        card = os.path.join(self.path, "README.md")
+        write_whole(card, lambda target: Path(target).write_text(text))
 
     def take_lock(self):
         """Two runs must not write into one directory. The lock ends with the process."""
@@ -551,8 +536,4 @@ def drop_later_lines(path, step, again):
             if line.endswith(b"\n") and row.get("step", 0) <= step and not last:
                 kept.append(line)
 
-    def write(target):
-        with open(target, "wb") as stream:
-            stream.writelines(kept)
-
-    write_whole(path, write)
+    write_whole(path, lambda target: Path(target).write_bytes(b"".join(kept)))

@@ -9,13 +9,14 @@ A sampler has two methods and two attributes, whatever the engine:
 The sampled end-of-sequence token is part of the response. A truncated response has none.
 """
 
+import math
 from importlib.util import find_spec
 
 import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from model import context_limit, sampled_logps, stop_ids
+from model import context_limit, micro_batches, sampled_logps, stop_ids
 from ranks import device_of, distributed, full, is_sharded
 from run import fail, one_line, progress
 
@@ -114,6 +115,7 @@ class TransformersSampler:
         self.engine = other.engine if other else dict(copy=None, holds=None)
         sharded = any(map(is_sharded, model.parameters()))
         self.copies = sharded or any(weight.dtype != self.dtype for weight in model.parameters())
+        self.segment, self.micro_tokens = None, getattr(args, "micro_tokens", 0)
 
     def push(self, model):
         """On several ranks all must call it, and so `sample`."""
@@ -140,7 +142,6 @@ class TransformersSampler:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         results = [None] * len(prompts)
         bar = progress(range(len(prompts)), "sampling")
-        self.logps = [None] * len(prompts) if logps and self.copies else None
         for start in range(0, len(order), self.batch):
             rows = order[start : start + self.batch]
             batch = [prompts[i] for i in rows]
@@ -148,11 +149,19 @@ class TransformersSampler:
                 samples = self.generate(batch, max_new_tokens, temperature, top_p, bar)
             for i, sample in zip(rows, samples, strict=True):
                 results[i] = sample
-                if self.logps:  # the copy's own, which the trainer's are compared with
-                    row = prompts[i], sample[0]
-                    self.logps[i] = sampled_logps(self.engine["copy"], [row]).tolist()
         bar.close()
+        self.logps = self.score(prompts, results) if logps and self.copies else None
         return results
+
+    def score(self, prompts, results):
+        """The copy's log-probabilities of what it sampled: the trainer's are compared with them."""
+        rows = [(prompt, ids) for prompt, (ids, _) in zip(prompts, results, strict=True)]
+        logps = [None] * len(rows)
+        for group in micro_batches([len(p) + len(ids) for p, ids in rows], self.micro_tokens):
+            values = sampled_logps(self.engine["copy"], [rows[i] for i in group])  # (R,)
+            for i, part in zip(group, values.split([len(rows[i][1]) for i in group]), strict=True):
+                logps[i] = part.tolist()
+        return logps
 
     def generate(self, prompts, max_new_tokens, temperature, top_p, bar):
         """One batch, in segments of SEGMENT tokens; finished rows leave it and cost no more."""
@@ -170,10 +179,11 @@ class TransformersSampler:
         own = model.generation_config
         model.generation_config = GenerationConfig()  # generate merges the model's own in: not here
         results, rows, cache = [None] * len(prompts), list(range(len(prompts))), None
-        segment = SEGMENT if rows_can_leave(model) else max_new_tokens
+        if self.segment is None:
+            self.segment = SEGMENT if rows_can_leave(model) else math.inf
         try:
             while rows:
-                room = min(segment, width + max_new_tokens - ids.shape[1])
+                room = min(self.segment, width + max_new_tokens - ids.shape[1])
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=mask,
