@@ -383,8 +383,12 @@ def main(argv):
         return 2
     sys.stdout.reconfigure(errors="backslashreplace")
     if argv[0] == "--disagreements":
-        with gzip.open(argv[1]) if argv[1].endswith(".gz") else open(argv[1], "rb") as file:
-            rows = json.load(file)
+        try:
+            with gzip.open(argv[1]) if argv[1].endswith(".gz") else open(argv[1], "rb") as file:
+                rows = json.load(file)
+        except (OSError, ValueError) as error:
+            print(f"--disagreements {argv[1]}: {error}", file=sys.stderr)
+            return 2
         with Verifier(workers=1, seconds=10) as verifier:
             found = disagreements(verifier, rows)
         for row, plain in found:

@@ -845,6 +845,14 @@ def test_disagreements_of_a_file_without_rows(tmp_path, capsys):
     assert capsys.readouterr().out == "math-verify says otherwise of 0 responses\n"
 
 
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys):
+    (tmp_path / "broken.json").write_text("{")
+    for name, says in (("missing.json", "No such file"), ("broken.json", "Expecting")):
+        assert verify.main(["--disagreements", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert says in error and name in error and error.count("\n") == 1
+
+
 # --------------------------------------------------------------------------------------------------
 # Golds in data files: data.load_file
 

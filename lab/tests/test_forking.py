@@ -1,4 +1,7 @@
-"""docs/forking.md: every diff applies to a copy and trains, and so does the file without a fork."""
+"""docs/forking.md: every diff applies to a copy and trains, and so does the file without a fork.
+
+Here, not among the product's tests: a fork's own entry may stand where a diff goes.
+"""
 
 import glob
 import os
