@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # The tables and figures of the headline from a fresh clone: eight pipelines, each of SFT, RLVR and
-# OPSD from its own seed, and on the first three of them what is not the finding itself. Interrupted,
-# it goes on where it was: what exists in runs/table is skipped. Logs and evaluations of all runs
-# are kept in lab/results/, compressed.
+# OPSD from its own seed, trained until the run on correct rollouts has settled. Interrupted, it goes
+# on where it was: what exists in runs/table is skipped. Logs and evaluations of all runs are kept in
+# lab/results/, compressed. Tables whose runs are not here name the commit that made them.
 #     bash lab/reproduce.sh                         # two jobs of one thread each; lab/experiments.md
 #                                                   # says how long it takes
 #     SEEDS="1 2 3" JOBS=4 bash lab/reproduce.sh    # other seeds, more cores
 #     bash lab/reproduce.sh real                    # a pretrained model instead (lab/real.md)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export SEEDS=${SEEDS:-"101 102 103 104 105 106 107 108"} JOBS=${JOBS:-2}
+export SEEDS=${SEEDS:-"201 202 203 204 205 206 207 208"} JOBS=${JOBS:-2}
 export REAL_SEEDS=${REAL_SEEDS:-"1 2 3"}
 FEW=$(echo $SEEDS | cut -d " " -f -3)
 results=lab/results
@@ -18,12 +18,13 @@ mkdir -p $results/{metrics,evaluations,kl_by_position,gates} runs/table
 # File, name in lab/results/.
 keep() { gzip -9n < "$1" > "lab/results/$2.gz"; }
 
-# Script, name, seed, flags: one training run; its log is kept.
+# Script, name, seed, flags: one training run, gone on with where it stopped; its log is kept.
 run() {
-    local out=runs/table/$2-$3
+    local out=runs/table/$2-$3 how=--overwrite
     if [ ! -f "$out/model.safetensors" ]; then
         echo "== $2, seed $3"
-        python "$1.py" --seed "$3" --threads 1 --out "$out" --overwrite "${@:4}" \
+        if compgen -G "$out/state-*" > /dev/null; then how=--resume; fi
+        python "$1.py" --seed "$3" --threads 1 --out "$out" $how "${@:4}" \
             > "$out.log" 2>&1 || {
             echo "failed: $2, seed $3"
             tail -n 3 "$out.log"
@@ -33,13 +34,18 @@ run() {
     [ "$1" = sft ] || keep "$out/metrics.jsonl" "metrics/$2-$3.jsonl"
 }
 
-# Name, seed, names of models, flags of eval.py: one evaluation, changes against the first model.
+# Name, seed, names of models (or NAME/step-N), flags of eval.py: one evaluation, changes against the
+# first model.
 evaluate() {
-    local out=runs/table/$1-$2
+    local out=runs/table/$1-$2 models=
+    for name in $3; do
+        models="$models runs/table/${name%/*}-$2"
+        if [ "${name%/*}" != "$name" ]; then models="$models/${name#*/}"; fi
+    done
     if [ ! -f "$out.json" ]; then
         echo "== evaluation $1, seed $2"
         python eval.py --seed "$2" --threads 1 --problems 1024 --samples 2 --out "$out.json" \
-            --model $(printf "runs/table/%s-$2 " $3) "${@:4}" > "$out.txt" 2>&1 || {
+            --model $models "${@:4}" > "$out.txt" 2>&1 || {
             echo "failed: evaluation $1, seed $2"
             tail -n 3 "$out.txt"
             exit 255
@@ -48,54 +54,52 @@ evaluate() {
     python -m lab.keep "$out.json" "lab/results/evaluations/$1-$2.json.gz"
 }
 
-# Seed: a whole pipeline, and the OPSD branches that start from it. Those of figures 1 to 3 are
-# evaluated on their way, the others only at its end.
+# Seed: a whole pipeline, and the OPSD branches that start from it. All take 120 steps, or 240 where
+# the correct-only run says after 120 that it has not settled.
 pipeline() {
-    local from="--model runs/table/rlvr-$1" end="--eval-problems 0"
-    local way="--eval-every 10 --eval-problems 256 --kl-by-position 8"
+    local from="--model runs/table/rlvr-$1" end="--eval-problems 0" steps=120
+    local way="--eval-every 5 --eval-problems 256 --kl-by-position 8"
+    local first="opsd settled-correct $1 $from $way --filter correct --save-every 40 --steps"
     run sft sft "$1"
     run rlvr rlvr "$1" --model "runs/table/sft-$1" $end
-    for filter in correct incorrect all; do
-        run opsd $filter "$1" $from $way --filter $filter
+    run $first $steps
+    if grep -q "not settled" "runs/table/settled-correct-$1.log"; then
+        steps=240
+        if [ ! -d "runs/table/settled-correct-$1/step-240" ]; then
+            rm "runs/table/settled-correct-$1/model.safetensors"
+        fi
+        run $first $steps
+    fi
+    local long="--save-every 40 --steps $steps" names="settled-correct/step-40 settled-correct"
+    for filter in incorrect all; do
+        run opsd settled-$filter "$1" $from $way $long --filter $filter
+        names="$names settled-$filter/step-40 settled-$filter"
     done
-    run opsd split "$1" $from $end --filter all --divergence split
-    run opsd jsd "$1" $from $end --filter all --divergence jsd
-    keep "runs/table/all-$1/kl_by_position.jsonl" "kl_by_position/all-$1.jsonl"
-    evaluate filters "$1" "rlvr correct incorrect all split jsd" --context solution
+    keep "runs/table/settled-all-$1/kl_by_position.jsonl" "kl_by_position/settled-all-$1.jsonl"
+    evaluate settled "$1" "rlvr $names" --context solution
 
-    local contexts="answer instruction other wrong" names=rlvr
-    for context in $contexts; do
-        for filter in correct incorrect; do
-            run opsd $context-$filter "$1" $from $end --filter $filter --context $context
-            names="$names $context-$filter"
+    names=
+    for context in wrong instruction; do
+        for filter in correct incorrect all; do
+            run opsd settled-$context-$filter "$1" $from $end $long --filter $filter \
+                --context $context
+            names="$names settled-$context-$filter/step-40 settled-$context-$filter"
         done
     done
-    evaluate contexts "$1" "$names" --context $contexts
+    evaluate settled-contexts "$1" "rlvr $names" --context wrong instruction
 
-    for filter in correct incorrect; do
-        run opsd sft-$filter "$1" --model "runs/table/sft-$1" $end --filter $filter
+    names=
+    for filter in all incorrect; do
+        run opsd settled-other-$filter "$1" $from $end $long --filter $filter --context other
+        run opsd settled-agreement-$filter "$1" $from $end $long --filter $filter --gate agreement
+        names="$names settled-other-$filter settled-agreement-$filter"
+        for context in other wrong instruction; do
+            run opsd settled-agreement-$context-$filter "$1" $from $end $long --filter $filter \
+                --context $context --gate agreement
+            names="$names settled-agreement-$context-$filter"
+        done
     done
-    evaluate order "$1" "sft rlvr sft-correct sft-incorrect" --context solution
-}
-
-# Seed: baselines, reinjection, thinking off, roles, a gate against a wrong reference.
-more() {
-    local from="--model runs/table/rlvr-$1" end="--eval-problems 0"
-    run opsd rft-correct "$1" $from $end --filter correct --divergence rft
-    run rlvr length-penalty "$1" $from $end --length-penalty 0.5 --steps 20
-    run opsd reinject-correct "$1" $from $end --filter correct --reinject 32
-    run opsd reinject-all "$1" $from $end --filter all --reinject 32
-    evaluate baselines "$1" "rlvr rft-correct length-penalty reinject-correct reinject-all"
-
-    for filter in correct incorrect; do
-        run opsd off-$filter "$1" $from $end --filter $filter --thinking off
-    done
-    run opsd off-on "$1" $from $end --filter correct --thinking off --teacher-thinking on
-    evaluate off "$1" "rlvr off-correct off-incorrect off-on" --context solution --thinking off
-
-    run opsd on-off "$1" $from $end --filter correct --teacher-thinking off
-    run opsd wrong-agreement "$1" $from $end --filter correct --context wrong --gate agreement
-    evaluate roles "$1" "rlvr correct on-off all wrong-correct wrong-agreement"
+    evaluate settled-agreement "$1" "rlvr $names"
 }
 
 # Seed: the three stages with a pretrained model; longer; controls; and OPSD before RLVR.
@@ -139,7 +143,7 @@ real() {
     evaluate real-order "$1" "real-sft real-rlvr real-sft-correct real-sft-incorrect" $test \
         --context $contexts
 }
-export -f keep run evaluate pipeline more real
+export -f keep run evaluate pipeline real
 
 files() { for seed in $SEEDS; do echo "$results/${1/SEED/$seed}"; done; }
 
@@ -171,10 +175,7 @@ if [ "${1:-}" = real ]; then
     exit
 fi
 
-{
-    for seed in $SEEDS; do echo pipeline "$seed"; done
-    for seed in $FEW; do echo more "$seed"; done
-} | xargs -P "$JOBS" -L 1 bash -c 'set -euo pipefail; "$@"' _
+echo $SEEDS | xargs -P "$JOBS" -n 1 bash -c 'set -euo pipefail; pipeline "$1"' _
 
 python -m lab.gates --seeds $FEW --jobs "$JOBS"
 keep runs/gates/table.json gates/gates.json
@@ -182,11 +183,12 @@ cp runs/gates/figure.png $results/gates.png
 cp runs/gates/figure.svg $results/gates.svg
 
 python -m lab.table --seeds $SEEDS --real-seeds $REAL_SEEDS --docs
-python -m lab.plot pairs $(files evaluations/filters-SEED.json.gz) \
-    $(files evaluations/contexts-SEED.json.gz) --out $results/pairs
-python -m tools.plot path $(files metrics/correct-SEED.jsonl.gz) \
-    $(files metrics/incorrect-SEED.jsonl.gz) $(files metrics/all-SEED.jsonl.gz) --out $results/figure1
-python -m tools.plot position $(files kl_by_position/all-SEED.jsonl.gz) --out $results/figure2
-python -m tools.plot trajectory $(files metrics/correct-SEED.jsonl.gz) \
-    $(files metrics/incorrect-SEED.jsonl.gz) --out $results/figure3
-python -m lab.plot shift $(files evaluations/filters-SEED.json.gz) --out $results/figure4
+python -m lab.plot pairs $(files evaluations/settled-SEED.json.gz) \
+    $(files evaluations/settled-contexts-SEED.json.gz) --out $results/pairs
+python -m tools.plot path $(files metrics/settled-correct-SEED.jsonl.gz) \
+    $(files metrics/settled-incorrect-SEED.jsonl.gz) --out $results/figure1
+python -m tools.plot position $(files kl_by_position/settled-all-SEED.jsonl.gz) \
+    --out $results/figure2
+python -m tools.plot trajectory $(files metrics/settled-correct-SEED.jsonl.gz) \
+    $(files metrics/settled-incorrect-SEED.jsonl.gz) --out $results/figure3
+python -m lab.plot shift $(files evaluations/settled-SEED.json.gz) --out $results/figure4

@@ -8,7 +8,9 @@ from run import HERE
 from tools import read_json
 
 RESULTS = os.path.join(HERE, "lab", "results")
-SEEDS = [str(seed) for seed in range(101, 109)]  # of the pipelines; the first FEW have more runs
+SEEDS = [str(seed) for seed in range(201, 209)]  # of the pipelines, trained until settled
+# Those of the second edition, 40 steps each (commit c922497); the first FEW have more runs.
+OLD_SEEDS = [str(seed) for seed in range(101, 109)]
 FEW = 3
 REAL_SEEDS = ["1", "2", "3"]  # of the pretrained model
 
@@ -30,9 +32,13 @@ def log_of(name):
 
 
 def branch_of(name, seed):
-    """The branch of a name like runs/table/BRANCH-SEED, with "reading CONTEXT" if it is there."""
+    """The branch of a name like runs/table/BRANCH-SEED; with "after N" of a checkpoint step-N, and
+    "reading CONTEXT" where those stand.
+    """
     model, *reading = name.split(" ", 1)
-    return " ".join([os.path.basename(model).removesuffix(f"-{seed}"), *reading])
+    run, _, step = model.partition("/step-")
+    after = [f"after {step}"] if step else []
+    return " ".join([os.path.basename(run).removesuffix(f"-{seed}"), *after, *reading])
 
 
 def mean_interval(values):

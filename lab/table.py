@@ -20,6 +20,7 @@ from lab import gates, results
 from lab.paper import EXPERIMENTS, experiments_table
 from lab.results import (
     FEW,
+    OLD_SEEDS,
     REAL_SEEDS,
     SEEDS,
     T95,
@@ -40,21 +41,23 @@ class Part(NamedTuple):
     """One evaluation of reproduce.sh."""
 
     title: str
-    few: bool = False  # on the first FEW pipelines
-    real: bool = False  # of the pretrained model, on its own seeds
+    seeds: str = "old"  # new: SEEDS, old: OLD_SEEDS, few: the first FEW of these, real: REAL_SEEDS
 
 
 PARTS = {
-    "filters": Part("Filters and divergences after RLVR"),
-    "contexts": Part("Contexts"),
+    "settled": Part("Filters, after 40 steps and settled", "new"),
+    "settled-contexts": Part("A wrong solution, an instruction: after 40 steps and settled", "new"),
+    "settled-agreement": Part("Counting only the tokens that the teacher agrees with", "new"),
+    "filters": Part("Filters and divergences after RLVR, 40 steps"),
+    "contexts": Part("Contexts, 40 steps"),
     "order": Part("RLVR, and OPSD before it: changes against SFT"),
-    "baselines": Part("Baselines and reinjection", few=True),
-    "off": Part("Thinking off: the answer alone", few=True),
-    "roles": Part("Roles, outcomes, gates against a wrong reference", few=True),
-    "real": Part("A pretrained model: filters after RLVR", real=True),
-    "real-contexts": Part("A pretrained model: contexts", real=True),
-    "real-order": Part("A pretrained model: OPSD before RLVR, changes against SFT", real=True),
-    "real-long": Part("A pretrained model: 24 steps instead of 10", real=True),
+    "baselines": Part("Baselines and reinjection", "few"),
+    "off": Part("Thinking off: the answer alone", "few"),
+    "roles": Part("Roles, outcomes, gates against a wrong reference", "few"),
+    "real": Part("A pretrained model: filters after RLVR", "real"),
+    "real-contexts": Part("A pretrained model: contexts", "real"),
+    "real-order": Part("A pretrained model: OPSD before RLVR, changes against SFT", "real"),
+    "real-long": Part("A pretrained model: 24 steps instead of 10", "real"),
 }
 
 
@@ -62,13 +65,14 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--seeds", nargs="+", default=SEEDS, help="of reproduce.sh")
+    add("--old-seeds", nargs="+", default=OLD_SEEDS, help="of the second edition's pipelines")
     add("--real-seeds", nargs="+", default=REAL_SEEDS, help="of reproduce.sh real")
     add("--docs", action="store_true", help="also write the tables in README.md and lab/")
     add("--check", action="store_true", help="write nothing, say which tables are stale")
     args = parser.parse_args(argv)
-    for flag, seeds in (("--seeds", args.seeds), ("--real-seeds", args.real_seeds)):
-        if len(seeds) > max(T95):
-            fail(f"{flag}: {len(seeds)} seeds, at most {max(T95)}")
+    for name in ("seeds", "old_seeds", "real_seeds"):
+        if len(getattr(args, name)) > max(T95):
+            fail(f"--{name.replace('_', '-')}: more than {max(T95)} seeds")
     return args
 
 
@@ -157,19 +161,20 @@ def mechanism_table(part, seeds):
     return markdown(["branch", *(f"{k}: {key.replace('_', ' ')}" for k, key in columns)], rows)
 
 
-def pipelines_table(seeds):
+def pipelines_table(part, columns, seeds):
     """A row a pipeline, changes with their 95% interval over problems; then the means over the
     pipelines, with the interval over pipelines and that over the problems of these pipelines.
+
+    columns: {(branch, accuracy or length): its header}.
     """
-    columns = [("rlvr reading solution", "accuracy")]
-    columns += [(name, key) for name in ("correct", "incorrect") for key in ("accuracy", "length")]
+    prefix = "settled-" if part == "settled" else ""
     found = [
         {branch_of(r["name"], seed): r for r in evaluation["records"] if r["group"] == "all"}
-        for seed, evaluation in zip(seeds, evaluations("filters", seeds), strict=True)
+        for seed, evaluation in zip(seeds, evaluations(part, seeds), strict=True)
     ]
     before = [pipeline["rlvr"]["accuracy"] for pipeline in found]
     changes = {(b, key): [pipeline[b]["change"][key] for pipeline in found] for b, key in columns}
-    pairs = [changes[name, "accuracy"] for name in ("incorrect", "correct")]
+    pairs = [changes[f"{prefix}{name}", "accuracy"] for name in ("incorrect", "correct")]
     gaps = [incorrect[0] - correct[0] for incorrect, correct in zip(*pairs, strict=True)]
     rows = [
         [str(seed), f"{accuracy:.1f}", *map(change, cells), f"{gap:+.1f}"]
@@ -184,20 +189,60 @@ def pipelines_table(seeds):
     cells = [*map(change, over), change(mean_interval(gaps))]
     rows.append(["mean, over pipelines", mean(mean_interval(before)), *cells])
     rows.append(["mean, over problems", "", *map(change, within), ""])
-    header = ["pipeline", "after RLVR", "reading the solution, points", "correct: points"]
-    header += ["correct: length, %", "incorrect: points", "incorrect: length, %"]
-    header += ["incorrect minus correct, points"]
+    header = ["pipeline", "after RLVR", *columns.values(), "incorrect minus correct, points"]
+    return markdown(header, rows)
+
+
+READING = {("rlvr reading solution", "accuracy"): "reading the solution, points"}
+OLD_COLUMNS = READING | {
+    (name, key): f"{name}: {key_name}"
+    for name in ("correct", "incorrect")
+    for key, key_name in (("accuracy", "points"), ("length", "length, %"))
+}
+SETTLED_COLUMNS = READING | {
+    (f"settled-{name}{after}", key): f"{name}{after or ', settled'}: {unit}"
+    for name in ("correct", "incorrect")
+    for after, key, unit in (
+        (" after 40", "accuracy", "points"),
+        ("", "accuracy", "points"),
+        ("", "length", "length, %"),
+    )
+}
+
+
+def way_table(seeds):
+    """How runs on correct rollouts got there, a row a pipeline, from their logs (256 held-out
+    problems): the mean reverse KL of their last three updates as a share of the first three's; the
+    deepest change of accuracy; where it is within a point of the run's last four evaluations again.
+    """
+    marks, rows = (10, 20, 40, 120), []
+    for seed in seeds:
+        lines = read_lines(log_of(f"settled-correct-{seed}"))
+        kls = [line["reverse_kl"] for line in lines if line.get("kept")]
+        shares = [100 * np.mean(kls[step - 3 : step]) / np.mean(kls[:3]) for step in marks]
+        found = []  # (step, change of accuracy)
+        for line in lines:
+            for r in line.get("evaluation", ()):
+                if r["change"] and r["group"] == "all":
+                    found.append((line["step"], r["change"]["accuracy"][0]))
+        end = np.mean([gained for _, gained in found[-4:]])
+        step, deepest = min(found, key=lambda pair: pair[1])
+        back = next(at for at, gained in found if at >= step and gained >= end - 1)
+        dip = [f"{deepest:+.1f}", str(step), str(back), f"{end:+.1f}"]
+        rows.append([str(seed), *(f"{share:.1f}" for share in shares), *dip])
+    header = ["pipeline", *(f"KL, step {step}, % of the first" for step in marks)]
+    header += ["deepest, points", "at step", "back at step", "at the end, points"]
     return markdown(header, rows)
 
 
 # Rows of README's table: (part, branch, its name there).
 FRONT = [
-    ("filters", "correct", "correct"),
-    ("filters", "incorrect", "incorrect"),
-    ("filters", "all", "all"),
-    ("contexts", "instruction-incorrect", "incorrect, `--context instruction`"),
-    ("contexts", "wrong-correct", "correct, `--context wrong`"),
-    ("contexts", "wrong-incorrect", "incorrect, `--context wrong`"),
+    ("settled", "correct", "correct"),
+    ("settled", "incorrect", "incorrect"),
+    ("settled", "all", "all"),
+    ("settled-contexts", "instruction-incorrect", "incorrect, `--context instruction`"),
+    ("settled-contexts", "wrong-correct", "correct, `--context wrong`"),
+    ("settled-contexts", "wrong-incorrect", "incorrect, `--context wrong`"),
 ]
 
 
@@ -207,9 +252,9 @@ def front_table(records):
     header = ["rollouts in the loss", "accuracy, points", "length, %"]
     rows = []
     for part, branch, name in FRONT:
-        r = found[part, branch]
+        r = found[part, f"settled-{branch}"]
         ours = change(r["accuracy_change"]), change(r["length_change"])
-        rows.append([name, *ours, papers.get((part, branch), "not run")])
+        rows.append([name, *ours, papers.get(("filters", branch), "not run")])
     return markdown([*header, "the paper: Qwen3-8B / AceReason-7B"], rows)
 
 
@@ -239,8 +284,9 @@ def update(path, tables):
 
 def main(argv=None):
     args = parse_args(argv)
-    seeds = {part: args.seeds[:FEW] if PARTS[part].few else args.seeds for part in PARTS}
-    seeds |= {part: args.real_seeds for part in PARTS if PARTS[part].real}
+    groups = dict(new=args.seeds, old=args.old_seeds, few=args.old_seeds[:FEW])
+    groups["real"] = args.real_seeds
+    seeds = {part: groups[PARTS[part].seeds] for part in PARTS}
     tables, text = {}, []
 
     def add(name, title, table):
@@ -253,15 +299,20 @@ def main(argv=None):
         for part, rows in parts.items():
             add(part, f"{PARTS[part].title}; pipelines: {len(seeds[part])}", part_table(rows))
         for part in PARTS:
-            if part != "off" and not PARTS[part].real:
+            real = PARTS[part].seeds == "real"
+            if part != "off" and not real:
                 title = f"What the traces do, percent of easy and of hard steps: {part}"
                 add(f"mechanism-{part}", title, mechanism_table(part, seeds[part]))
-            if PARTS[part].real:
+            if real:
                 title = f"{PARTS[part].title}, seed by seed"
                 add(f"{part}-seeds", title, seeds_table(part, seeds[part]))
         tables["brief-roles"] = brief_table(parts["roles"])
         tables["brief-off"] = brief_table(parts["off"])
-        add("pipelines", "Pipeline by pipeline", pipelines_table(args.seeds))
+        table = pipelines_table("settled", SETTLED_COLUMNS, args.seeds)
+        add("settled-pipelines", "Pipeline by pipeline, settled", table)
+        add("way", "The way there, correct rollouts", way_table(args.seeds))
+        table = pipelines_table("filters", OLD_COLUMNS, args.old_seeds)
+        add("pipelines", "Pipeline by pipeline, 40 steps", table)
         bench = read_json(os.path.join(results.RESULTS, "gates", "gates.json.gz"))
         add("gates", "Token gates", gates.make_table(bench["records"]))
     except OSError as error:

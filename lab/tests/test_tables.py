@@ -54,7 +54,10 @@ def test_pretrained_problems_end_right_and_traces_only_add_checks():
 
 
 BRANCHES = {part: [e.branch for e in paper.EXPERIMENTS if e.part == part] for part in table.PARTS}
-BRANCHES["contexts"] += ["wrong-correct", "wrong-incorrect"]
+SETTLED = ["correct", "incorrect", "all"]
+BRANCHES["settled"] = [f"settled-{name}{after}" for name in SETTLED for after in (" after 40", "")]
+CONTROLS = ("instruction-incorrect", "wrong-correct", "wrong-incorrect")
+BRANCHES["settled-contexts"] = [f"settled-{name}" for name in CONTROLS]
 
 
 def pairs(part, seed):
@@ -64,7 +67,11 @@ def pairs(part, seed):
     branches = [branch for branch in BRANCHES[part] if branch != "rlvr reading solution"]
     baseline = f"runs/table/{'sft' if part == 'order' else 'rlvr'}-{seed}"
     named = [(baseline, graded(["correct"] * 3 + ["incorrect"], 100))]
-    for name in [f"{baseline} reading solution", *(f"runs/table/{b}-{seed}" for b in branches)]:
+    paths = []
+    for branch in branches:
+        run, _, step = branch.partition(" after ")
+        paths.append(f"runs/table/{run}-{seed}" + (f"/step-{step}" if step else ""))
+    for name in [f"{baseline} reading solution", *paths]:
         named.append((name, graded(["correct"] * 4, 80 - seed)))
     return named
 
@@ -93,6 +100,20 @@ def write_results(path, seed):
         rows = [dict(args=dict(out=f"runs/table/{name}-{seed}", seed=seed))]
         rows += [dict(step=step, kept=5 + step / 10, loss_tokens=step) for step in (20, 40, 80)]
         write_gz(path / "metrics" / f"{name}-{seed}.jsonl.gz", *map(json.dumps, rows))
+    write_gz(path / "metrics" / f"settled-correct-{seed}.jsonl.gz", *map(json.dumps, way()))
+
+
+def way():
+    """The log of 120 steps whose KL falls to a tenth and whose accuracy dips by 6 points."""
+    rows = []
+    for step in range(1, 121):
+        kl = 0.5 if step < 40 else 0.05
+        rows.append(dict(step=step, kept=9, loss_tokens=9, reverse_kl=kl))
+        if step % 10 == 0:
+            gained = {10: -6.0, 20: -3.0}.get(step, 2.0 - 0.5 * (step == 30))
+            change = dict(accuracy=[gained, 0.0, 0.0])
+            rows.append(dict(step=step, evaluation=[dict(group="all", change=change)]))
+    return rows
 
 
 def write_bench(path):
@@ -118,7 +139,7 @@ def results(tmp_path, monkeypatch):
 
 
 def test_tables_from_the_runs_own_files(results, capsys):
-    table.main("--seeds 1 2 --real-seeds 1 2 --docs".split())
+    table.main("--seeds 1 2 --old-seeds 1 2 --real-seeds 1 2 --docs".split())
     readme = (results / "README.md").read_text()
     assert "old" not in readme
     assert readme.startswith("before\n") and readme.endswith("<!-- end -->\nafter\n")
@@ -136,6 +157,7 @@ def test_tables_from_the_runs_own_files(results, capsys):
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[3] == "100.0" and cells[4].startswith("+25.0") and cells[5] == "78.5"
     assert cells[6].startswith("-21.5 [-27.9, -15.1]") and cells[9:11] == ["9.7", "140"]
+    assert "| 1 | 100.0 | 100.0 | 70.0 | 10.0 | -6.0 | 10 | 30 | +2.0 |" in printed  # the way
 
 
 def test_seeds_side_by_side_with_both_intervals_of_their_mean(monkeypatch, capsys):
@@ -187,16 +209,16 @@ def test_seeds_side_by_side_with_both_intervals_of_their_mean(monkeypatch, capsy
 
 
 def test_check_names_the_tables_that_are_stale_and_writes_nothing(results, capsys):
-    table.main("--seeds 1 2 --real-seeds 1 2 --docs".split())
+    table.main("--seeds 1 2 --old-seeds 1 2 --real-seeds 1 2 --docs".split())
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        table.main("--seeds 1 2 --real-seeds 1 2 --check".split())
+        table.main("--seeds 1 2 --old-seeds 1 2 --real-seeds 1 2 --check".split())
     assert stop.value.code == 0 and "stale" not in capsys.readouterr().out
     readme = results / "README.md"
     readme.write_text(readme.read_text().replace("+25.0", "+26.0"))
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stop:
-        table.main("--seeds 1 2 --real-seeds 1 2 --check".split())
+        table.main("--seeds 1 2 --old-seeds 1 2 --real-seeds 1 2 --check".split())
     assert stop.value.code == 1 and capsys.readouterr().out == "stale: README.md: experiments\n"
     after = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     assert before == after
