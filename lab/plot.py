@@ -1,9 +1,9 @@
 """Figures of our pipelines from evaluations, as eval.py writes them or results/ keeps them.
 
-    python -m lab.plot pairs filters-*.json.gz contexts-*.json.gz --out pairs
+    python -m lab.plot pairs settled-2*.json.gz settled-contexts-*.json.gz --out pairs
     python -m lab.plot shift evaluation.json --out figure4
 
-pairs: change of accuracy by what the teacher reads, a line a pipeline. shift: problems repaired and
+pairs: changes by what the teacher reads and which responses are trained on. shift: problems repaired and
 damaged, a bar a branch, figure 4 of the paper. Several files are seeds of one thing where a name
 differs in its trailing -SEED alone. Figures of a run's own logs: tools/plot.py.
 """
@@ -39,36 +39,37 @@ def changes(files):
     return found
 
 
-# Right and whole references, and the others.
-PANELS = (("solution", "answer", "instruction"), ("wrong", "other", "part"))
+# Branch and label, from the top.
+ROWS = {
+    "settled-correct": "right reference,\ncorrect responses",
+    "settled-incorrect": "right reference,\nincorrect responses",
+    "settled-wrong-incorrect": "wrong reference,\nincorrect responses",
+    "settled-wrong-correct": "wrong reference,\ncorrect responses",
+}
 
 
 def pairs(axes, files):
-    """Change of accuracy (points) with correct and with incorrect rollouts, a line a pipeline, by
-    what the teacher reads; dots are means with their 95% interval over the pipelines.
+    """Change of accuracy (left) and of length (right) by what the teacher reads and which responses
+    are trained on: a small dot a pipeline, a large one their mean with its 95% interval.
     """
     found = changes(files)
-    for panel, contexts in zip((axes, axes.inset_axes([1.15, 0, 1, 1])), PANELS, strict=True):
-        prefixes = {context: f"{context}-" for context in contexts} | {"solution": ""}
-        contexts = [context for context in contexts if f"{prefixes[context]}correct" in found]
-        for place, context in enumerate(contexts):
-            both = []
-            for outcome, x in (("correct", place - 0.2), ("incorrect", place + 0.2)):
-                records = found[prefixes[context] + outcome]
-                values = [r["change"]["accuracy"][0] for r in records]
-                mean, low, high = mean_interval(values)
-                style = dict(fmt="o", markersize=5, capsize=3, color=COLOURS[outcome], zorder=3)
-                label = f"{outcome} rollouts" if place == 0 else None
-                bars = None if low is None else [[mean - low], [high - mean]]
-                panel.errorbar(x, mean, yerr=bars, label=label, **style)
-                both.append(values)
-            panel.plot([place - 0.2, place + 0.2], both, color="#bbbbbb", linewidth=0.8)
-        panel.axhline(0, color="black", linewidth=0.8)
-        panel.set_xticks(range(len(contexts)), contexts)
-        panel.set_xlabel("what the teacher reads")
+    panels = ("accuracy", axes), ("length", axes.inset_axes([1.06, 0, 0.6, 1], sharey=axes))
+    for key, panel in panels:
+        for place, branch in enumerate(ROWS):
+            values = [r["change"][key][0] for r in found[branch]]
+            mean, low, high = mean_interval(values)
+            outcome = branch.rpartition("-")[2]
+            style = dict(fmt="o", markersize=7, capsize=4, color=COLOURS[outcome], zorder=3)
+            bars = None if low is None else [[mean - low], [high - mean]]
+            panel.errorbar(mean, place, xerr=bars, **style)
+            panel.plot(values, [place + 0.22] * len(values), "o", markersize=3, color="#9a9a9a")
+        panel.axvline(0, color="black", linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
-    axes.set_ylabel("change of accuracy, points")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.set_ylim(len(ROWS) - 0.5, -0.5)
+    axes.set_yticks(range(len(ROWS)), ROWS.values())
+    axes.set_xlabel("change of accuracy, points")
+    panels[1][1].tick_params(labelleft=False)
+    panels[1][1].set_xlabel("change of length, percent")
 
 
 def shift(axes, files):
