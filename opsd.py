@@ -43,7 +43,7 @@ import ranks
 import rollout
 import samplers
 from data import CONTEXTS
-from eval import HeldOut
+from metrics import HeldOut
 from model import (
     backward_in_chunks,
     load_model,

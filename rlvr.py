@@ -26,7 +26,7 @@ import data
 import ranks
 import rollout
 import samplers
-from eval import HeldOut
+from metrics import HeldOut
 from model import (
     backward_in_chunks,
     load_model,

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from eval import interval, paired_bootstrap
 from lab.results import branch_of, change, evaluations, mean_interval
+from metrics import interval, paired_bootstrap
 from run import fail
 from tools import markdown
 

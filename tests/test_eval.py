@@ -10,6 +10,7 @@ import pytest
 import eval as evaluation
 import opsd
 from data import Problem, embedded_problems
+from metrics import compare, compare_mean, interval, paired_bootstrap, shift, summarise, table_of
 from rollout import Rollout
 from run import HERE
 from tests.helpers import SMALL, TINY, graded, metrics, weights, write
@@ -22,8 +23,8 @@ SFT = os.path.join(HERE, "tiny", "sft")
 
 def test_bootstrap_intervals_cover_and_pair():
     def intervals(before, after):
-        changes = evaluation.paired_bootstrap(before, after)
-        return {key: evaluation.interval(*value) for key, value in changes.items()}
+        changes = paired_bootstrap(before, after)
+        return {key: interval(*value) for key, value in changes.items()}
 
     rng = np.random.default_rng(0)
     base, length = rng.random(400), np.full(400, 100.0)
@@ -38,14 +39,14 @@ def test_bootstrap_intervals_cover_and_pair():
 
 def test_shift_counts_expected_repairs_and_damages():
     pairs = ((np.array([0.0, 1.0, 0.5]), None), (np.array([1.0, 0.75, 0.5]), None))
-    assert evaluation.shift(*pairs) == dict(repaired=1.25, damaged=0.5, net=0.75)
+    assert shift(*pairs) == dict(repaired=1.25, damaged=0.5, net=0.75)
 
 
 def test_mean_over_benchmarks_weighs_benchmarks_alike_and_adds_shifts():
     outcomes = ["correct"] * 30 + ["incorrect"] * 10
     big = [("a", graded(outcomes, 100)), ("b", graded(outcomes, 80))]
     small = [("a", graded(["correct", "incorrect"], 10)), ("b", graded(["correct", "correct"], 10))]
-    before, after = evaluation.compare_mean(dict(big=big, small=small))
+    before, after = compare_mean(dict(big=big, small=small))
     assert (before["accuracy"], before["length"], before["change"]) == (62.5, 55, None)
     assert after["accuracy"] == 87.5
     assert after["change"]["accuracy"][0] == 25
@@ -59,8 +60,8 @@ def test_rows_that_repeat_a_question_are_one_problem():
         return [r for r in graded(outcomes, 10) for _ in range(2)]
 
     before, after = ["correct", "incorrect"] * 20, ["correct"] * 30 + ["incorrect"] * 10
-    once = evaluation.compare([("a", graded(before, 10)), ("b", graded(after, 10))])
-    twice = evaluation.compare([("a", rows(before)), ("b", rows(after))])
+    once = compare([("a", graded(before, 10)), ("b", graded(after, 10))])
+    twice = compare([("a", rows(before)), ("b", rows(after))])
     assert twice[1]["change"] == once[1]["change"]
 
 
@@ -69,8 +70,8 @@ def test_the_mean_of_two_equal_benchmarks_is_narrower_by_the_root_of_two():
     named = [
         (name, graded(rng.choice(["correct", "incorrect"], 400).tolist(), 10)) for name in "ab"
     ]
-    one = evaluation.compare(named)[1]["change"]["accuracy"]
-    two = evaluation.compare_mean(dict(x=named, y=named))[1]["change"]["accuracy"]
+    one = compare(named)[1]["change"]["accuracy"]
+    two = compare_mean(dict(x=named, y=named))[1]["change"]["accuracy"]
     assert (one[2] - one[1]) / (two[2] - two[1]) == pytest.approx(2**0.5, rel=0.05)
 
 
@@ -85,7 +86,7 @@ def test_summary_keeps_the_groups_apart():
         row("incorrect", "no_answer", 30),
         row("truncated", "truncated", 40),
     ]
-    s = evaluation.summarise(rows)
+    s = summarise(rows)
     assert (s["accuracy"], s["wrong"], s["no_answer"], s["truncated"]) == (25, 25, 25, 25)
     assert (s["length"], s["length_correct"], s["markers"]) == (25, 10, pytest.approx(20))
 
@@ -121,8 +122,8 @@ def test_eval_packs_its_file_if_the_name_says_so(tmp_path):
 
 
 def test_a_rate_that_is_zero_everywhere_is_a_line_below_the_table():
-    records = evaluation.compare([("a", graded(["correct", "incorrect"], 10))])
-    assert evaluation.table_of(records).endswith("\ntruncated and no answer: 0.0%")
+    records = compare([("a", graded(["correct", "incorrect"], 10))])
+    assert table_of(records).endswith("\ntruncated and no answer: 0.0%")
 
 
 def test_eval_averages_several_files_of_the_shapes_that_benchmarks_have(tmp_path, capsys):

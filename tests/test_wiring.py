@@ -25,6 +25,7 @@ import rollout
 import run
 import sft
 from data import embedded_problems, problem_batch
+from metrics import EVALUATION_SEED, interval, paired_bootstrap
 from run import HERE
 from samplers import TransformersSampler
 from tests.helpers import (
@@ -170,7 +171,7 @@ def check_sampling(events, seed):
         assert set(event.generated) == {(0.7, 0.9, event.seed, True, 0)}
         assert all(len(ids) <= CAP for ids, _ in event.results)
     first, *between, last = draws
-    assert first.seed == last.seed == evaluation.EVALUATION_SEED + seed
+    assert first.seed == last.seed == EVALUATION_SEED + seed
     return [event.seed for event in between if not event.writes] + [first.seed]
 
 
@@ -666,5 +667,5 @@ def test_the_defaults_are_those_of_the_documents():
 
 def test_bootstrap_of_the_length_pairs_problems():
     length, zero = np.random.default_rng(0).integers(20, 200, 50).astype(float), np.zeros(50)
-    changes = evaluation.paired_bootstrap((zero, length), (zero, 0.8 * length))
-    assert evaluation.interval(*changes["length"]) == pytest.approx((-20, -20, -20))
+    changes = paired_bootstrap((zero, length), (zero, 0.8 * length))
+    assert interval(*changes["length"]) == pytest.approx((-20, -20, -20))

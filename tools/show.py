@@ -37,7 +37,7 @@ import data
 import opsd
 import rollout
 import samplers
-from eval import evaluate, summarise
+from metrics import evaluate, summarise
 from model import chunks_of, load_model, response_hidden, take
 from ranks import open_head
 from run import Parser, check_out, fail, set_up, start, write_whole
