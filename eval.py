@@ -14,6 +14,9 @@
 
 import os
 
+if __name__ == "__main__":
+    from launch import start  # before torch: from now on Ctrl-C is one line
+
 import data
 import ranks
 import rollout
@@ -22,7 +25,7 @@ from answers import extract
 from data import CONTEXTS
 from metrics import compare, compare_mean, evaluate, table_of
 from model import load_model, load_tokenizer
-from run import Parser, add_run_flags, check_out, fail, provenance, set_up, start, write_json
+from run import Parser, add_run_flags, check_out, fail, provenance, set_up, write_json
 from verify import Verifier
 
 

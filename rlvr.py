@@ -20,6 +20,9 @@ import time
 from dataclasses import replace
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    from launch import start  # before torch: from now on Ctrl-C is one line
+
 import torch
 
 import data
@@ -45,7 +48,6 @@ from run import (
     fingerprint,
     progress,
     set_up,
-    start,
     tiny,
 )
 from verify import Verifier

@@ -153,20 +153,6 @@ def progress(items, what):
     return tqdm(items, desc=what, leave=False, disable=silent)
 
 
-def start(main):
-    """Runs a script's main; Ctrl-C and an output that nobody takes are one line, or none."""
-    sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
-
-
 # ------------------------------------------------------------------------------------------------
 # What a number needs to be repeated
 

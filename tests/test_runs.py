@@ -1,13 +1,16 @@
 """Runs: resuming, damage, bad input. One line, exit code 2, nothing left behind."""
 
+import glob
 import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,13 +257,37 @@ def test_a_run_leaves_a_model_card_with_its_command_and_table(tmp_path, monkeypa
     assert table in printed and table.count("\n") >= 5
 
 
-def test_an_output_that_nobody_takes_is_no_traceback(tmp_path):
+@pytest.mark.parametrize(
+    "into, code, said",
+    [
+        (" | head -n 1; exit ${PIPESTATUS[0]}", 1, ""),
+        (" > /dev/full", 2, "error: standard output: No space left on device\n"),
+    ],
+)
+def test_an_output_that_takes_no_more_is_no_traceback(into, code, said, tmp_path):
     command = [sys.executable, os.path.join(HERE, "opsd.py"), *BARE, "--steps", "3"]
-    command += ["--out", str(tmp_path / "run")]
-    shell = " ".join(command) + " | head -n 1"
+    shell = ["bash", "-c", shlex.join([*command, "--out", str(tmp_path / "run")]) + into]
     environment = dict(os.environ, PYTHONIOENCODING="latin-1")
-    done = subprocess.run(shell, shell=True, capture_output=True, text=True, env=environment)
-    assert "Traceback" not in done.stderr and done.stdout.count("\n") == 1
+    done = subprocess.run(shell, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (code, said) and done.stdout.count("\n") == 2 - code
+
+
+SCRIPTS = [path for f in ("", "tools/") for path in glob.glob(f"{f}*.py", root_dir=HERE)]
+SCRIPTS = [p for p in SCRIPTS if "    start(main)\n" in Path(HERE, p).read_text()]
+
+
+def test_ctrl_c_while_a_script_imports_torch_is_one_line(tmp_path):
+    """The second import of what the first one, interrupted, left fails with another error."""
+    interrupted = "import os; os.kill(os.getpid(), 2)\nfor _ in range(10**6): pass\n"
+    for name in ("torch", "numpy"):
+        write(tmp_path / f"{name}.py", f"try: exec({interrupted!r})", "finally: raise ImportError")
+    environment = dict(os.environ, PYTHONPATH=str(tmp_path))
+    assert len(SCRIPTS) >= 8
+    for path in SCRIPTS:
+        module = path.removesuffix(".py").replace("/", ".")
+        command = [sys.executable, "-m", module]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE)
+        assert (done.returncode, done.stderr) == (130, "\ninterrupted\n"), path
 
 
 def test_one_seed_fixes_everything(tmp_path):

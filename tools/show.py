@@ -31,6 +31,9 @@ import argparse
 import json
 import os
 
+if __name__ == "__main__":
+    from launch import start
+
 import torch
 
 import data
@@ -40,7 +43,7 @@ import samplers
 from metrics import evaluate, summarise
 from model import chunks_of, load_model, response_hidden, take
 from ranks import open_head
-from run import Parser, check_out, fail, set_up, start, write_whole
+from run import Parser, check_out, fail, set_up, write_whole
 from verify import Verifier
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "show.html")
