@@ -1,12 +1,11 @@
-"""Accuracy and length of graded rollouts, their changes with intervals, and held-out problems.
+"""Accuracy and length of graded rollouts; changes with intervals; a run's held-out problems.
 
 1. A response that hits the token cap is not correct and counted apart (truncated), as is one
    without an answer from a wrong one.
 2. Length in tokens, eos included, over all responses and over the correct ones: truncation alone
    can look like compression.
 3. Changes: points of accuracy, percent of mean length, with 95% paired bootstrap intervals over
-   questions (all responses to one stay together).
-4. Shift: expected number of questions repaired and damaged (figure 4).
+   problems (all responses to one question stay together).
 """
 
 import re
@@ -24,10 +23,7 @@ DRAWS = 10_000  # of the bootstrap
 
 
 def evaluate(sampler, tokenizer, problems, verifier, args, samples=1, contexts=None):
-    """`samples` graded rollouts a problem, problem after problem.
-
-    The same seed each time: checkpoints are compared like with like.
-    """
+    """`samples` graded rollouts a problem, problem after problem; each time with the same seed."""
     repeated = [problem for problem in problems for _ in range(samples)]
     seed = EVALUATION_SEED + args.seed
     rollouts = rollout.make_rollouts(sampler, tokenizer, repeated, args, seed, contexts)
@@ -62,14 +58,14 @@ def summarise(rollouts):
 
 
 def per_problem(rollouts):
-    """(accuracy, length), each the mean over a question's responses: (problems,). Rows that repeat
-    a question are not independent: they are one problem.
+    """(correct responses, their tokens, their number), sums over all responses to a question:
+    (3, problems). Rows that repeat a question are not independent: they are one problem.
     """
-    responses = {}
+    sums = {}
     for r in rollouts:
-        row = r.outcome == "correct", len(r.response_ids)
-        responses.setdefault(r.problem.question, []).append(row)
-    return np.array([np.mean(rows, 0) for rows in responses.values()]).T
+        row = np.array([r.outcome == "correct", len(r.response_ids), 1.0])
+        sums[r.problem.question] = sums.get(r.problem.question, 0) + row
+    return np.array(list(sums.values())).T
 
 
 def paired_bootstrap(before, after, seed=0):
@@ -77,15 +73,16 @@ def paired_bootstrap(before, after, seed=0):
     (estimate, draws of it). `before` and `after` are what `per_problem` returns, over the same
     problems in the same order.
     """
-    (accuracy0, length0), (accuracy1, length1) = before, after
-    gained = 100 * (accuracy1 - accuracy0)  # (problems,)
-    problems = len(gained)
-    rows = np.random.default_rng(seed).integers(problems, size=(DRAWS, problems))
-    shorter = length1[rows].mean(1) / length0[rows].mean(1)  # (DRAWS,)
-    return dict(
-        accuracy=(gained.mean(), gained[rows].mean(1)),
-        length=(100 * (length1.mean() / length0.mean() - 1), 100 * (shorter - 1)),
-    )
+    (correct0, length0, responses), (correct1, length1, _) = before, after  # (problems,)
+
+    def changes(rows):  # (..., problems) -> (...) each; responses weigh alike, as in `summarise`
+        points = 100 * (correct1 - correct0)[rows].sum(-1) / responses[rows].sum(-1)
+        return points, 100 * (length1[rows].sum(-1) / length0[rows].sum(-1) - 1)
+
+    every = np.arange(len(responses))
+    drawn = np.random.default_rng(seed).integers(len(every), size=(DRAWS, len(every)))
+    (points, percent), (points_drawn, percent_drawn) = changes(every), changes(drawn)
+    return dict(accuracy=(points, points_drawn), length=(percent, percent_drawn))
 
 
 def interval(estimate, draws):
@@ -97,18 +94,13 @@ def shift(before, after):
     """Expected number of problems repaired (wrong before and right after, one response each) and
     damaged (the reverse), and the net: figure 4.
     """
-    (old, _), (new, _) = before, after
-    return dict(
-        repaired=float(((1 - old) * new).sum()),
-        damaged=float((old * (1 - new)).sum()),
-        net=float((new - old).sum()),
-    )
+    old, new = before[0] / before[2], after[0] / after[2]  # (problems,)
+    repaired, damaged = float(((1 - old) * new).sum()), float((old * (1 - new)).sum())
+    return dict(repaired=repaired, damaged=damaged, net=repaired - damaged)
 
 
 def compare(named, benchmark=""):
-    """One record a (name, rollouts) pair and difficulty: `summarise`, and the change against the
-    first pair.
-    """
+    """A record for each (name, rollouts) and difficulty: measures, and changes from the first."""
     _, first = named[0]
     difficulties = sorted({r.problem.difficulty for r in first} - {""})
     groups = ["all", *(difficulties if 1 < len(difficulties) <= 10 else [])]  # not a solve rate's
@@ -125,9 +117,7 @@ def compare(named, benchmark=""):
 
 
 def compare_mean(benchmarks):
-    """The same over several benchmarks, as in the paper: measures and changes are means over
-    benchmarks, each counting alike, shifts are sums.
-    """
+    """The same over {benchmark: named}: means, each benchmark counting alike; sums of shifts."""
     records = []
     for named in zip(*benchmarks.values(), strict=True):  # one model on all benchmarks
         firsts = [named[0][1] for named in benchmarks.values()]
@@ -188,9 +178,7 @@ def table_of(records):
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         cells[:2] = row[0].ljust(widths[0]), row[1].ljust(widths[1])
         lines.append("  ".join(cells))
-    lines.append(
-        "length in tokens: of all, of correct, of wrong responses; markers per 1,000 tokens"
-    )
+    lines += ["length in tokens: of all, of correct, of wrong responses; markers per 1,000 tokens"]
     zero = [key.replace("_", " ") for key in ("truncated", "no_answer") if key not in rates]
     return "\n".join(lines + ([f"{' and '.join(zero)}: 0.0%"] if zero else []))
 
@@ -201,8 +189,8 @@ class HeldOut:
     def __init__(self, sampler, tokenizer, problems, verifier, args):
         if problems:
             problems = rollout.drop_long(problems, tokenizer, args, sampler.limit)
-        self.inputs, self.args = (sampler, tokenizer, problems, verifier, args), args
-        self.problems = problems
+        self.problems, self.args = problems, args
+        self.inputs = sampler, tokenizer, problems, verifier, args
         self.before = self.respond() if problems else None
 
     def respond(self):

@@ -10,7 +10,16 @@ import pytest
 import eval as evaluation
 import opsd
 from data import Problem, embedded_problems
-from metrics import compare, compare_mean, interval, paired_bootstrap, shift, summarise, table_of
+from metrics import (
+    compare,
+    compare_mean,
+    interval,
+    paired_bootstrap,
+    per_problem,
+    shift,
+    summarise,
+    table_of,
+)
 from rollout import Rollout
 from run import HERE
 from tests.helpers import SMALL, TINY, graded, metrics, weights, write
@@ -21,24 +30,30 @@ SFT = os.path.join(HERE, "tiny", "sft")
 # Measures and intervals
 
 
+def sums(accuracy, length):
+    """What per_problem returns of one response a problem."""
+    return accuracy, length, np.ones(len(accuracy))
+
+
 def test_bootstrap_intervals_cover_and_pair():
     def intervals(before, after):
-        changes = paired_bootstrap(before, after)
-        return {key: interval(*value) for key, value in changes.items()}
+        changes = paired_bootstrap(sums(*before), sums(*after))
+        return [interval(*changes[key]) for key in ("accuracy", "length")]
 
     rng = np.random.default_rng(0)
-    base, length = rng.random(400), np.full(400, 100.0)
-    change = intervals((base, length), (base + 0.05, 0.8 * length))
-    assert change["accuracy"] == pytest.approx((5, 5, 5))  # paired: no width
-    assert change["length"] == pytest.approx((-20, -20, -20))
-    noisy = intervals((base, length), (rng.permutation(base), length))["accuracy"]
+    base, length = rng.random(400), rng.integers(20, 200, 400)
+    points, percent = intervals((base, length), (base + 0.05, 0.8 * length))
+    assert points == pytest.approx((5, 5, 5))  # paired: no width
+    assert percent == pytest.approx((-20, -20, -20))
+    noisy, _ = intervals((base, length), (rng.permutation(base), length))
     expected = 100 * 1.96 * (2 * base.var() / 400) ** 0.5
     assert noisy[1] < noisy[0] < noisy[2]
     assert noisy[2] - noisy[0] == pytest.approx(expected, rel=0.15)
 
 
 def test_shift_counts_expected_repairs_and_damages():
-    pairs = ((np.array([0.0, 1.0, 0.5]), None), (np.array([1.0, 0.75, 0.5]), None))
+    responses = np.full(3, 4)
+    pairs = (np.array([0, 4, 2]), None, responses), (np.array([4, 3, 2]), None, responses)
     assert shift(*pairs) == dict(repaired=1.25, damaged=0.5, net=0.75)
 
 
@@ -55,14 +70,33 @@ def test_mean_over_benchmarks_weighs_benchmarks_alike_and_adds_shifts():
     assert after["length_incorrect"] is None  # one benchmark has none
 
 
-def test_rows_that_repeat_a_question_are_one_problem():
-    def rows(outcomes):
-        return [r for r in graded(outcomes, 10) for _ in range(2)]
+def test_a_repeated_question_is_one_problem_and_weighs_as_its_responses():
+    """So that the change is the difference of the means beside it, and its interval as wide as that
+    of the questions.
+    """
+    rng, one, two = np.random.default_rng(0), [], []
+    for rows, right, longest in ((one, 0.5, 90), (two, 0.8, 50)):
+        for question in range(60):
+            for r in graded(rng.choice(["incorrect", "correct"], 4, p=[1 - right, right]), 0):
+                r.problem = Problem(str(question // 20 * question), "1")  # 20 rows are one question
+                r.response_ids = [0] * rng.integers(10, longest + question)
+                rows.append(r)
+    before, after = compare([("a", one), ("b", two)])
+    points, percent = after["change"]["accuracy"], after["change"]["length"]
+    assert points[0] == pytest.approx(after["accuracy"] - before["accuracy"])
+    assert percent[0] == pytest.approx(100 * (after["length"] / before["length"] - 1))
+    assert len(per_problem(one)[0]) == 41 and per_problem(one)[2].sum() == len(one)
+    # To answer twice alike tells nothing new.
+    twice = [[r for r in rows for _ in range(2)] for rows in (one, two)]
+    again = compare(list(zip("ab", twice, strict=True)))[1]["change"]
+    assert again["accuracy"] == pytest.approx(points) and again["length"] == pytest.approx(percent)
 
-    before, after = ["correct", "incorrect"] * 20, ["correct"] * 30 + ["incorrect"] * 10
-    once = compare([("a", graded(before, 10)), ("b", graded(after, 10))])
-    twice = compare([("a", rows(before)), ("b", rows(after))])
-    assert twice[1]["change"] == once[1]["change"]
+
+def test_per_problem_sums_over_the_responses_of_a_problem():
+    first, second = graded(["correct", "incorrect"], 7), graded(["correct", "correct"], 5)
+    rows = [first[0], first[0], second[1]]
+    correct, length, responses = per_problem(rows)
+    assert (list(correct), list(length), list(responses)) == ([2, 1], [14, 5], [2, 1])
 
 
 def test_the_mean_of_two_equal_benchmarks_is_narrower_by_the_root_of_two():
@@ -158,7 +192,9 @@ def test_a_run_on_real_data_is_evaluated_on_held_out_problems_on_its_way(tmp_pat
         for p in embedded_problems(12, 7)
     ]
     train = write(tmp_path / "train.jsonl", *rows)
-    held_out = write(tmp_path / "held-out.jsonl", *rows[:4])
+    # A question with another solution is the same question.
+    others = [json.dumps(dict(json.loads(row), solution="by heart")) for row in rows[:4]]
+    held_out = write(tmp_path / "held-out.jsonl", *others)
     out = str(tmp_path / "run")
     flags = "--eval-every 1 --save-every 2 --steps 3 --filter all".split()
     files = ["--data", train, "--eval-data", held_out, "--out", out]

@@ -25,7 +25,7 @@ import rollout
 import run
 import sft
 from data import embedded_problems, problem_batch
-from metrics import EVALUATION_SEED, interval, paired_bootstrap
+from metrics import EVALUATION_SEED
 from run import HERE
 from samplers import TransformersSampler
 from tests.helpers import (
@@ -663,9 +663,3 @@ def test_the_defaults_are_those_of_the_documents():
     assert (args.filter, args.context, args.divergence) == ("correct", "solution", "reverse_kl")
     assert (args.teacher, args.temperature, args.max_new_tokens) == ("frozen", 1, 160)
     assert rlvr.parse_args([]).group == 8
-
-
-def test_bootstrap_of_the_length_pairs_problems():
-    length, zero = np.random.default_rng(0).integers(20, 200, 50).astype(float), np.zeros(50)
-    changes = paired_bootstrap((zero, length), (zero, 0.8 * length))
-    assert interval(*changes["length"]) == pytest.approx((-20, -20, -20))
