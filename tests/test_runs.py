@@ -457,7 +457,7 @@ def test_a_finished_run_goes_on_with_more_steps_and_the_same_problems(tmp_path, 
     opsd.main([*argv, "--steps", "2"])
     with pytest.raises(SystemExit):
         opsd.main([*argv, "--steps", "2", "--resume"])
-    assert "is finished (with more --steps it goes on)" in capsys.readouterr().err
+    assert "is finished; with its state and more --steps it goes on" in capsys.readouterr().err
     opsd.main([*argv, "--steps", "3", "--resume"])
     assert [row["step"] for row in metrics(out)[1:]] == [1, 2, 3]
     whole = str(tmp_path / "whole")
@@ -467,7 +467,7 @@ def test_a_finished_run_goes_on_with_more_steps_and_the_same_problems(tmp_path, 
         os.remove(os.path.join(out, name))
     with pytest.raises(SystemExit):
         opsd.main([*argv, "--steps", "4", "--resume"])
-    assert "is finished (its state is gone)" in capsys.readouterr().err
+    assert "is finished; with its state" in capsys.readouterr().err
     sft.main("--batch 2 --threads 1 --steps 2 --out".split() + [str(tmp_path / "sft")])
     with pytest.raises(SystemExit):
         sft.main("--batch 2 --threads 1 --steps 3 --resume --out".split() + [str(tmp_path / "sft")])

@@ -43,7 +43,7 @@ import samplers
 from metrics import evaluate, summarise
 from model import chunks_of, load_model, response_hidden, take
 from ranks import open_head
-from run import Parser, check_out, fail, set_up, write_whole
+from run import Parser, check_out, fail, set_up, write_file
 from verify import Verifier
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "show.html")
@@ -290,15 +290,6 @@ def render(page):
         head, tail = file.read().split("/*DATA*/")
     text = json.dumps(page, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     return (head + text + tail).encode("utf-8", "replace")  # lone surrogates
-
-
-def write_file(path, content):
-    def write(target):
-        with open(target, "wb") as file:
-            file.write(content)
-
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write_whole(path, write)
 
 
 def main(argv=None):
