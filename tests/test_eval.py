@@ -5,6 +5,8 @@ import json
 import os
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import eval as evaluation
@@ -25,9 +27,6 @@ from run import HERE
 from tests.helpers import SMALL, TINY, graded, metrics, weights, write
 
 SFT = os.path.join(HERE, "tiny", "sft")
-
-# ------------------------------------------------------------------------------------------------
-# Measures and intervals
 
 
 def sums(accuracy, length):
@@ -85,18 +84,13 @@ def test_a_repeated_question_is_one_problem_and_weighs_as_its_responses():
     points, percent = after["change"]["accuracy"], after["change"]["length"]
     assert points[0] == pytest.approx(after["accuracy"] - before["accuracy"])
     assert percent[0] == pytest.approx(100 * (after["length"] / before["length"] - 1))
-    assert len(per_problem(one)[0]) == 41 and per_problem(one)[2].sum() == len(one)
+    right, length, responses = per_problem(one)
+    assert len(responses) == 41 and responses[0] == 80 and responses.sum() == len(one)
+    assert length[0] == sum(len(r.response_ids) for r in one if r.problem.question == "0")
     # To answer twice alike tells nothing new.
     twice = [[r for r in rows for _ in range(2)] for rows in (one, two)]
     again = compare(list(zip("ab", twice, strict=True)))[1]["change"]
     assert again["accuracy"] == pytest.approx(points) and again["length"] == pytest.approx(percent)
-
-
-def test_per_problem_sums_over_the_responses_of_a_problem():
-    first, second = graded(["correct", "incorrect"], 7), graded(["correct", "correct"], 5)
-    rows = [first[0], first[0], second[1]]
-    correct, length, responses = per_problem(rows)
-    assert (list(correct), list(length), list(responses)) == ([2, 1], [14, 5], [2, 1])
 
 
 def test_the_mean_of_two_equal_benchmarks_is_narrower_by_the_root_of_two():
@@ -125,65 +119,41 @@ def test_summary_keeps_the_groups_apart():
     assert (s["length"], s["length_correct"], s["markers"]) == (25, 10, pytest.approx(20))
 
 
-# ------------------------------------------------------------------------------------------------
-# The script, and evaluations of a training run
-
-
-def test_eval_writes_a_table_and_json(tmp_path, capsys):
-    out = tmp_path / "e.json"
-    flags = "--context solution --problems 12 --samples 2 --max-new-tokens 90".split()
-    evaluation.main(["--model", TINY, SFT, *flags, "--out", str(out)])
-    printed, saved = capsys.readouterr().out, json.loads(out.read_text())
-    header = "accuracy change, points length change, percent correct wrong".split()
-    assert header == next(line for line in printed.split("\n") if "markers" in line).split()[:8]
-    assert ("truncated and no answer: 0.0%" in printed) == (
-        not any(r["truncated"] or r["no_answer"] for r in saved["records"])
-    )
-    assert len({r["name"] for r in saved["records"]}) == 3
-    for rows in saved["responses"]["embedded"].values():
-        assert [row["question"] for row in rows[::2]] == [row["question"] for row in rows[1::2]]
-        assert len(rows) == 24 and len({row["question"] for row in rows}) == 12
-        for row in rows:
-            right = row["answer"] is not None and int(row["answer"]) == int(row["gold"])
-            assert (row["verdict"] == "correct") == right
-
-
-def test_eval_packs_its_file_if_the_name_says_so(tmp_path):
-    out = str(tmp_path / "e.json.gz")
-    evaluation.main(["--model", SFT, *"--problems 2 --samples 1 --out".split(), out])
-    with gzip.open(out, "rt") as stream:
-        assert {row["name"] for row in json.load(stream)["records"]} == {SFT}
-
-
 def test_a_rate_that_is_zero_everywhere_is_a_line_below_the_table():
     records = compare([("a", graded(["correct", "incorrect"], 10))])
     assert table_of(records).endswith("\ntruncated and no answer: 0.0%")
 
 
 def test_eval_averages_several_files_of_the_shapes_that_benchmarks_have(tmp_path, capsys):
-    import pyarrow
-    import pyarrow.parquet
-
     row = dict(problem="12 +3, result?", solution="12+3=15", answer="15", subject="Algebra")
     rows = pyarrow.Table.from_pylist([dict(**row, level=level) for level in (1, 2)])
-    math500 = str(tmp_path / "math500.parquet")
+    math500, out = str(tmp_path / "math500.parquet"), str(tmp_path / "e.json.gz")
     pyarrow.parquet.write_table(rows, math500)
     row = dict(problem="20 -4, result?", solution="20-4=16", answer="016", url="x", year="2024")
     aime = write(tmp_path / "aime24.jsonl", json.dumps(dict(id=60, **row)))
-    out = tmp_path / "e.json"
-    flags = "--samples 4 --max-new-tokens 60".split()
-    argv = ["--model", TINY, SFT, "--data", math500, aime, *flags, "--out", str(out)]
-    evaluation.main(argv)
-    records = json.loads(out.read_text())["records"]
+    flags = "--samples 4 --max-new-tokens 60 --context solution".split()
+    evaluation.main(["--model", TINY, SFT, "--data", math500, aime, *flags, "--out", out])
+    with gzip.open(out, "rt") as stream:  # packed, as its name says
+        saved = json.load(stream)
+    records, printed = saved["records"], capsys.readouterr().out
     groups = [(r["benchmark"], r["group"]) for r in records[:3]]
     assert groups == [("math500", "all"), ("math500", "1"), ("math500", "2")]
+    assert len({r["name"] for r in records}) == 3
     mean = records[-1]
-    parts = [r for r in records[:-2] if r["group"] == "all" and r["name"] == mean["name"]]
-    assert mean["benchmark"] == "mean"
+    parts = [r for r in records[:-3] if r["group"] == "all" and r["name"] == mean["name"]]
+    assert mean["benchmark"] == "mean" and len(parts) == 2
     assert mean["accuracy"] == pytest.approx(sum(r["accuracy"] for r in parts) / 2)
     changes = [r["change"]["length"][0] for r in parts]
     assert mean["change"]["length"][0] == pytest.approx(sum(changes) / 2)
-    assert "mean over the benchmarks" in capsys.readouterr().out
+    header = "accuracy change, points length change, percent correct wrong".split()
+    assert header == next(line for line in printed.split("\n") if "markers" in line).split()[:8]
+    assert "mean over the benchmarks" in printed
+    for name, count in (("math500", 8), ("aime24", 4)):
+        for rows in saved["responses"][name].values():
+            assert len(rows) == count and len({row["question"] for row in rows}) == 1
+            for row in rows:
+                right = row["answer"] is not None and int(row["answer"]) == int(row["gold"])
+                assert (row["verdict"] == "correct") == right
 
 
 def test_a_run_on_real_data_is_evaluated_on_held_out_problems_on_its_way(tmp_path, capsys):
