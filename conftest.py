@@ -35,6 +35,20 @@ def tokenizer(tiny):
 
 
 @pytest.fixture
+def refused(capsys):
+    """Calls what ends with exit code 2 and one line on stderr, and returns the line."""
+
+    def call(function, *args):
+        with pytest.raises(SystemExit) as stop:
+            function(*args)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    return call
+
+
+@pytest.fixture
 def vllm(monkeypatch):
     """The flags for it; skips where there is none."""
     if not importlib.util.find_spec("vllm"):

@@ -36,6 +36,9 @@ from dataclasses import replace
 from itertools import repeat
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    from launch import start  # before torch: from now on Ctrl-C is one line
+
 import torch
 
 import data
@@ -43,7 +46,7 @@ import ranks
 import rollout
 import samplers
 from data import CONTEXTS
-from eval import HeldOut
+from metrics import HeldOut
 from model import (
     backward_in_chunks,
     load_model,
@@ -62,7 +65,6 @@ from run import (
     fingerprint,
     progress,
     set_up,
-    start,
     tiny,
 )
 from verify import Verifier
@@ -309,9 +311,7 @@ def accumulate_gradients(student, teacher, rollouts, args):
     """
     for r in rollouts:  # the one denominator: eq. 1's, over the whole step
         r.weight = 1 / (len(rollouts) * len(r.response_ids))
-    lengths = [
-        sum(map(len, r.teacher_row)) for r in rollouts
-    ]  # tokens; the student's are no longer
+    lengths = [sum(map(len, r.teacher_row)) for r in rollouts]  # tokens; the student's: no more
     parts = []
     for group, counts in progress(my_micro_batches(lengths, args.micro_tokens), "training"):
         micro = [rollouts[i] for i in group]

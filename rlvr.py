@@ -20,13 +20,16 @@ import time
 from dataclasses import replace
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    from launch import start  # before torch: from now on Ctrl-C is one line
+
 import torch
 
 import data
 import ranks
 import rollout
 import samplers
-from eval import HeldOut
+from metrics import HeldOut
 from model import (
     backward_in_chunks,
     load_model,
@@ -45,7 +48,6 @@ from run import (
     fingerprint,
     progress,
     set_up,
-    start,
     tiny,
 )
 from verify import Verifier

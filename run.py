@@ -2,12 +2,11 @@
 
 import argparse
 import fcntl
-import glob
 import gzip
+import itertools
 import json
 import os
 import platform
-import re
 import resource
 import shlex
 import shutil
@@ -16,6 +15,7 @@ import sys
 import time
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -59,9 +59,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         """Numbers are within their flag's bounds: see POSITIVE, BELOW_1."""
         args = super().parse_args(argv)
-        for name, value in vars(args).items():
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                continue
+        numbers = {k: v for k, v in vars(args).items() if type(v) in (int, float)}
+        for name, value in numbers.items():
             least = "above 0" if name in POSITIVE else "0 or more"
             most = " and below 1" if name in BELOW_1 else ""
             if not (value > 0 or value == 0 and name not in POSITIVE) or most and value >= 1:
@@ -86,12 +85,8 @@ def add_run_flags(parser):
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="fixes problems, sampling, new weights")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16"],
-        help="of the computation; auto: bfloat16 on CUDA; trained weights are always float32",
-    )
+    dtypes = ["auto", "float32", "bfloat16"]  # of the computation: trained weights are float32
+    add("--dtype", default="auto", choices=dtypes, help="to compute in; auto: bfloat16 on CUDA")
     add("--threads", type=int, default=0, help="CPU threads; 0 = torch's own choice")
     add("--overwrite", action="store_true", help="replace an existing --out")
     return add
@@ -137,9 +132,7 @@ def set_up(args):
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     if torchrun and device.index is not None:
-        fail(
-            f"--device {args.device}: under torchrun every rank takes a card of its own; give cuda"
-        )
+        fail(f"--device {args.device}: under torchrun each rank takes a card of its own; give cuda")
     if torchrun:
         return ranks.join(device)
     if getattr(args, "offload", False):
@@ -149,42 +142,21 @@ def set_up(args):
 
 def progress(items, what):
     """`items`, with a bar on a terminal and nothing elsewhere."""
-    silent = True if ranks.rank_and_world()[0] else None  # None: tqdm looks for a terminal
+    silent = ranks.rank_and_world()[0] > 0 or None  # None: tqdm looks for a terminal
     return tqdm(items, desc=what, leave=False, disable=silent)
 
 
-def start(main):
-    """Runs a script's main; Ctrl-C and an output that nobody takes are one line, or none."""
-    sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
-
-
-# ------------------------------------------------------------------------------------------------
-# What a number needs to be repeated
-
-
 def provenance():
-    """Versions, machine, commit."""
+    """What a number needs to be repeated: versions, machine, commit."""
     command = ["git", "-C", HERE, "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        commit = None
+    git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True)
     return dict(
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,
         threads=torch.get_num_threads(),
         ranks=ranks.rank_and_world()[1],
-        commit=commit or None,
+        commit=git.stdout.strip() or None if git else None,
         started=time.strftime("%Y-%m-%dT%H:%M:%S"),
     )
 
@@ -210,26 +182,24 @@ def write_whole(path, write):
         os.replace(temporary, path)
     # torch turns a full disk, and a Ctrl-C while it writes, into a RuntimeError.
     except (OSError, RuntimeError, KeyboardInterrupt) as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
         reason = error.__context__ or error  # what torch met first
         if KeyboardInterrupt in (type(error), type(reason)):
             raise KeyboardInterrupt from None
         fail(f"{path}: cannot be written ({one_line(reason)})")
 
 
-def write_json(path, record):
-    """Writes the file whole, its folder too if need be; on several ranks rank 0 does."""
-    if ranks.rank_and_world()[0]:
-        return
-
-    def write(target):
-        packed = path.endswith(".gz")
-        with gzip.open(target, "wt") if packed else open(target, "w") as stream:
-            json.dump(record, stream)
-
+def write_file(path, content):
+    """Writes bytes whole, the folder too if need be."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write_whole(path, write)
+    write_whole(path, lambda target: Path(target).write_bytes(content))
+
+
+def write_json(path, record):
+    """Writes the file, packed if its name ends in .gz; on several ranks rank 0 does."""
+    text = json.dumps(record).encode()
+    if not ranks.rank_and_world()[0]:
+        write_file(path, gzip.compress(text) if path.endswith(".gz") else text)
 
 
 def check_out(args, directory=True):
@@ -254,28 +224,24 @@ def check_run_directory(args):
     With --resume returns the newest whole state of the run, empty if there is none; ends the
     program where its settings were others, naming them.
     """
+    names = set(os.listdir(args.out)) if args.out and os.path.isdir(args.out) else set()
     if not args.resume:
         check_out(args)
-        names = set(os.listdir(args.out)) if args.out and os.path.isdir(args.out) else set()
         if names and not names & {"metrics.jsonl", "model.safetensors"}:
             fail(f"--out {args.out} --overwrite: not the directory of a run")
         if names and os.path.realpath(args.out) == os.path.realpath(str(args.model)):
             fail(f"--out {args.out} --overwrite: is --model as well")
         return {}
-    if not args.out or not os.path.isfile(os.path.join(args.out, "metrics.jsonl")):
+    if "metrics.jsonl" not in names:
         fail(f"--resume: --out {args.out or '(missing)'} is not the directory of a run")
-    state = load_state(args.out)
-    finished = os.path.isfile(os.path.join(args.out, "model.safetensors"))
-    if finished and state.get("step", args.steps) >= args.steps:
-        longer = "with more --steps it goes on" if state else "its state is gone"
-        fail(f"--resume: the run in {args.out} is finished ({longer})")
-    before, now = state.get("args") or first_args(args.out), vars(args)
+    state, before, now = load_state(args.out), first_args(args.out), vars(args)
+    if "model.safetensors" in names and state.get("step", args.steps) >= args.steps:
+        fail(f"--resume: {args.out} is finished; with its state and more --steps it goes on")
     free = HARMLESS - ({"steps"} if "warmup" in now else set())  # sft.py's rates follow --steps
-    names = sorted({*before, *now} - free) if before else []
     others = [
         f"--{name.replace('_', '-')} {before.get(name)} then, {now.get(name)} now"
-        for name in names
-        if before.get(name) != now.get(name)
+        for name in sorted({*before, *now} - free)
+        if before and before.get(name) != now.get(name)
     ]
     if others:
         fail(f"--resume: the run in {args.out} is another experiment: {'; '.join(others)}")
@@ -283,15 +249,13 @@ def check_run_directory(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# States: everything that --resume needs, in one file, state-STEP.pt.
+# States: all that --resume needs in one file, state-STEP.pt, torch.save's zip with its checksums.
 
-# Flags that may differ when a run is resumed.
-# The model and the problems are told by their content, not by their names.
+# Flags that may differ then; model and problems are told by their content, not by their names.
 HARMLESS = {
     *("model", "data", "eval_data", "fields", "out", "overwrite", "resume"),
-    *("steps", "state_every", "save_every", "eval_every"),
+    *("steps", "state_every", "save_every", "eval_every", "vllm_memory", "vllm_eager"),
     *("threads", "device", "micro_tokens", "sample_batch", "checkpointing", "offload"),
-    *("vllm_memory", "vllm_eager"),
 }
 
 
@@ -301,34 +265,24 @@ def find_states(path):
 
 
 def load_state(path):
-    """The newest state in the run directory `path` that is whole; empty if there is none.
-
-    torch.save writes a zip file, which holds a checksum of each of its parts.
-    """
+    """The newest state in the run directory `path` that is whole; empty if there is none."""
     for name in find_states(path):
         file = os.path.join(path, name)
-        if not re.fullmatch(r"state-\d{7}\.pt", name):
-            fail(
-                f"--resume: {file} is of an older edition of this code, which cannot go on with it"
-            )
-        try:
-            with zipfile.ZipFile(file) as parts:
-                damaged = parts.testzip()
-        except (zipfile.BadZipFile, OSError) as error:
-            damaged = error
-        if damaged is None:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if name.count("-") > 1:  # with a checksum
+            fail(f"--resume: {file} is of an older edition of this code: it cannot go on with it")
+        with suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(file) as parts:
+            if parts.testzip() is None:
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         print(f"{file} is damaged: not used")
     return {}
 
 
 def first_args(path):
     """The settings in line 0 of the metrics; none where that line is not whole."""
-    with open(os.path.join(path, "metrics.jsonl")) as stream:
-        try:
-            return json.loads(stream.readline())["args"]
-        except (ValueError, KeyError):
-            return {}
+    file = os.path.join(path, "metrics.jsonl")
+    with suppress(ValueError, KeyError), open(file) as stream:
+        return json.loads(stream.readline())["args"]
+    return {}
 
 
 def fingerprint(problems, model):
@@ -344,9 +298,8 @@ def fingerprint(problems, model):
 class Run:
     """A run directory: its logs (metrics.jsonl: settings, then a line a step) and its states.
 
-    With --resume the directory is the one of the run before, and nothing in it changes until
-    `resume` is called. On several ranks every one has a Run and calls its methods, and rank 0
-    alone writes. A context manager: Ctrl-C inside it ends the program with one line.
+    On several ranks every one has a Run and calls its methods, and rank 0 alone writes. A context
+    manager: Ctrl-C inside it ends the program with one line.
     """
 
     def __init__(self, args, name, identity, state):
@@ -357,17 +310,17 @@ class Run:
         self.first = ranks.rank_and_world()[0] == 0
         self.updates, self.skipped = state.get("updates", 0), state.get("skipped", 0)
         if state and state["identity"] != identity:
-            fail(
-                f"--resume: the run in {args.out} was on other problems or began with another model"
-            )
-        self.new, self.stepped, self.table = not args.out, False, ""
+            fail(f"--resume: {args.out} was on other problems or began with another model")
+        self.new, self.table = not args.out, ""
         if self.first:
             args.out = make_directory(args.out, name)
+            self.lock = take_lock(args.out)
         self.path = args.out = ranks.gather([args.out])[0]
-        self.lock = self.take_lock() if self.first else None
-        if self.first and not args.resume:
-            self.remove_old_run()
-            self.log_settings()
+        if self.first and not state:  # with --overwrite the run before goes, no other file
+            logs = "metrics.jsonl", "samples.jsonl", "not_finite.jsonl", "kl_by_position.jsonl"
+            self.remove(*logs, "state-*", "model*.safetensors*", "step-*", ".saving*")
+            script = Path(sys.argv[0]).name
+            self.log("metrics", dict(script=script, args=vars(args), **provenance()))
 
     def __enter__(self):
         return self
@@ -375,7 +328,7 @@ class Run:
     def __exit__(self, kind, error, trace):
         if self.first:
             os.close(self.lock)
-        if kind and self.first and self.new and not self.stepped:
+        if kind and self.first and self.new and not self.updates + self.skipped:
             shutil.rmtree(self.path)  # a numbered directory of a run that never was
         elif kind is KeyboardInterrupt:
             goes_on = "goes on" if find_states(self.path) else "starts again"
@@ -384,40 +337,19 @@ class Run:
 
     def write_card(self):
         """README.md, which the Hugging Face hub shows: where the model is from, and its table."""
-        script = os.path.splitext(os.path.basename(sys.argv[0]))[0]
-        hub = self.args.model and not os.path.exists(self.args.model)
-        base = f"base_model: {self.args.model}\n" if hub else ""
-        flags = " ".join(map(shlex.quote, sys.argv[1:]))
+        script, model = Path(sys.argv[0]).stem, self.args.model
+        base = f"base_model: {model}\n" if model and not os.path.exists(model) else ""
         text = f"---\nlibrary_name: transformers\n{base}tags: [{script}, math, reasoning]\n---\n\n"
-        text += f"Trained by `python {script}.py {flags}`.\n"
-        if self.table:
-            text += f"\n```\n{self.table}\n```\n"
-        card = os.path.join(self.path, "README.md")
-        write_whole(card, lambda target: Path(target).write_text(text))
+        text += f"Trained by `python {script}.py {shlex.join(sys.argv[1:])}`.\n"
+        text += f"\n```\n{self.table}\n```\n" if self.table else ""
+        write_file(os.path.join(self.path, "README.md"), text.encode())
 
-    def take_lock(self):
-        """Two runs must not write into one directory. The lock ends with the process."""
-        lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"--out {self.path}: another run is writing there")
-        return lock
-
-    def remove_old_run(self):
-        """With --overwrite: logs, states and weights of the run before, and no other files."""
-        logs = ("metrics.jsonl", "samples.jsonl", "not_finite.jsonl", "kl_by_position.jsonl")
-        for pattern in (*logs, "state-*", "model*.safetensors*", "step-*"):
-            for stale in glob.glob(os.path.join(glob.escape(self.path), pattern)):
-                remove(stale)
-
-    def log_settings(self):
-        script = os.path.basename(sys.argv[0])
-        self.log("metrics", dict(script=script, args=vars(self.args), **provenance()))
+    def remove(self, *patterns):
+        for path in [path for pattern in patterns for path in Path(self.path).glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def log(self, file, record):
         """Adds a line to FILE.jsonl."""
-        self.stepped |= "step" in record
         if not self.first:
             return
         try:
@@ -443,30 +375,18 @@ class Run:
         every, last = self.args.state_every, step == self.args.steps
         if not every or step % every and not last:
             return
-        state = dict(
-            step=step,
-            planned=self.state.get("planned", self.args.steps),
-            args=vars(self.args),
-            identity=self.identity,
-            updates=self.updates,
-            skipped=self.skipped,
-            model=ranks.full_state(model),
-            optimizer=ranks.full_state(model, optimizer),
-            generator=torch.get_rng_state(),
-            **rest,
-        )
-        if not self.first:
-            return
-
-        path = os.path.join(self.path, f"state-{step:07d}.pt")
+        state = dict(step=step, updates=self.updates, skipped=self.skipped, identity=self.identity)
+        state.update(planned=self.state.get("planned", self.args.steps), **rest)
+        state.update(model=ranks.full_state(model), optimizer=ranks.full_state(model, optimizer))
+        state["generator"] = torch.get_rng_state()
 
         def write(target):
             with open(target, "wb") as stream:  # with a path a full disk would have no name
                 torch.save(state, stream)
 
-        write_whole(path, write)
-        for old in find_states(self.path)[2:]:
-            os.remove(os.path.join(self.path, old))
+        if self.first:
+            write_whole(os.path.join(self.path, f"state-{step:07d}.pt"), write)
+            self.remove(*find_states(self.path)[2:])
 
     def resume(self, model, optimizer):
         """With --resume: loads the state into model and optimizer, cuts the logs back to its step.
@@ -474,66 +394,57 @@ class Run:
         Returns the number of steps done.
         """
         step = self.state.get("step", 0)
-        if not self.args.resume:
-            return step
         if self.state:
             ranks.load_full_state(model, self.state.pop("model"))  # and free its memory
             ranks.load_full_state(model, self.state.pop("optimizer"), optimizer)
             torch.set_rng_state(self.state["generator"])
-        if self.first:
-            # What a crash left half-written.
-            for leftover in glob.glob(os.path.join(glob.escape(self.path), ".saving*")):
-                remove(leftover)
-            for log in glob.glob(os.path.join(glob.escape(self.path), "*.jsonl")):
-                # The last evaluation follows the last state: it is made anew.
-                drop_later_lines(log, step, again=step == self.args.steps)
-            if not first_args(self.path):  # that run died before it had written a line
-                self.log_settings()
-        print(f"resumed after step {step}" + ("" if self.state else " (no whole state)"))
+        if self.state and self.first:
+            self.remove(".saving*")  # what a crash left half-written
+            for log in Path(self.path).glob("*.jsonl"):
+                lines = log.read_bytes().splitlines(keepends=True)
+                kept = [line for line in lines if stays(line, step, self.args.steps)]
+                write_file(str(log), b"".join(kept))
+        if self.args.resume:
+            print(f"resumed after step {step}" + ("" if self.state else " (no whole state)"))
         return step
 
     def finish(self):
         """The run is complete. Its last state stays: --resume with more --steps goes on with it."""
         if self.first:
             self.write_card()
+            self.remove(*find_states(self.path)[1:])
         print(f"\nrun directory {self.path}: the trained model, metrics.jsonl, samples.jsonl")
-        for name in find_states(self.path)[1:] if self.first else ():
-            os.remove(os.path.join(self.path, name))
         ranks.leave()
+
+
+def take_lock(path):
+    """Two runs must not write into one directory. The lock ends with the process."""
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"--out {path}: another run is writing there")
+    return lock
 
 
 def make_directory(out, name):
     """Makes --out, or the first free runs/NAME-001, -002, ...; returns it."""
-    number = 0
-    while True:
-        number += 1
+    for number in itertools.count(1):
         path = out or os.path.join("runs", f"{name}-{number:03d}")
         try:  # mkdir decides who gets a number, should two runs start at once
             os.makedirs(path, exist_ok=bool(out))
             return path
-        except FileExistsError:
-            continue
         except OSError as error:
-            fail(f"--out {path}: {one_line(error)}")
+            if out or not isinstance(error, FileExistsError):
+                fail(f"--out {path}: {one_line(error)}")
 
 
-def remove(path):
-    shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-
-
-def drop_later_lines(path, step, again):
-    """Drops the lines of a log that are later than `step`, and what a crash left half-written;
-    with `again` the evaluation at `step` as well.
+def stays(line, step, steps):
+    """Whether a line of a log is whole and not of what follows `step`: a later step, or the last
+    evaluation, which comes after the last state.
     """
-    kept = []
-    with open(path, "rb") as stream:
-        for line in stream:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            last = again and "evaluation" in row and row["step"] == step
-            if line.endswith(b"\n") and row.get("step", 0) <= step and not last:
-                kept.append(line)
-
-    write_whole(path, lambda target: Path(target).write_bytes(b"".join(kept)))
+    with suppress(ValueError):
+        row = json.loads(line)
+        last = "evaluation" in row and row["step"] == steps
+        return line.endswith(b"\n") and row.get("step", 0) <= step and not last
+    return False

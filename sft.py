@@ -17,6 +17,9 @@ import math
 import time
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    from launch import start  # before torch: from now on Ctrl-C is one line
+
 import numpy as np
 import torch
 
@@ -42,7 +45,6 @@ from run import (
     fingerprint,
     peak_memory,
     set_up,
-    start,
 )
 
 

@@ -10,6 +10,9 @@ import io
 import os
 import tempfile
 
+if __name__ == "__main__":
+    from launch import start
+
 import torch
 import transformers
 
@@ -17,7 +20,7 @@ import opsd
 import samplers
 from data import embedded_problems, render_prompt
 from model import load_model
-from run import Parser, fail, start, tiny
+from run import Parser, fail, tiny
 
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
 ROUTED = dict(EXPERTS, n_routed_experts=4, n_group=1, topk_group=1, n_shared_experts=1)

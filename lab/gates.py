@@ -17,6 +17,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+if __name__ == "__main__":
+    from launch import start
+
 import numpy as np
 
 import data
@@ -28,7 +31,7 @@ from lab.oracles import ORACLES, REDUNDANT, UNKNOWABLE, add_oracles
 from lab.results import both, mean_interval
 from lab.traces import CLASS_NAMES, add_tags
 from model import load_model
-from run import Parser, fail, set_up, start, write_json
+from run import Parser, fail, set_up, write_json
 from tools import markdown, read_json
 from tools.plot import COLOURS, figure, read_lines
 from verify import Verifier

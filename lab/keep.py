@@ -7,9 +7,12 @@ thinking on what the traces do (lab/traces.py), which is read from the texts.
     python -m lab.keep runs/e.json runs/small.json.gz
 """
 
+if __name__ == "__main__":
+    from launch import start
+
 from data import embedded_problems
 from lab.traces import trace_table
-from run import Parser, start, write_json
+from run import Parser, write_json
 from tools import read_json
 
 

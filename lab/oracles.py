@@ -9,12 +9,15 @@ other tokens. Each filter writes the class of every token into the rollouts' tag
 
 import functools
 
+if __name__ == "__main__":
+    from launch import start
+
 import torch
 
 import opsd
 from lab.traces import CLASS_NAMES, add_tags
 from model import load_tokenizer
-from run import fail, start
+from run import fail
 
 # The classes that each gate lets through. Checks of smudged digits pay: they are not redundant.
 REDUNDANT = {"easy: check or go on", "easy: inside a check"}

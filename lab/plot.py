@@ -8,10 +8,13 @@ damaged, a bar a branch, figure 4 of the paper. Several files are seeds of one t
 differs in its trailing -SEED alone. Figures of a run's own logs: tools/plot.py.
 """
 
+if __name__ == "__main__":
+    from launch import start
+
 import numpy as np
 
 from lab.results import branch_of, mean_interval
-from run import Parser, start
+from run import Parser
 from tools import read_json
 from tools.plot import COLOURS, figure
 

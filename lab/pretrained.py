@@ -15,10 +15,13 @@ import os
 from importlib.metadata import distribution
 from importlib.util import find_spec
 
+if __name__ == "__main__":
+    from launch import start
+
 import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from run import Parser, fail, start, write_whole
+from run import Parser, fail, write_whole
 
 HELD_OUT = {"test": (3_000_001, 300), "dev": (1_000_001, 300)}  # generator's seed, problems
 TRAIN = 2000  # problems a seed

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from eval import interval, paired_bootstrap
 from lab.results import branch_of, change, evaluations, mean_interval
+from metrics import interval, paired_bootstrap
 from run import fail
 from tools import markdown
 
@@ -14,19 +14,17 @@ def changes_of(responses, seed):
 
     Bootstraps of equally many problems draw the same ones: draws of seeds can be averaged.
     """
-    means = {
-        branch_of(model["name"], seed): (
-            (np.array(model["reasons"]) == "correct").mean(1),
-            np.mean(model["lengths"], 1),
-        )
-        for model in responses["models"]
-    }
-    first, *others = means
-    changes = {branch: paired_bootstrap(means[first], means[branch]) for branch in others}
+    sums = {}  # what metrics.per_problem returns
+    for model in responses["models"]:
+        right, lengths = np.array(model["reasons"]) == "correct", np.array(model["lengths"])
+        parts = right, lengths, np.ones_like(lengths)  # (problems, samples) each
+        sums[branch_of(model["name"], seed)] = [part.sum(1) for part in parts]
+    first, *others = sums
+    changes = {branch: paired_bootstrap(sums[first], sums[branch]) for branch in others}
     for branch in others:
         correct = branch.replace("incorrect", "correct")
         if correct != branch:
-            pair = means[correct], means[branch]
+            pair = sums[correct], sums[branch]
             changes[f"{branch} against correct"] = paired_bootstrap(*pair)
     return changes
 

@@ -14,6 +14,9 @@ import os
 import re
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    from launch import start
+
 import numpy as np
 
 from lab import gates, results
@@ -32,7 +35,7 @@ from lab.results import (
     mean_interval,
 )
 from lab.seeds import seeds_table
-from run import HERE, Parser, fail, start, write_json
+from run import HERE, Parser, fail, write_json
 from tools import markdown, read_json
 from tools.plot import read_lines
 

@@ -11,7 +11,10 @@ of the next token.
 
 import json
 
-from run import Parser, fail, start
+if __name__ == "__main__":
+    from launch import start
+
+from run import Parser, fail
 from tools import markdown, open_text
 
 

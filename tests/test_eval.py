@@ -5,47 +5,62 @@ import json
 import os
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import eval as evaluation
 import opsd
 from data import Problem, embedded_problems
+from metrics import (
+    compare,
+    compare_mean,
+    interval,
+    paired_bootstrap,
+    per_problem,
+    shift,
+    summarise,
+    table_of,
+)
 from rollout import Rollout
 from run import HERE
 from tests.helpers import SMALL, TINY, graded, metrics, weights, write
 
 SFT = os.path.join(HERE, "tiny", "sft")
 
-# ------------------------------------------------------------------------------------------------
-# Measures and intervals
+
+def sums(accuracy, length):
+    """What per_problem returns of one response a problem."""
+    return accuracy, length, np.ones(len(accuracy))
 
 
 def test_bootstrap_intervals_cover_and_pair():
     def intervals(before, after):
-        changes = evaluation.paired_bootstrap(before, after)
-        return {key: evaluation.interval(*value) for key, value in changes.items()}
+        changes = paired_bootstrap(sums(*before), sums(*after))
+        return [interval(*changes[key]) for key in ("accuracy", "length")]
 
     rng = np.random.default_rng(0)
-    base, length = rng.random(400), np.full(400, 100.0)
-    change = intervals((base, length), (base + 0.05, 0.8 * length))
-    assert change["accuracy"] == pytest.approx((5, 5, 5))  # paired: no width
-    assert change["length"] == pytest.approx((-20, -20, -20))
-    noisy = intervals((base, length), (rng.permutation(base), length))["accuracy"]
+    base, length = rng.random(400), rng.integers(20, 200, 400)
+    points, percent = intervals((base, length), (base + 0.05, 0.8 * length))
+    assert points == pytest.approx((5, 5, 5))  # paired: no width
+    assert percent == pytest.approx((-20, -20, -20))
+    noisy, _ = intervals((base, length), (rng.permutation(base), length))
     expected = 100 * 1.96 * (2 * base.var() / 400) ** 0.5
     assert noisy[1] < noisy[0] < noisy[2]
     assert noisy[2] - noisy[0] == pytest.approx(expected, rel=0.15)
 
 
 def test_shift_counts_expected_repairs_and_damages():
-    pairs = ((np.array([0.0, 1.0, 0.5]), None), (np.array([1.0, 0.75, 0.5]), None))
-    assert evaluation.shift(*pairs) == dict(repaired=1.25, damaged=0.5, net=0.75)
+    responses = np.full(3, 4)
+    pairs = (np.array([0, 4, 2]), None, responses), (np.array([4, 3, 2]), None, responses)
+    assert shift(*pairs) == dict(repaired=1.25, damaged=0.5, net=0.75)
 
 
 def test_mean_over_benchmarks_weighs_benchmarks_alike_and_adds_shifts():
     outcomes = ["correct"] * 30 + ["incorrect"] * 10
     big = [("a", graded(outcomes, 100)), ("b", graded(outcomes, 80))]
     small = [("a", graded(["correct", "incorrect"], 10)), ("b", graded(["correct", "correct"], 10))]
-    before, after = evaluation.compare_mean(dict(big=big, small=small))
+    before, after = compare_mean(dict(big=big, small=small))
     assert (before["accuracy"], before["length"], before["change"]) == (62.5, 55, None)
     assert after["accuracy"] == 87.5
     assert after["change"]["accuracy"][0] == 25
@@ -54,14 +69,28 @@ def test_mean_over_benchmarks_weighs_benchmarks_alike_and_adds_shifts():
     assert after["length_incorrect"] is None  # one benchmark has none
 
 
-def test_rows_that_repeat_a_question_are_one_problem():
-    def rows(outcomes):
-        return [r for r in graded(outcomes, 10) for _ in range(2)]
-
-    before, after = ["correct", "incorrect"] * 20, ["correct"] * 30 + ["incorrect"] * 10
-    once = evaluation.compare([("a", graded(before, 10)), ("b", graded(after, 10))])
-    twice = evaluation.compare([("a", rows(before)), ("b", rows(after))])
-    assert twice[1]["change"] == once[1]["change"]
+def test_a_repeated_question_is_one_problem_and_weighs_as_its_responses():
+    """So that the change is the difference of the means beside it, and its interval as wide as that
+    of the questions.
+    """
+    rng, one, two = np.random.default_rng(0), [], []
+    for rows, right, longest in ((one, 0.5, 90), (two, 0.8, 50)):
+        for question in range(60):
+            for r in graded(rng.choice(["incorrect", "correct"], 4, p=[1 - right, right]), 0):
+                r.problem = Problem(str(question // 20 * question), "1")  # 20 rows are one question
+                r.response_ids = [0] * rng.integers(10, longest + question)
+                rows.append(r)
+    before, after = compare([("a", one), ("b", two)])
+    points, percent = after["change"]["accuracy"], after["change"]["length"]
+    assert points[0] == pytest.approx(after["accuracy"] - before["accuracy"])
+    assert percent[0] == pytest.approx(100 * (after["length"] / before["length"] - 1))
+    right, length, responses = per_problem(one)
+    assert len(responses) == 41 and responses[0] == 80 and responses.sum() == len(one)
+    assert length[0] == sum(len(r.response_ids) for r in one if r.problem.question == "0")
+    # To answer twice alike tells nothing new.
+    twice = [[r for r in rows for _ in range(2)] for rows in (one, two)]
+    again = compare(list(zip("ab", twice, strict=True)))[1]["change"]
+    assert again["accuracy"] == pytest.approx(points) and again["length"] == pytest.approx(percent)
 
 
 def test_the_mean_of_two_equal_benchmarks_is_narrower_by_the_root_of_two():
@@ -69,8 +98,8 @@ def test_the_mean_of_two_equal_benchmarks_is_narrower_by_the_root_of_two():
     named = [
         (name, graded(rng.choice(["correct", "incorrect"], 400).tolist(), 10)) for name in "ab"
     ]
-    one = evaluation.compare(named)[1]["change"]["accuracy"]
-    two = evaluation.compare_mean(dict(x=named, y=named))[1]["change"]["accuracy"]
+    one = compare(named)[1]["change"]["accuracy"]
+    two = compare_mean(dict(x=named, y=named))[1]["change"]["accuracy"]
     assert (one[2] - one[1]) / (two[2] - two[1]) == pytest.approx(2**0.5, rel=0.05)
 
 
@@ -85,70 +114,46 @@ def test_summary_keeps_the_groups_apart():
         row("incorrect", "no_answer", 30),
         row("truncated", "truncated", 40),
     ]
-    s = evaluation.summarise(rows)
+    s = summarise(rows)
     assert (s["accuracy"], s["wrong"], s["no_answer"], s["truncated"]) == (25, 25, 25, 25)
     assert (s["length"], s["length_correct"], s["markers"]) == (25, 10, pytest.approx(20))
 
 
-# ------------------------------------------------------------------------------------------------
-# The script, and evaluations of a training run
-
-
-def test_eval_writes_a_table_and_json(tmp_path, capsys):
-    out = tmp_path / "e.json"
-    flags = "--context solution --problems 12 --samples 2 --max-new-tokens 90".split()
-    evaluation.main(["--model", TINY, SFT, *flags, "--out", str(out)])
-    printed, saved = capsys.readouterr().out, json.loads(out.read_text())
-    header = "accuracy change, points length change, percent correct wrong".split()
-    assert header == next(line for line in printed.split("\n") if "markers" in line).split()[:8]
-    assert ("truncated and no answer: 0.0%" in printed) == (
-        not any(r["truncated"] or r["no_answer"] for r in saved["records"])
-    )
-    assert len({r["name"] for r in saved["records"]}) == 3
-    for rows in saved["responses"]["embedded"].values():
-        assert [row["question"] for row in rows[::2]] == [row["question"] for row in rows[1::2]]
-        assert len(rows) == 24 and len({row["question"] for row in rows}) == 12
-        for row in rows:
-            right = row["answer"] is not None and int(row["answer"]) == int(row["gold"])
-            assert (row["verdict"] == "correct") == right
-
-
-def test_eval_packs_its_file_if_the_name_says_so(tmp_path):
-    out = str(tmp_path / "e.json.gz")
-    evaluation.main(["--model", SFT, *"--problems 2 --samples 1 --out".split(), out])
-    with gzip.open(out, "rt") as stream:
-        assert {row["name"] for row in json.load(stream)["records"]} == {SFT}
-
-
 def test_a_rate_that_is_zero_everywhere_is_a_line_below_the_table():
-    records = evaluation.compare([("a", graded(["correct", "incorrect"], 10))])
-    assert evaluation.table_of(records).endswith("\ntruncated and no answer: 0.0%")
+    records = compare([("a", graded(["correct", "incorrect"], 10))])
+    assert table_of(records).endswith("\ntruncated and no answer: 0.0%")
 
 
 def test_eval_averages_several_files_of_the_shapes_that_benchmarks_have(tmp_path, capsys):
-    import pyarrow
-    import pyarrow.parquet
-
     row = dict(problem="12 +3, result?", solution="12+3=15", answer="15", subject="Algebra")
     rows = pyarrow.Table.from_pylist([dict(**row, level=level) for level in (1, 2)])
-    math500 = str(tmp_path / "math500.parquet")
+    math500, out = str(tmp_path / "math500.parquet"), str(tmp_path / "e.json.gz")
     pyarrow.parquet.write_table(rows, math500)
     row = dict(problem="20 -4, result?", solution="20-4=16", answer="016", url="x", year="2024")
     aime = write(tmp_path / "aime24.jsonl", json.dumps(dict(id=60, **row)))
-    out = tmp_path / "e.json"
-    flags = "--samples 4 --max-new-tokens 60".split()
-    argv = ["--model", TINY, SFT, "--data", math500, aime, *flags, "--out", str(out)]
-    evaluation.main(argv)
-    records = json.loads(out.read_text())["records"]
+    flags = "--samples 4 --max-new-tokens 60 --context solution".split()
+    evaluation.main(["--model", TINY, SFT, "--data", math500, aime, *flags, "--out", out])
+    with gzip.open(out, "rt") as stream:  # packed, as its name says
+        saved = json.load(stream)
+    records, printed = saved["records"], capsys.readouterr().out
     groups = [(r["benchmark"], r["group"]) for r in records[:3]]
     assert groups == [("math500", "all"), ("math500", "1"), ("math500", "2")]
+    assert len({r["name"] for r in records}) == 3
     mean = records[-1]
-    parts = [r for r in records[:-2] if r["group"] == "all" and r["name"] == mean["name"]]
-    assert mean["benchmark"] == "mean"
+    parts = [r for r in records[:-3] if r["group"] == "all" and r["name"] == mean["name"]]
+    assert mean["benchmark"] == "mean" and len(parts) == 2
     assert mean["accuracy"] == pytest.approx(sum(r["accuracy"] for r in parts) / 2)
     changes = [r["change"]["length"][0] for r in parts]
     assert mean["change"]["length"][0] == pytest.approx(sum(changes) / 2)
-    assert "mean over the benchmarks" in capsys.readouterr().out
+    header = "accuracy change, points length change, percent correct wrong".split()
+    assert header == next(line for line in printed.split("\n") if "markers" in line).split()[:8]
+    assert "mean over the benchmarks" in printed
+    for name, count in (("math500", 8), ("aime24", 4)):
+        for rows in saved["responses"][name].values():
+            assert len(rows) == count and len({row["question"] for row in rows}) == 1
+            for row in rows:
+                right = row["answer"] is not None and int(row["answer"]) == int(row["gold"])
+                assert (row["verdict"] == "correct") == right
 
 
 def test_a_run_on_real_data_is_evaluated_on_held_out_problems_on_its_way(tmp_path, capsys):
@@ -157,7 +162,9 @@ def test_a_run_on_real_data_is_evaluated_on_held_out_problems_on_its_way(tmp_pat
         for p in embedded_problems(12, 7)
     ]
     train = write(tmp_path / "train.jsonl", *rows)
-    held_out = write(tmp_path / "held-out.jsonl", *rows[:4])
+    # A question with another solution is the same question.
+    others = [json.dumps(dict(json.loads(row), solution="by heart")) for row in rows[:4]]
+    held_out = write(tmp_path / "held-out.jsonl", *others)
     out = str(tmp_path / "run")
     flags = "--eval-every 1 --save-every 2 --steps 3 --filter all".split()
     files = ["--data", train, "--eval-data", held_out, "--out", out]

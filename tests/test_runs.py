@@ -1,13 +1,16 @@
 """Runs: resuming, damage, bad input. One line, exit code 2, nothing left behind."""
 
+import glob
 import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,19 +42,19 @@ def names_in(path):
     return sorted(os.listdir(path))
 
 
-def states_in(path):
-    return [name for name in names_in(path) if "state" in name]
+def steps_in(path):
+    return [row["step"] for row in metrics(path)[1:]]
 
 
 @pytest.mark.parametrize("script, argv", STAGES)
 def test_a_resumed_run_equals_one_that_was_never_interrupted(
-    script, argv, tmp_path, crash, monkeypatch, capsys
+    script, argv, tmp_path, crash, monkeypatch, capsys, refused
 ):
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     argv = argv + "--steps 6 --state-every 2".split()
     with pytest.raises(crash):
         script.main(argv + ["--out", cut])
-    assert states_in(cut) == ["state-0000002.pt", "state-0000004.pt"]
+    assert find_states(cut) == ["state-0000004.pt", "state-0000002.pt"]
     with open(os.path.join(cut, "metrics.jsonl"), "a") as stream:
         stream.write('{"step": 5, "lo')  # a line that the crash cut, ...
     for name in (".saving-metrics.jsonl", ".saving-state", ".saving-config.json"):
@@ -63,79 +66,55 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     assert torch.equal(weights(cut), weights(whole))
     assert lines_without_times(cut) == lines_without_times(whole)
     assert names_in(cut) == names_in(whole)
-    assert states_in(cut) == ["state-0000006.pt"]  # to go on from, with more --steps
-    assert not any(name.startswith(".saving") for name in os.listdir(cut))
-    with pytest.raises(SystemExit):
-        script.main(argv + ["--out", cut, "--resume"])
-    assert "is finished" in capsys.readouterr().err
-
-
-def read_bytes(path):
-    with open(path, "rb") as stream:
-        return stream.read()
-
-
-def write_bytes(path, content):
-    with open(path, "wb") as stream:
-        stream.write(content)
+    assert find_states(cut) == ["state-0000006.pt"]  # to go on from, with more --steps
+    assert not any(name.startswith(".saving") for name in names_in(cut))
+    assert "is finished" in refused(script.main, argv + ["--out", cut, "--resume"])
 
 
 def test_resume_skips_damaged_states_and_refuses_another_experiment(
-    tmp_path, crash, monkeypatch, capsys
+    tmp_path, crash, monkeypatch, capsys, refused
 ):
     out = str(tmp_path / "run")
     argv = [*BARE, *"--steps 6 --state-every 2 --out".split(), out]
     with pytest.raises(crash):
         opsd.main(argv)
     monkeypatch.undo()
-    capsys.readouterr()
     # Before a model is loaded.
     monkeypatch.setattr(opsd, "load_model", lambda *args: pytest.fail("a model was loaded"))
-    for other, complaint in (
-        (["--lr", "1e-5"], "--lr 0.0001 then, 1e-05 now"),
-        (["--temperature", "0.6"], "--temperature 1.0 then, 0.6 now"),
-        (["--filter", "correct"], "--filter all then, correct now"),
-    ):
-        with pytest.raises(SystemExit):
-            opsd.main(argv + other + ["--resume"])
-        error = capsys.readouterr().err
-        assert error.startswith("error: --resume: ") and complaint in error
-        assert error.count("\n") == 1
+    others = (
+        ("--lr 1e-5", "--lr 0.0001 then, 1e-05 now"),
+        ("--temperature 0.6", "--temperature 1.0 then, 0.6 now"),
+        ("--filter correct", "--filter all then, correct now"),
+    )
+    for other, complaint in others:
+        assert complaint in refused(opsd.main, [*argv, *other.split(), "--resume"])
     monkeypatch.undo()
-    newer, older = (os.path.join(out, name) for name in find_states(out))
-    content = read_bytes(newer)
+    newer, older = (Path(out, name) for name in find_states(out))
+    content = newer.read_bytes()
     flags = ["--resume", "--model", os.path.relpath(TINY)]
-    flags += "--backend transformers --dtype float32".split()
-    args = opsd.parse_args(argv + flags)
+    args = opsd.parse_args([*argv, *flags, *"--backend transformers --dtype float32".split()])
     model, problems = load_model(TINY, CPU)[0], embedded_problems(6 * 6, 0)
     optimizer, identity = torch.optim.AdamW(model.parameters()), run.fingerprint(problems, model)
-    for damaged in (
-        b"",
-        content[: len(content) // 2],
-        content[:5000] + bytes([content[5000] ^ 4]) + content[5001:],
-    ):
-        write_bytes(newer, damaged)
+    flipped = content[:5000] + bytes([content[5000] ^ 4]) + content[5001:]
+    for damaged in (b"", content[: len(content) // 2], flipped):
+        newer.write_bytes(damaged)
         state = check_run_directory(args)
         assert state["step"] == 2
         with Run(args, "x", identity, state) as going:
             assert going.resume(model, optimizer) == 2
         assert f"{newer} is damaged" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        Run(args, "x", run.fingerprint(problems[1:], model), state)
-    assert "on other problems" in capsys.readouterr().err
-    os.remove(older)
-    os.remove(newer)
-    with pytest.raises(SystemExit):
-        opsd.main(argv + ["--resume", "--lr", "1e-5"])
-    assert "--lr 0.0001 then, 1e-05 now" in capsys.readouterr().err
-    opsd.main(argv + ["--resume", "--threads", "1", "--out", os.path.join(out, "")])
-    said = capsys.readouterr().out
-    assert "resumed after step 0" in said and "no whole state" in said
-    assert [row["step"] for row in metrics(out)[1:]] == [1, 2, 3, 4, 5, 6]
+    other = run.fingerprint(problems[1:], model)
+    assert "on other problems" in refused(Run, args, "x", other, state)
+    older.unlink()
+    complaint = refused(opsd.main, [*argv, "--resume", "--lr", "1e-5"])  # no whole state is left
+    assert "--lr 0.0001 then, 1e-05 now" in complaint
+    opsd.main([*argv, "--resume", "--threads", "1", "--out", os.path.join(out, "")])
+    assert "resumed after step 0 (no whole state)" in capsys.readouterr().out
+    assert steps_in(out) == [1, 2, 3, 4, 5, 6]
 
 
 def test_resuming_goes_by_what_models_and_problems_are_not_by_their_names(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, refused
 ):
     model, file = tmp_path / "m", tmp_path / "d.jsonl"
     shutil.copytree(TINY, model)
@@ -156,12 +135,11 @@ def test_resuming_goes_by_what_models_and_problems_are_not_by_their_names(
             with torch.no_grad():
                 student.model.norm.weight.mul_(1.01)  # another teacher under the same name
             save_model("m", student, tokenizer)
-        with pytest.raises(SystemExit):
-            opsd.main([*argv, "--steps", "3", *same])
-        assert "on other problems or began with another model" in capsys.readouterr().err
+        error = refused(opsd.main, [*argv, "--steps", "3", *same])
+        assert "on other problems or began with another model" in error
 
 
-def test_two_runs_do_not_write_into_one_directory(tmp_path, capsys):
+def test_two_runs_do_not_write_into_one_directory(tmp_path, refused):
     out = tmp_path / "run"
     argv = [*BARE, "--out", str(out)]
     opsd.main([*argv, "--steps", "1"])
@@ -171,35 +149,26 @@ def test_two_runs_do_not_write_into_one_directory(tmp_path, capsys):
     with subprocess.Popen(command, **pipes) as other:
         assert other.stdout.readline() == "held\n"
         for how in ("--resume", "--overwrite"):
-            with pytest.raises(SystemExit):
-                opsd.main([*argv, "--steps", "2", how])
-            assert "another run is writing there" in capsys.readouterr().err
+            error = refused(opsd.main, [*argv, "--steps", "2", how])
+            assert "another run is writing there" in error
         other.stdin.close()
     assert (out / "model.safetensors").exists()
     opsd.main([*argv, "--steps", "2", "--resume"])
-
-
-def test_a_state_of_an_older_edition_is_one_line(tmp_path, capsys):
-    out = tmp_path / "run"
-    opsd.main([*BARE, "--steps", "1", "--out", str(out)])
-    os.rename(out / "state-0000001.pt", out / "state-0000001-0123abcd.pt")
-    with pytest.raises(SystemExit):
-        opsd.main([*BARE, "--steps", "2", "--resume", "--out", str(out)])
-    error = capsys.readouterr().err
-    assert "is of an older edition" in error and error.count("\n") == 1
+    os.rename(out / "state-0000002.pt", out / "state-0000002-0123abcd.pt")
+    error = refused(opsd.main, [*argv, "--steps", "3", "--resume"])
+    assert "is of an older edition" in error
 
 
 def test_a_run_that_died_before_its_first_line_was_whole_begins_anew(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "metrics.jsonl").write_text('{"script": "op')
+    write(out / "metrics.jsonl", '{"script": "op')
     opsd.main([*BARE, "--steps", "1", "--resume", "--out", str(out)])
-    assert metrics(out)[0]["args"]["filter"] == "all"
-    assert [row["step"] for row in metrics(out)[1:]] == [1]
+    assert metrics(out)[0]["args"]["filter"] == "all" and steps_in(out) == [1]
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_leaves_the_last_state_whole(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, refused
 ):
     out, own, calls = str(tmp_path / "run"), torch.save, []
 
@@ -211,16 +180,14 @@ def test_a_full_disk_ends_the_run_with_one_line_and_leaves_the_last_state_whole(
         own(state, stream)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(SystemExit):
-        opsd.main([*BARE, *"--steps 3 --state-every 1 --out".split(), out])
-    error = capsys.readouterr().err
-    assert "No space left" in error and error.count("\n") == 1
-    assert states_in(out) == ["state-0000001.pt"]
+    argv = [*BARE, *"--steps 3 --state-every 1 --out".split(), out]
+    assert "No space left" in refused(opsd.main, argv)
+    assert find_states(out) == ["state-0000001.pt"] and ".saving" not in str(names_in(out))
 
 
 @pytest.mark.parametrize("script, argv", STAGES)
 def test_a_gradient_that_is_not_finite_is_skipped_and_ends_the_run_after_some(
-    script, argv, tmp_path, monkeypatch, capsys
+    script, argv, tmp_path, monkeypatch, refused
 ):
     out, own, steps = str(tmp_path / "run"), torch.nn.utils.clip_grad_norm_, []
 
@@ -233,42 +200,63 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_ends_the_run_after_some(
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     monkeypatch.setattr(run, "GIVE_UP", 3)
-    with pytest.raises(SystemExit):
-        script.main(argv + ["--steps", "9", "--out", out])
-    error = capsys.readouterr().err
+    error = refused(script.main, argv + ["--steps", "9", "--out", out])
     assert len(steps) == 5 and "not_finite.jsonl" in error and "3 steps in a row" in error
     rows = read_lines(os.path.join(out, "not_finite.jsonl"))
     assert [row["step"] for row in rows] == [1, 3, 4, 5] and rows[0]["rows"][0]["response_ids"]
     assert not os.path.exists(os.path.join(out, "model.safetensors"))
 
 
-def test_a_run_leaves_a_model_card_with_its_command_and_table(tmp_path, monkeypatch, capsys):
-    out = str(tmp_path / "run")
-    argv = ["--filter", "all", "--steps", "1", *SMALL, "--out", out]
-    monkeypatch.setattr(sys, "argv", ["opsd.py", *argv])
-    opsd.main(argv)
-    card, printed = (tmp_path / "run" / "README.md").read_text(), capsys.readouterr().out
+@pytest.mark.parametrize(
+    "into, code, said",
+    [
+        (" | head -n 1; exit ${PIPESTATUS[0]}", 1, ""),
+        (" > /dev/full", 2, "error: standard output: No space left on device\n"),
+    ],
+)
+def test_an_output_that_takes_no_more_is_no_traceback(into, code, said, tmp_path):
+    command = [sys.executable, os.path.join(HERE, "opsd.py"), *BARE, "--steps", "3"]
+    shell = ["bash", "-c", shlex.join([*command, "--out", str(tmp_path / "run")]) + into]
+    environment = dict(os.environ, PYTHONIOENCODING="latin-1")
+    done = subprocess.run(shell, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (code, said) and done.stdout.count("\n") == 2 - code
+
+
+SCRIPTS = [path for f in ("", "tools/") for path in glob.glob(f"{f}*.py", root_dir=HERE)]
+SCRIPTS = [p for p in SCRIPTS if "    start(main)\n" in Path(HERE, p).read_text()]
+
+
+def test_ctrl_c_while_a_script_imports_torch_is_one_line(tmp_path):
+    """The second import of what the first one, interrupted, left fails with another error."""
+    interrupted = "import os; os.kill(os.getpid(), 2)\nfor _ in range(10**6): pass\n"
+    for name in ("torch", "numpy"):
+        write(tmp_path / f"{name}.py", f"try: exec({interrupted!r})", "finally: raise ImportError")
+    environment = dict(os.environ, PYTHONPATH=str(tmp_path))
+    assert len(SCRIPTS) >= 8
+    for path in SCRIPTS:
+        module = path.removesuffix(".py").replace("/", ".")
+        command = [sys.executable, "-m", module]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE)
+        assert (done.returncode, done.stderr) == (130, "\ninterrupted\n"), path
+
+
+def test_one_seed_fixes_everything_and_a_card_has_the_command_and_table(
+    tmp_path, monkeypatch, capsys
+):
+    runs = [str(tmp_path / name) for name in "abc"]
+    for out, seed in zip(runs, "001", strict=True):
+        argv = [*"--steps 2 --filter all --seed".split(), seed, "--out", out, *SMALL]
+        monkeypatch.setattr(sys, "argv", ["opsd.py", *argv])
+        opsd.main(argv)
+    a, b, c = map(lines_without_times, runs)
+    assert a == b != c and torch.equal(weights(runs[0]), weights(runs[1]))
+    card, printed = (tmp_path / "c" / "README.md").read_text(), capsys.readouterr().out
     assert card.startswith("---\nlibrary_name: transformers\n") and "base_model" not in card
     assert f"`python opsd.py {' '.join(argv)}`" in card
     table = card.split("```")[1].strip()
     assert table in printed and table.count("\n") >= 5
-
-
-def test_an_output_that_nobody_takes_is_no_traceback(tmp_path):
-    command = [sys.executable, os.path.join(HERE, "opsd.py"), *BARE, "--steps", "3"]
-    command += ["--out", str(tmp_path / "run")]
-    shell = " ".join(command) + " | head -n 1"
-    environment = dict(os.environ, PYTHONIOENCODING="latin-1")
-    done = subprocess.run(shell, shell=True, capture_output=True, text=True, env=environment)
-    assert "Traceback" not in done.stderr and done.stdout.count("\n") == 1
-
-
-def test_one_seed_fixes_everything(tmp_path):
-    runs = [str(tmp_path / name) for name in "abc"]
-    for out, seed in zip(runs, "001", strict=True):
-        opsd.main([*"--steps 2 --filter all --seed".split(), seed, "--out", out, *SMALL])
-    a, b, c = map(lines_without_times, runs)
-    assert a == b != c and torch.equal(weights(runs[0]), weights(runs[1]))
+    monkeypatch.setenv("PATH", "")  # a machine without git
+    assert provenance()["commit"] is None
 
 
 @pytest.mark.parametrize(
@@ -294,112 +282,93 @@ def test_one_seed_fixes_everything(tmp_path):
         (["--max-new-tokens", "5000"], "--max-new-tokens 5000"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(argv, complaint, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_leaves_nothing(argv, complaint, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     good = '{"question": "1+1?", "answer": "2"}'
-    write(tmp_path / "good.jsonl", good)
-    write(tmp_path / "empty.jsonl", "")
-    write(tmp_path / "broken.jsonl", good, "{not json")
-    write(tmp_path / "no_answer.jsonl", good, '{"question": "1+1?"}')
-    write(tmp_path / "bad_gold.jsonl", '{"question": "1+1?", "answer": "}{"}')
     long = dict(question="long " * 3000, answer="1", solution="1")
-    write(tmp_path / "long.jsonl", json.dumps(long))
-    write(tmp_path / "notes.txt", "hello")
-    write(tmp_path / "broken.parquet", "hello")
+    files = {
+        "good.jsonl": [good],
+        "empty.jsonl": [""],
+        "broken.jsonl": [good, "{not json"],
+        "no_answer.jsonl": [good, '{"question": "1+1?"}'],
+        "bad_gold.jsonl": ['{"question": "1+1?", "answer": "}{"}'],
+        "long.jsonl": [json.dumps(long)],
+        "notes.txt": ["hello"],
+        "broken.parquet": ["hello"],
+    }
+    for name, lines in files.items():
+        write(tmp_path / name, *lines)
     (tmp_path / "taken").mkdir()
-    before = sorted(os.listdir(tmp_path))
-    with pytest.raises(SystemExit) as stop:
-        opsd.main(argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and complaint in error
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert sorted(os.listdir(tmp_path)) == before
+    before = names_in(tmp_path)
+    assert complaint in refused(opsd.main, argv) and names_in(tmp_path) == before
 
 
 def changed_json(path, **values):
     """Sets entries of a JSON file."""
-    with open(path) as stream:
-        record = {**json.load(stream), **values}
-    with open(path, "w") as stream:
-        json.dump(record, stream)
+    write(path, json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def changed_template(path, text):
-    with open(os.path.join(path, "chat_template.jinja"), "w") as stream:
-        stream.write(text)
-
-
-def test_hostile_model_directories_are_refused_by_name(tmp_path, capsys):
-    def refused(path):
-        with pytest.raises(SystemExit) as stop:
-            load_model(str(path), CPU)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith(f"error: --model {path}: ")
-        assert error.count("\n") == 1
-        return error
+def test_hostile_model_directories_are_refused_by_name(tmp_path, refused):
+    def error_of(path):
+        return refused(load_model, str(path), CPU).removeprefix(f"error: --model {path}: ")
 
     template = changed_model(tmp_path / "template")
-    changed_template(template, "{{ raise_exception('only tools') }}")
-    assert "chat template fails" in refused(template)
+    write(tmp_path / "template" / "chat_template.jinja", "{{ raise_exception('only tools') }}")
+    assert error_of(template).startswith("its chat template fails")
     bare = changed_model(tmp_path / "bare")
     os.remove(os.path.join(bare, "chat_template.jinja"))
-    assert "no chat template" in refused(bare)
+    assert "no chat template" in error_of(bare)
     pickled = changed_model(tmp_path / "pickled")
     model, _ = load_model(TINY, CPU)
     os.remove(os.path.join(pickled, "model.safetensors"))
     torch.save(model.state_dict(), os.path.join(pickled, "pytorch_model.bin"))
-    assert "safetensors" in refused(pickled)
+    assert "safetensors" in error_of(pickled)
     coded = changed_model(tmp_path / "coded")
     classes = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
-    changed_json(os.path.join(coded, "config.json"), model_type="mine", auto_map=classes)
+    changed_json(tmp_path / "coded" / "config.json", model_type="mine", auto_map=classes)
     write(tmp_path / "coded" / "mine.py", f"open({str(tmp_path / 'ran')!r}, 'w')")
-    refused(coded)
+    error_of(coded)
     assert not os.path.exists(tmp_path / "ran")
     rotten = changed_model(tmp_path / "rotten")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
     model.save_pretrained(rotten)
-    assert "model.layers.1.mlp.up_proj.weight holds values that are not finite" in refused(rotten)
+    assert "model.layers.1.mlp.up_proj.weight holds values that are not finite" in error_of(rotten)
     endless = changed_model(tmp_path / "endless", eos_token=None)
     os.remove(os.path.join(endless, "generation_config.json"))
-    changed_json(os.path.join(endless, "config.json"), eos_token_id=None)
-    assert "end-of-sequence" in refused(endless)
+    changed_json(tmp_path / "endless" / "config.json", eos_token_id=None)
+    assert "end-of-sequence" in error_of(endless)
 
 
-def test_a_temperature_without_do_sample_can_be_saved(tmp_path):
-    path = changed_model(tmp_path / "model")
-    changed_json(os.path.join(path, "generation_config.json"), temperature=0.6)
-    save_model(str(tmp_path / "saved"), *load_model(path, CPU))
-    assert load_model(str(tmp_path / "saved"), CPU)[0].generation_config.temperature == 0.6
+def test_a_temperature_without_do_sample_can_be_saved_and_files_are_read_by_others(tmp_path):
+    path, saved = changed_model(tmp_path / "model"), tmp_path / "saved"
+    changed_json(tmp_path / "model" / "generation_config.json", temperature=0.6)
+    save_model(str(saved), *load_model(path, CPU))
+    assert load_model(str(saved), CPU)[0].generation_config.temperature == 0.6
+    umask = os.umask(0)
+    os.umask(umask)
+    for name in names_in(saved):
+        assert (saved / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
 
 
-def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, monkeypatch, capsys):
+def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, monkeypatch, refused):
     out = tmp_path / "run"
     (out / "step-1").mkdir(parents=True)
     for name in ("train.jsonl", "notes.txt"):
         write(out / name, "x")
-    with pytest.raises(SystemExit):
-        opsd.main([*SMALL, "--overwrite", "--out", str(out)])
-    assert "not the directory of a run" in capsys.readouterr().err and len(os.listdir(out)) == 3
+    argv = [*BARE, "--overwrite", "--out", str(out)]
+    assert "not the directory of a run" in refused(opsd.main, argv) and len(names_in(out)) == 3
     write(out / "metrics.jsonl", "{}")
     write(out / "model.safetensors", "x")
-    with pytest.raises(SystemExit):
-        opsd.main([*SMALL, "--overwrite", "--out", str(out), "--model", os.path.join(out, "")])
-    assert "is --model as well" in capsys.readouterr().err and len(os.listdir(out)) == 5
+    error = refused(opsd.main, [*argv, "--model", os.path.join(out, "")])
+    assert "is --model as well" in error and len(names_in(out)) == 5
     monkeypatch.setattr(opsd, "accumulate_gradients", lambda *args: fail("stop"))
-    with pytest.raises(SystemExit):
-        opsd.main([*BARE, "--overwrite", "--out", str(out)])
+    refused(opsd.main, argv)
     # No model of another run beside this one's log.
-    left = ["metrics.jsonl", "notes.txt", "samples.jsonl", "train.jsonl"]
-    assert sorted(os.listdir(out)) == left
+    assert names_in(out) == ["metrics.jsonl", "notes.txt", "samples.jsonl", "train.jsonl"]
 
 
-def test_a_machine_without_git_trains(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert provenance()["commit"] is None
-
-
-def test_a_tokenizer_without_eos_or_pad_trains_and_one_without_thinking_is_told(tmp_path, capsys):
+def test_a_tokenizer_without_eos_or_pad_trains_and_one_without_thinking_is_told(tmp_path, refused):
     # The generation config still names the eos.
     path = changed_model(tmp_path / "model", eos_token=None, pad_token=None)
     tokenizer = load_model(path, CPU)[1]
@@ -412,39 +381,27 @@ def test_a_tokenizer_without_eos_or_pad_trains_and_one_without_thinking_is_told(
     sft.main([*argv, *"--batch 2 --threads 1 --out".split(), str(tmp_path / "sft")])
     opsd.main([*argv, "--filter", "all", *SMALL, "--out", str(tmp_path / "opsd")])
     assert metrics(tmp_path / "opsd")[1]["loss_tokens"] > 0
-    changed_template(path, "{% for m in messages %}{{ m.content }}{% endfor %}")
-    with pytest.raises(SystemExit):
-        opsd.main(["--model", path, "--thinking", "off", "--out", str(tmp_path / "off")])
-    complaint = "--thinking off: this model's chat template has no enable_thinking switch"
-    assert complaint in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        out = str(tmp_path / "off")
-        opsd.main(["--model", path, "--teacher-thinking", "off", "--out", out])
-    error = capsys.readouterr().err
-    assert complaint.replace("--", "--teacher-") in error and error.count("\n") == 1
+    write(tmp_path / "model" / "chat_template.jinja", "{{ messages[0].content }}")
+    for flag in ("--thinking", "--teacher-thinking"):
+        error = refused(opsd.main, ["--model", path, flag, "off", "--out", str(tmp_path / "off")])
+        assert f"{flag} off: this model's chat template has no enable_thinking switch" in error
 
 
-def test_a_finished_run_goes_on_with_more_steps_and_the_same_problems(tmp_path, capsys):
-    out = str(tmp_path / "run")
-    argv = [*SMALL, *"--filter all --eval-problems 0".split(), "--out", out]
+def test_a_finished_run_goes_on_with_more_steps_and_the_same_problems(tmp_path, refused):
+    out, whole, other = (str(tmp_path / name) for name in ("run", "whole", "sft"))
+    argv = [*BARE, "--out", out]
     opsd.main([*argv, "--steps", "2"])
-    with pytest.raises(SystemExit):
-        opsd.main([*argv, "--steps", "2", "--resume"])
-    assert "is finished (with more --steps it goes on)" in capsys.readouterr().err
+    finished = "is finished; with its state and more --steps it goes on"
+    assert finished in refused(opsd.main, [*argv, "--steps", "2", "--resume"])
     opsd.main([*argv, "--steps", "3", "--resume"])
-    assert [row["step"] for row in metrics(out)[1:]] == [1, 2, 3]
-    whole = str(tmp_path / "whole")
-    opsd.main([*argv[:-1], whole, "--steps", "2"])
-    assert metrics(whole)[2]["loss"] == metrics(out)[2]["loss"]
+    opsd.main([*BARE, "--out", whole, "--steps", "2"])
+    assert steps_in(out) == [1, 2, 3] and metrics(whole)[2]["loss"] == metrics(out)[2]["loss"]
     for name in find_states(out):
         os.remove(os.path.join(out, name))
-    with pytest.raises(SystemExit):
-        opsd.main([*argv, "--steps", "4", "--resume"])
-    assert "is finished (its state is gone)" in capsys.readouterr().err
-    sft.main("--batch 2 --threads 1 --steps 2 --out".split() + [str(tmp_path / "sft")])
-    with pytest.raises(SystemExit):
-        sft.main("--batch 2 --threads 1 --steps 3 --resume --out".split() + [str(tmp_path / "sft")])
-    assert "--steps 2 then, 3 now" in capsys.readouterr().err
+    assert finished in refused(opsd.main, [*argv, "--steps", "4", "--resume"])
+    argv = ["--batch", "2", "--threads", "1", "--out", other, "--steps"]
+    sft.main([*argv, "2"])
+    assert "--steps 2 then, 3 now" in refused(sft.main, [*argv, "3", "--resume"])
 
 
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path):
@@ -483,68 +440,48 @@ def test_ctrl_c_while_a_state_is_written_is_no_write_error(after, tmp_path):
 
 
 def test_a_run_that_fails_before_its_first_step_leaves_no_numbered_directory(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, refused
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(opsd, "accumulate_gradients", lambda *args: opsd.fail("stop"))
+    monkeypatch.setattr(opsd, "accumulate_gradients", lambda *args: fail("stop"))
     monkeypatch.setattr(opsd.rollout, "show_prompts", lambda *args: None)
-    with pytest.raises(SystemExit):
-        opsd.main([*SMALL, "--filter", "all", "--eval-problems", "0"])
-    assert os.listdir(tmp_path / "runs") == []
+    refused(opsd.main, BARE)
+    assert names_in(tmp_path / "runs") == []
 
 
 def test_eval_refuses_an_out_that_it_could_not_write_before_it_evaluates(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, refused
 ):
     monkeypatch.setattr(evaluation, "load_model", None)
     write(tmp_path / "file", "x")
-    for out, complaint in [
+    for out, complaint in (
         (tmp_path / "file" / "x.json", "not a directory"),
         (tmp_path / "file", "exists already"),
         ("/dev/null/x.json", "not a directory"),
-    ]:
-        with pytest.raises(SystemExit):
-            evaluation.main(["--model", TINY, "--out", str(out)])
-        error = capsys.readouterr().err
+    ):
+        error = refused(evaluation.main, ["--model", TINY, "--out", str(out)])
         assert error.startswith(f"error: --out {out}") and complaint in error
-        assert error.count("\n") == 1
+    argv = ["--model", TINY, "--out", str(tmp_path), "--overwrite"]
+    assert "is a directory, not a file" in refused(evaluation.main, argv)
     path = write(tmp_path / "d.jsonl", '{"question": "1+1?", "answer": "2"}')
-    with pytest.raises(SystemExit):
-        evaluation.main(["--model", TINY, "--data", path, "--context", "solution"])
-    assert "--context solution: needs a worked solution" in capsys.readouterr().err
+    argv = ["--model", TINY, "--data", path, "--context", "solution"]
+    assert "--context solution: needs a worked solution" in refused(evaluation.main, argv)
 
 
-def test_saved_files_can_be_read_by_others(tmp_path):
-    save_model(str(tmp_path / "saved"), *load_model(TINY, CPU))
-    umask = os.umask(0)
-    os.umask(umask)
-    for name in os.listdir(tmp_path / "saved"):
-        assert os.stat(tmp_path / "saved" / name).st_mode & 0o777 == 0o666 & ~umask, name
-
-
-def test_split_of_one_outcome_and_a_rate_that_is_too_high_are_named(tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        opsd.main(["--filter", "correct", "--divergence", "split"])
-    assert "error: --divergence split: --filter correct keeps one" in capsys.readouterr().err
+def test_split_of_one_outcome_and_a_rate_that_is_too_high_are_named(tmp_path, monkeypatch, refused):
+    error = refused(opsd.main, ["--filter", "correct", "--divergence", "split"])
+    assert "error: --divergence split: --filter correct keeps one" in error
     monkeypatch.setattr(run, "GIVE_UP", 2)
-    with pytest.raises(SystemExit):
-        flags = "--filter all --eval-problems 0 --lr 1e30 --steps 9 --out".split()
-        opsd.main([*SMALL, *flags, str(tmp_path / "run")])
-    assert "is --lr too high?" in capsys.readouterr().err
+    argv = [*BARE, *"--lr 1e30 --steps 9 --out".split(), str(tmp_path / "run")]
+    assert "is --lr too high?" in refused(opsd.main, argv)
 
 
 def test_a_run_that_dies_in_its_last_evaluation_is_completed(tmp_path, monkeypatch):
     out = str(tmp_path / "run")
     argv = [*SMALL, "--filter", "all", "--steps", "2", "--out", out]
 
-    class Crash(Exception):
-        pass
-
-    def crash(path, *rest):
-        raise Crash
-
-    monkeypatch.setattr(opsd, "save_model", crash)
-    with pytest.raises(Crash):
+    monkeypatch.setattr(opsd, "save_model", lambda path, *rest: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         opsd.main(argv)  # the evaluation is logged, the model is not saved
     assert ["evaluation" in row for row in metrics(out)[1:]] == [False, False, True]
     monkeypatch.undo()

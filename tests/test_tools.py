@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import eval as evaluation
 import model as modelling
 import opsd
 from data import Problem
+from metrics import compare
 from model import optimizer_step
 from rollout import Rollout, kl_by_position
 from tests.helpers import graded, write
@@ -31,7 +31,7 @@ def write_logs(path, seed):
             ("before", graded(["correct"] * 3 + ["incorrect"], 100)),
             ("after", graded(["correct"] * 4, 80 - seed - step)),
         ]
-        rows.append(dict(step=step, evaluation=evaluation.compare(pair)))
+        rows.append(dict(step=step, evaluation=compare(pair)))
     write(path / f"metrics-{seed}.jsonl", *map(json.dumps, rows))
     rollouts = graded(["correct"] * 10 + ["incorrect"] * 2, 100)
     for r in rollouts:

@@ -25,6 +25,7 @@ import rollout
 import run
 import sft
 from data import embedded_problems, problem_batch
+from metrics import EVALUATION_SEED
 from run import HERE
 from samplers import TransformersSampler
 from tests.helpers import (
@@ -170,7 +171,7 @@ def check_sampling(events, seed):
         assert set(event.generated) == {(0.7, 0.9, event.seed, True, 0)}
         assert all(len(ids) <= CAP for ids, _ in event.results)
     first, *between, last = draws
-    assert first.seed == last.seed == evaluation.EVALUATION_SEED + seed
+    assert first.seed == last.seed == EVALUATION_SEED + seed
     return [event.seed for event in between if not event.writes] + [first.seed]
 
 
@@ -205,13 +206,11 @@ def check_step_line(line, seen, kept):
     def length(rows):
         return pytest.approx(np.mean([len(r.ids) for r in rows])) if rows else None
 
-    assert (line["sampled"], line["kept"]) == (len(seen), len(kept))
-    for outcome in rollout.OUTCOMES:
-        assert line[outcome] == sum(r.outcome == outcome for r in seen)
-    assert line["no_answer"] == sum(r.reason == "no_answer" for r in seen)
-    assert line["loss_tokens"] == sum(len(r.ids) for r in kept)
-    assert line["length"] == length(seen)
-    assert line["length_correct"] == length([r for r in seen if r.outcome == "correct"])
+    expected = {outcome: sum(r.outcome == outcome for r in seen) for outcome in rollout.OUTCOMES}
+    expected.update(sampled=len(seen), kept=len(kept), loss_tokens=sum(len(r.ids) for r in kept))
+    expected.update(no_answer=sum(r.reason == "no_answer" for r in seen), length=length(seen))
+    expected.update(length_correct=length([r for r in seen if r.outcome == "correct"]))
+    assert {key: line[key] for key in expected} == expected
     for rows, what, activity in ((seen, "sampled", "sampling"), (kept, "trained", "training")):
         rate = sum(len(r.ids) for r in rows) / line[f"{activity}_seconds"]
         assert line[f"{activity}_seconds"] < 1e6  # a duration, no clock's reading
@@ -219,10 +218,17 @@ def check_step_line(line, seen, kept):
 
 
 def check_samples(lines, rollouts):
-    for line, r in zip(lines, rollouts, strict=True):
-        assert (line["question"], line["gold"]) == (r.problem.question, r.problem.answer)
-        assert line["response"] == r.text
-        assert (line["outcome"], line["reason"]) == (r.outcome, r.reason)
+    keys = "question", "gold", "response", "outcome", "reason"
+    assert [tuple(line[key] for key in keys) for line in lines] == [
+        (r.problem.question, r.problem.answer, r.text, r.outcome, r.reason) for r in rollouts
+    ]
+
+
+def prompts_shown(samples):
+    """The one line of samples.jsonl that has the prompts, of the first step."""
+    (shown,) = [row for row in samples if "student_prompt" in row]
+    assert shown["step"] == 1
+    return shown
 
 
 def memos_of(event, tokenizer, frame):
@@ -281,21 +287,9 @@ def entropy(p):
     return -(p.exp() * p).sum(-1)
 
 
-def reverse(s, t, correct):
-    return kl(s, t)
-
-
 def jsd(s, t, correct, beta=0.3):
     mixture = (beta * t.exp() + (1 - beta) * s.exp()).log()
     return beta * kl(t, mixture) + (1 - beta) * kl(s, mixture)
-
-
-def split(s, t, correct):
-    return kl(s, t) if correct else kl(t, s)
-
-
-# ------------------------------------------------------------------------------------------------
-# opsd.py
 
 
 def even_positions(student_logps, teacher_logps, tokens, args):
@@ -303,19 +297,24 @@ def even_positions(student_logps, teacher_logps, tokens, args):
 
 
 MEASURES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
+BY_HAND = {
+    "jsd": jsd,
+    "reverse_kl": lambda s, t, correct: kl(s, t),
+    "split": lambda s, t, correct: kl(s, t) if correct else kl(t, s),
+}
 RUNS = {
     "frozen": (
         "--filter correct --resample 2 --divergence jsd --beta 0.3 --batch 6",
-        dict(keeps=("correct",), divergence=jsd, resample=2),
+        dict(keeps=("correct",), resample=2),
     ),
     "every": (
         "--filter all --teacher every --refresh 2 --context answer --thinking off --batch 4",
-        dict(keeps=rollout.OUTCOMES, divergence=reverse, every=2, thinking=False),
+        dict(keeps=rollout.OUTCOMES, every=2, thinking=False),
     ),
     "ema": (
         "--filter not-correct --divergence split --teacher ema --ema 0.5 --reinject 8 "
         f"--context resolve --context-tokens {MEMO_CAP} --gate even --batch 8",
-        dict(keeps=("incorrect", "truncated"), divergence=split, ema=0.5, memo=True),
+        dict(keeps=("incorrect", "truncated"), ema=0.5, memo=True),
     ),
 }
 
@@ -339,7 +338,8 @@ def test_opsd_does_what_its_flags_say(
     flags = [*flags.split(), *"--lr 2e-3 --kl-by-position 8".split(), *SHORT, *SAMPLING]
     opsd.main([*flags, "--out", out])
     printed = capsys.readouterr().out
-    batch, resample = opsd.parse_args(flags).batch, is_.get("resample", 0)
+    args, resample = opsd.parse_args(flags), is_.get("resample", 0)
+    batch, divergence = args.batch, args.divergence
     thinking, memo = is_.get("thinking", True), is_.get("memo", False)
     problems = embedded_problems(3 * batch * (resample + 1), 3)
     first, steps, last = steps_of(events)
@@ -395,7 +395,7 @@ def test_opsd_does_what_its_flags_say(
         values, measures = [], []
         for r in kept:
             s, t = logps_of(student, r.prompt, r.ids), logps_of(teacher, *r.row).detach()
-            value = is_["divergence"](s, t, r.outcome == "correct")
+            value = BY_HAND[divergence](s, t, r.outcome == "correct")
             if memo:
                 value = value * torch.tensor([1.0, 0.25] * CAP)[: len(value)]
             values.append(value)
@@ -424,20 +424,15 @@ def test_opsd_does_what_its_flags_say(
         assert [row["kept"] for row in shown] == [any(r is k for k in kept) for r in seen[:2]]
         check_bins(read_lines(os.path.join(out, "kl_by_position.jsonl"))[number - 1], number, kept)
         if number == 1:
-            prompts = [row for row in samples if "teacher_prompt" in row]
-            assert [row["step"] for row in prompts] == [1]
-            assert prompts[0]["student_prompt"] == tokenizer.decode(kept[0].prompt)
-            assert prompts[0]["teacher_prompt"] == tokenizer.decode(kept[0].row[0])
+            prompts = prompts_shown(samples)
+            assert prompts["student_prompt"] == tokenizer.decode(kept[0].prompt)
+            assert prompts["teacher_prompt"] == tokenizer.decode(kept[0].row[0])
             reinjected = tokenizer.decode(kept[0].row[2]) if memo else None
-            assert prompts[0].get("reinjected") == reinjected
+            assert prompts.get("reinjected") == reinjected
     assert len({tuple(prompt) for prompt in all_prompts}) == len(all_prompts) == drawn
     assert overfull or not resample  # a draw too many was there to be cut
     assert torch.equal(last.weights, student_weights)
     assert torch.equal(weights(out), student_weights)
-
-
-# ------------------------------------------------------------------------------------------------
-# rlvr.py
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1])
@@ -498,29 +493,22 @@ def test_rlvr_does_what_its_flags_say(weight, tokenizer, events, tmp_path, capsy
         shown = [row for row in samples if row["step"] == number and "outcome" in row]
         check_samples(shown, seen[:2])
     assert len({tuple(e.prompts[i]) for e, *_ in steps for i in range(0, 12, 3)}) == 12
-    shown = [row for row in samples if "student_prompt" in row]
-    assert [row["step"] for row in shown] == [1]
-    assert shown[0]["student_prompt"] == tokenizer.decode(steps[0][0].prompts[0])
+    assert prompts_shown(samples)["student_prompt"] == tokenizer.decode(steps[0][0].prompts[0])
     assert dropped > 0
     assert torch.equal(last.weights, student_weights)
     assert torch.equal(weights(out), student_weights)
 
 
-def test_rlvr_takes_no_step_where_all_groups_are_equal(events, tmp_path, monkeypatch, capsys):
+def test_rlvr_takes_no_step_where_all_groups_are_equal(events, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(rlvr, "reward", lambda *args: 1.0)
     monkeypatch.setattr(run, "GIVE_UP", 2)
     flags = ["--group", "2", "--batch", "2", *SHORT, "--max-new-tokens", "8"]
-    with pytest.raises(SystemExit):
-        rlvr.main([*flags, "--out", str(tmp_path / "run")])
-    assert "--group 2: every group had equal rewards" in capsys.readouterr().err
+    error = refused(rlvr.main, [*flags, "--out", str(tmp_path / "run")])
+    assert "--group 2: every group had equal rewards" in error
     assert [event.kind for event in events] == ["sample"] * 3
     lines = metrics(tmp_path / "run")[1:]
     assert [(row["equal_groups"], row["kept"]) for row in lines] == [(2, 0)] * 2
-    assert ["student_entropy" in row for row in lines] == [False] * 2
-
-
-# ------------------------------------------------------------------------------------------------
-# sft.py
+    assert not any("student_entropy" in row for row in lines)
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -564,10 +552,6 @@ def test_sft_does_what_its_flags_say(given, model, tokenizer, events, tmp_path, 
         assert line["lr"] == pytest.approx(rates[number - 1])
         assert line["epoch"] == (4 * (number - 1) // 7 if given else 0)
     assert torch.equal(weights(out), student_weights)
-
-
-# ------------------------------------------------------------------------------------------------
-# eval.py
 
 
 def test_eval_does_what_its_flags_say(model, tokenizer, events, tmp_path, capsys):
@@ -619,30 +603,22 @@ def test_eval_does_what_its_flags_say(model, tokenizer, events, tmp_path, capsys
         ratios = np.array(lengths[-1]) / lengths[0]
         none = event is plain
         assert changes == ([None] * 3 if none else pytest.approx(list(100 * (ratios - 1))))
-        found = saved["responses"]["embedded"][name]
-        assert [row["question"] for row in found] == [r.problem.question for r in rows]
-        assert [row["gold"] for row in found] == [r.problem.answer for r in rows]
-        assert [row["response"] for row in found] == [r.text for r in rows]
-        assert [row["length"] for row in found] == [len(r.ids) for r in rows]
-        assert [row["verdict"] for row in found] == [r.reason for r in rows]
+        keys = "question", "gold", "response", "length", "verdict"
+        found = [tuple(row[k] for k in keys) for row in saved["responses"]["embedded"][name]]
+        columns = [(r.problem.question, r.problem.answer, r.text, len(r.ids)) for r in rows]
+        assert found == [(*row, r.reason) for row, r in zip(columns, rows, strict=True)]
     assert saved["args"]["temperature"] == 0.7
 
 
-@pytest.mark.parametrize("script", [rlvr, evaluation])
-def test_thinking_off_needs_a_template_that_knows_it(script, tmp_path, capsys):
+def test_thinking_off_needs_a_template_that_knows_it(tmp_path, refused):
     path = changed_model(tmp_path / "model")
     write(tmp_path / "model" / "chat_template.jinja", "{{ messages[0].content }}")
-    with pytest.raises(SystemExit):
-        script.main(["--model", path, "--thinking", "off", "--out", str(tmp_path / "out")])
-    assert "template has no enable_thinking switch" in capsys.readouterr().err
-
-
-def test_thinking_on_needs_no_switch(tmp_path):
-    path = changed_model(tmp_path / "model")
-    write(tmp_path / "model" / "chat_template.jinja", "{{ messages[0].content }}")
-    flags = "--problems 2 --samples 1 --max-new-tokens 8 --threads 1 --thinking on".split()
-    evaluation.main(["--model", path, *flags, "--out", str(tmp_path / "e.json")])
-    assert (tmp_path / "e.json").exists()
+    argv = ["--model", path, "--out", str(tmp_path / "out"), "--thinking"]
+    for script in (rlvr, evaluation):
+        assert "no enable_thinking switch" in refused(script.main, [*argv, "off"])
+    flags = "--problems 2 --samples 1 --max-new-tokens 8 --threads 1".split()
+    evaluation.main([*argv, "on", *flags])
+    assert (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("script", ["opsd", "rlvr", "sft", "eval"])
@@ -662,9 +638,3 @@ def test_the_defaults_are_those_of_the_documents():
     assert (args.filter, args.context, args.divergence) == ("correct", "solution", "reverse_kl")
     assert (args.teacher, args.temperature, args.max_new_tokens) == ("frozen", 1, 160)
     assert rlvr.parse_args([]).group == 8
-
-
-def test_bootstrap_of_the_length_pairs_problems():
-    length, zero = np.random.default_rng(0).integers(20, 200, 50).astype(float), np.zeros(50)
-    changes = evaluation.paired_bootstrap((zero, length), (zero, 0.8 * length))
-    assert evaluation.interval(*changes["length"]) == pytest.approx((-20, -20, -20))

@@ -21,9 +21,12 @@ import subprocess
 import sys
 from statistics import median
 
+if __name__ == "__main__":
+    from launch import start
+
 import torch
 
-from run import HERE, Parser, fail, start
+from run import HERE, Parser, fail
 from tools import markdown
 from tools.bench_loss import LOSSES, measure_loss
 from tools.bench_step import SHAPES, measure_step

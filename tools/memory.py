@@ -14,6 +14,9 @@
 
 from importlib.util import find_spec
 
+if __name__ == "__main__":
+    from launch import start
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
@@ -23,7 +26,7 @@ import ranks
 from data import CONTEXTS, render_prompt
 from model import CHUNK, PIECE, load_tokenizer
 from rollout import Rollout
-from run import Parser, fail, start
+from run import Parser, fail
 from tools import markdown
 
 # From the public config.json files of Qwen/Qwen3-1.7B, -4B and -8B: width, of the MLP, blocks,

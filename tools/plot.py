@@ -16,9 +16,12 @@ import json
 import os
 from contextlib import contextmanager
 
+if __name__ == "__main__":
+    from launch import start
+
 import numpy as np
 
-from run import Parser, fail, start
+from run import Parser, fail
 from tools import open_text
 
 COLOURS = {"correct": "#1b7837", "incorrect": "#b2182b", "truncated": "#8c8c8c"}

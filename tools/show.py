@@ -31,16 +31,19 @@ import argparse
 import json
 import os
 
+if __name__ == "__main__":
+    from launch import start
+
 import torch
 
 import data
 import opsd
 import rollout
 import samplers
-from eval import evaluate, summarise
+from metrics import evaluate, summarise
 from model import chunks_of, load_model, response_hidden, take
 from ranks import open_head
-from run import Parser, check_out, fail, set_up, start, write_whole
+from run import Parser, check_out, fail, set_up, write_file
 from verify import Verifier
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "show.html")
@@ -287,15 +290,6 @@ def render(page):
         head, tail = file.read().split("/*DATA*/")
     text = json.dumps(page, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     return (head + text + tail).encode("utf-8", "replace")  # lone surrogates
-
-
-def write_file(path, content):
-    def write(target):
-        with open(target, "wb") as file:
-            file.write(content)
-
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write_whole(path, write)
 
 
 def main(argv=None):

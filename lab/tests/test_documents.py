@@ -34,8 +34,7 @@ def test_the_front_page_is_short_and_files_are_readable():
     assert len(lines) <= 151 and max(map(len, lines)) <= 100
     for path in glob.glob("*.py", root_dir=HERE) + glob.glob("tools/*.py", root_dir=HERE):
         if not path.startswith("test_"):
-            budget = {"run.py": 540}.get(path, 450)  # the one to be cut
-            assert text_of(path).count("\n") <= budget, path
+            assert text_of(path).count("\n") <= 450, path
 
 
 def test_the_tables_are_fresh(capsys):

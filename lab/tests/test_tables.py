@@ -7,10 +7,11 @@ import os
 import numpy as np
 import pytest
 
-import eval as evaluation
+from eval import response_of
 from lab import gates, paper, plot, pretrained, seeds, table, top_tokens, traces
 from lab import results as results_module
 from lab.keep import outcomes_of
+from metrics import DRAWS, compare, interval
 from tests.helpers import graded, write
 from tools.plot import COLOURS, figure
 
@@ -87,11 +88,11 @@ def write_results(path, seed):
         named = pairs(part, seed)
         models = []
         for name, rollouts in named:
-            rows = [evaluation.response_of(r) for r in rollouts]
+            rows = [response_of(r) for r in rollouts]
             models.append(outcomes_of(name, rows, 1))
         record = dict(
             args=dict(model=[name for name, _ in named], seed=seed),
-            records=evaluation.compare(named),
+            records=compare(named),
             traces={name: traces.trace_table([]) for name, _ in named},
             responses=dict(test=dict(questions=[], models=models)),
         )
@@ -181,7 +182,7 @@ def test_seeds_side_by_side_with_both_intervals_of_their_mean(monkeypatch, capsy
     assert rows[0][2:] == ["seed 7", "seed 8", "mean, over seeds", "mean, over problems "]
     names = ["correct", "incorrect", "incorrect against correct"]
     assert [row[0].strip() for row in rows[2::2]] == names
-    drawn = np.random.default_rng(0).integers(50, size=(evaluation.DRAWS, 50))
+    drawn = np.random.default_rng(0).integers(50, size=(DRAWS, 50))
     for name, after, before in (
         ("correct", "correct", "rlvr"),
         ("incorrect against correct", "incorrect", "correct"),
@@ -198,9 +199,9 @@ def test_seeds_side_by_side_with_both_intervals_of_their_mean(monkeypatch, capsy
         percent = [(*percent[i], *percent[i + 1]) for i in (0, 2)]
         for row, pairs in ((rows[first], points), (rows[first + 1], percent)):
             estimates, draws = zip(*pairs, strict=True)
-            expected = [evaluation.interval(*pair) for pair in pairs]
+            expected = [interval(*pair) for pair in pairs]
             expected.append(results_module.mean_interval(estimates))
-            expected.append(evaluation.interval(np.mean(estimates), np.mean(draws, 0)))
+            expected.append(interval(np.mean(estimates), np.mean(draws, 0)))
             assert [cell.strip() for cell in row[2:]] == [*map(table.change, expected)]
     questions["8"] = ["1+2?"]
     with pytest.raises(SystemExit):
