@@ -28,11 +28,10 @@ from tests.helpers import (
     apart,
     flat_gradient,
     lines_without_times,
+    loss_and_gradient,
     metrics,
-    some_rollouts,
-    teacher_prompts,
+    read_rollouts,
     weights,
-    with_teacher_rows,
 )
 from tools import memory
 from tools.bench_loss import LOSSES, begin_peak, head_only_model, peak_since, random_rollouts
@@ -46,13 +45,6 @@ def device():
     if DEVICE == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device (CHECK_DEVICE=cpu tries these tests on the CPU)")
     return torch.device(DEVICE)
-
-
-def loss_and_gradient(model, teacher, rollouts, flags):
-    args = opsd.parse_args(flags)
-    model.zero_grad()
-    loss = opsd.accumulate_gradients(model, teacher, rollouts, args)
-    return loss, flat_gradient(model)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -127,9 +119,9 @@ def test_pieces_of_1_and_64_million_logits_give_one_gradient(device, dtype, monk
     config = memory.qwen3_config(64, 128, 2, 2, 1, True, vocabulary, 32)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
     teacher = opsd.frozen_copy(model)
-    flags = ["--dtype", dtype, "--micro-tokens", "100000"]
+    flags = f"--dtype {dtype}"
     for each in (model, teacher):
-        ranks.prepare(each, opsd.parse_args(flags), device, low=each is teacher)
+        ranks.prepare(each, opsd.parse_args(flags.split()), device, low=each is teacher)
     rollouts, found = random_rollouts(4, 16, 150, vocabulary), []  # 600 tokens: 91 million logits
     for piece in (1e6, 64e6, 256e6):
         monkeypatch.setitem(modelling.PIECE, device.type, piece * scale)
@@ -148,17 +140,14 @@ def test_the_loss_is_that_of_full_logits_in_float32(device, dtype, bound):
     model, tokenizer = load_model(TINY, device)
     plain, teacher = opsd.frozen_copy(model).requires_grad_(True), opsd.frozen_copy(model)
     plain_teacher = opsd.frozen_copy(model)
-    rollouts = some_rollouts(tokenizer)
-    prompts = teacher_prompts(tokenizer, rollouts)
-    with_teacher_rows(rollouts, prompts)
-    flags = ["--dtype", dtype, "--micro-tokens", "300"]
+    rollouts, flags = read_rollouts(tokenizer), f"--dtype {dtype} --micro-tokens 300"
     for each in (model, teacher):
-        ranks.prepare(each, opsd.parse_args(flags), device, low=each is teacher)
+        ranks.prepare(each, opsd.parse_args(flags.split()), device, low=each is teacher)
     loss, gradient = loss_and_gradient(model, teacher, rollouts, flags)
     means = []
-    for r, prompt in zip(rollouts, prompts, strict=True):
+    for r in rollouts:
         count = len(r.response_ids)
-        row, other = (torch.tensor([p + r.response_ids]) for p in (r.prompt_ids, prompt))
+        row, other = (torch.tensor([p + ids]) for p, ids in (r.row, r.teacher_row))
         s = plain(row.to(device)).logits[0, -count - 1 : -1].log_softmax(-1)
         t = plain_teacher(other.to(device)).logits[0, -count - 1 : -1].log_softmax(-1).detach()
         means.append((s.exp() * (s - t)).sum(-1).mean())
