@@ -3,9 +3,9 @@
     python -m lab.plot pairs settled-2*.json.gz settled-contexts-*.json.gz --out pairs
     python -m lab.plot shift evaluation.json --out figure4
 
-pairs: changes by what the teacher reads and which responses are trained on. shift: problems repaired and
-damaged, a bar a branch, figure 4 of the paper. Several files are seeds of one thing where a name
-differs in its trailing -SEED alone. Figures of a run's own logs: tools/plot.py.
+pairs: changes by what the teacher reads and which responses are trained on. shift: problems
+repaired and damaged, a bar a branch, figure 4 of the paper. Several files are seeds of one thing
+where a name differs in its trailing -SEED alone. Figures of a run's own logs: tools/plot.py.
 """
 
 if __name__ == "__main__":

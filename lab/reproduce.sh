@@ -169,7 +169,7 @@ if [ "${1:-}" = real ]; then
         --out $results/real-position
     first=${SEEDS%% *}
     python -m tools.show --model "runs/table/real-rlvr-$first" --data runs/real/dev.jsonl \
-        --problems 100 --draw 100 --contexts solution --context-first --shares --threads 1 \
+        --problems 100 --draw 100 --contexts solution --context-first --threads 1 \
         --max-new-tokens 200 --jsonl runs/real/tokens.jsonl --out runs/real/tokens.html --overwrite
     python -m lab.top_tokens runs/real/tokens.jsonl > $results/real-tokens.md
     exit

@@ -51,9 +51,22 @@ def with_teacher_rows(rollouts, prompts):
     return rollouts
 
 
-def teacher_prompts(tokenizer, rollouts, context="solution"):
+def read_rollouts(tokenizer, context="solution"):
+    """`some_rollouts` with the teacher's rows."""
+    rollouts = some_rollouts(tokenizer)
     texts = CONTEXTS[context](rollouts, None, None)
-    return [render_prompt(tokenizer, r.problem, c) for r, c in zip(rollouts, texts, strict=True)]
+    prompts = [render_prompt(tokenizer, r.problem, c) for r, c in zip(rollouts, texts, strict=True)]
+    return with_teacher_rows(rollouts, prompts)
+
+
+def loss_and_gradient(model, teacher, rollouts, flags=""):
+    """The step's loss as opsd.py adds it up, in one micro-batch, and the flat gradient."""
+    args = opsd.parse_args(f"--filter all --micro-tokens {10**9} {flags}".split())
+    model.zero_grad()
+    loss = opsd.accumulate_gradients(model, teacher, rollouts, args)
+    for r in rollouts:
+        assert {len(values) for values in r.measures.values()} == {len(r.response_ids)}
+    return loss, flat_gradient(model)
 
 
 def graded(outcomes, length):

@@ -7,14 +7,7 @@ import torch
 
 import data
 import opsd
-from tests.helpers import (
-    SMALL,
-    flat_gradient,
-    metrics,
-    some_rollouts,
-    teacher_prompts,
-    with_teacher_rows,
-)
+from tests.helpers import SMALL, apart, loss_and_gradient, metrics, read_rollouts, some_rollouts
 
 GATES = ("all", "student-entropy", "teacher-entropy", "gap", "position", "agreement")
 BOUNDED = GATES[1:5]
@@ -25,32 +18,12 @@ def step(model, tokenizer):
     """A step of opsd.py with flags on six reference responses; the teacher is the student, reading:
     (loss, flat gradient, rollouts).
     """
-    rollouts = some_rollouts(tokenizer)
-    with_teacher_rows(rollouts, teacher_prompts(tokenizer, rollouts))
-    teacher = opsd.frozen_copy(model)
-
-    def run(flags):
-        args = opsd.parse_args(["--filter", "all", *flags.split()])
-        model.zero_grad()
-        loss = opsd.accumulate_gradients(model, teacher, rollouts, args)
-        return loss, flat_gradient(model), rollouts
-
-    return run
+    rollouts, teacher = read_rollouts(tokenizer), opsd.frozen_copy(model)
+    return lambda flags: (*loss_and_gradient(model, teacher, rollouts, flags), rollouts)
 
 
 # ------------------------------------------------------------------------------------------------
 # Gates against hand-written loops
-
-
-def a_piece(rows=40, vocabulary=7):
-    """(student, teacher (P, V), tokens, lists of probabilities of both), in float64."""
-    generator = torch.Generator().manual_seed(0)
-    s, t = torch.randn(2, rows, vocabulary, generator=generator, dtype=torch.float64).mul(2)
-    s, t = s.log_softmax(-1), t.log_softmax(-1)
-    ids = torch.randint(vocabulary, (rows,), generator=generator)
-    ones = torch.ones(rows)
-    tokens = opsd.Tokens(ids, ones.long(), ones, torch.arange(rows), ones, ones.long())
-    return s, t, tokens
 
 
 def by_hand(name, s, t, token, position):
@@ -67,27 +40,21 @@ def by_hand(name, s, t, token, position):
 
 @pytest.mark.parametrize("name", GATES)
 def test_gates_equal_a_hand_written_loop(name):
-    s, t, tokens = a_piece()
-    rows = zip(s, t, tokens.ids, tokens.position, strict=True)
-    values = [
-        by_hand(name, a.tolist(), b.tolist(), *map(torch.Tensor.item, c)) for a, b, *c in rows
-    ]
+    generator = torch.Generator().manual_seed(0)
+    s, t = torch.randn(2, 40, 7, generator=generator, dtype=torch.float64).mul(2).log_softmax(-1)
+    ids, ones = torch.randint(7, (40,), generator=generator), torch.ones(40)
+    tokens = opsd.Tokens(ids, ones.long(), ones, torch.arange(40), ones, ones.long())
+    columns = (column.tolist() for column in (s, t, tokens.ids, tokens.position))
+    expected = values = [by_hand(name, *row) for row in zip(*columns, strict=True)]
     args = opsd.parse_args([])
-    expected = values
     if name in BOUNDED:
         args.gate_above, args.gate_below = sorted(values)[10], sorted(values)[30]
         expected = [float(args.gate_above <= v < args.gate_below) for v in values]
         if name != "position":  # rounding must not decide
             args.gate_above, args.gate_below = args.gate_above - 1e-9, args.gate_below - 1e-9
-    gate = opsd.GATES[name](s, t, tokens, args)
-    assert gate.tolist() == expected
+    assert opsd.GATES[name](s, t, tokens, args).tolist() == expected
     assert name == "all" or 0 < sum(expected) < len(expected)
-
-
-def test_above_and_below_one_number_are_complements():
-    s, t, tokens = a_piece()
-    args = opsd.parse_args([])
-    for name in BOUNDED:
+    if name in BOUNDED:  # above and below one number are complements
         args.gate_above, args.gate_below = 1.0, None
         above = opsd.GATES[name](s, t, tokens, args)
         args.gate_above, args.gate_below = None, 1.0
@@ -98,25 +65,20 @@ def test_above_and_below_one_number_are_complements():
 # Gates in the loss
 
 
-def test_gate_1_changes_nothing_and_gate_0_gives_a_gradient_of_exactly_0(step):
-    loss, gradient, _ = step("")
+def test_gates_scale_each_tokens_loss_and_the_denominators_stay(step):
+    """1 changes nothing, 0 gives a gradient of exactly 0, and a gate and its complement add up to
+    the ungated step.
+    """
+    whole, gradient, _ = step("")
     ones, same, _ = step("--gate gap --gate-below 1e9")
-    assert ones == loss and torch.equal(same, gradient)
+    assert ones == whole and torch.equal(same, gradient)
     nothing, none, _ = step("--gate gap --gate-above 1e9")
     assert nothing == 0.0 and none.abs().max() == 0.0
-
-
-def test_masks_do_not_change_denominators(step):
-    """A gate and its complement add up to the ungated step: loss, gradient and mass."""
-    whole, gradient, _ = step("")
-    for above, below in [
-        ("--gate gap --gate-above 0.01", "--gate gap --gate-below 0.01"),
-        ("--gate position --gate-above 30", "--gate position --gate-below 30"),
-    ]:
-        parts = [step(flags) for flags in (above, below)]
+    for gate, bound in (("gap", 0.01), ("position", 30)):
+        sides = [f"--gate {gate} --gate-{side} {bound}" for side in ("above", "below")]
+        parts = [step(flags) for flags in sides]
         assert sum(loss for loss, *_ in parts) == pytest.approx(whole, rel=1e-5)
-        difference = sum(part for _, part, _ in parts) - gradient
-        assert difference.norm() < 1e-5 * gradient.norm()
+        assert apart(sum(part for _, part, _ in parts), gradient) < 1e-5
 
 
 def test_a_gate_carries_no_gradient(step, monkeypatch):
@@ -129,11 +91,12 @@ def test_a_gate_carries_no_gradient(step, monkeypatch):
 
     monkeypatch.setitem(opsd.GATES, "soft", soft)
     loss, gradient, _ = step("--gate soft")
-    constants = iter([v.clone() for v in values])
-    assert not any(v.requires_grad for v in values)
-    monkeypatch.setitem(opsd.GATES, "soft", lambda *inputs: next(constants))
-    again, same, _ = step("--gate soft")
-    assert again == loss and torch.equal(same, gradient) and gradient.norm() > 0
+    assert not any(v.requires_grad for v in values) and gradient.norm() > 0
+    for factor in (1, 0.5):
+        constants = iter([factor * v for v in values])
+        monkeypatch.setitem(opsd.GATES, "soft", lambda *inputs, given=constants: next(given))
+        again, same, _ = step("--gate soft")
+        assert again == factor * loss and torch.equal(same, factor * gradient)
 
 
 def test_the_log_says_what_a_gate_lets_through(step):
@@ -176,110 +139,69 @@ def test_flags_that_cannot_work_are_one_line(flags, complaint, capsys):
     assert complaint in error and error.count("\n") == 1
 
 
-def test_the_teachers_thinking_is_its_own(tokenizer):
-    args = opsd.parse_args([])
-    assert args.teacher_thinking == "on"
+def test_the_teachers_thinking_and_layout_are_its_own(tokenizer):
+    assert opsd.parse_args([]).teacher_thinking == "on"
     assert opsd.parse_args(["--thinking", "off"]).teacher_thinking == "off"
     rollouts = some_rollouts(tokenizer, 2)
-    args = opsd.parse_args(["--teacher-thinking", "off"])
-    opsd.add_teacher_rows(rollouts, ["c"] * 2, tokenizer, args, None)
-    for r in rollouts:
-        expected = data.render_prompt(tokenizer, r.problem, "c", thinking=False)
-        assert r.teacher_row == [expected, r.response_ids]
-        assert r.prompt_ids == data.render_prompt(tokenizer, r.problem)
-    args = opsd.parse_args(["--context-first"])
-    opsd.add_teacher_rows(rollouts, ["c"] * 2, tokenizer, args, None)
-    for r in rollouts:
-        assert r.teacher_row[0] == data.render_prompt(tokenizer, r.problem, "c", context_first=True)
+    for flags, layout in (
+        (["--teacher-thinking", "off"], dict(thinking=False)),
+        (["--context-first"], dict(context_first=True)),
+    ):
+        opsd.add_teacher_rows(rollouts, ["c"] * 2, tokenizer, opsd.parse_args(flags), None)
+        for r in rollouts:
+            prompt = data.render_prompt(tokenizer, r.problem, "c", **layout)
+            assert r.teacher_row == [prompt, r.response_ids]
+            assert r.prompt_ids == data.render_prompt(tokenizer, r.problem) != prompt
 
 
 # ------------------------------------------------------------------------------------------------
 # One more of each, without touching the loop, and from outside
 
 
-def trains(tmp_path, flags):
-    out = str(tmp_path / "run")
-    opsd.main(["--steps", "2", *SMALL, "--out", out, *flags.split()])
-    assert all(s["loss_tokens"] > 0 and 0 < s["grad_norm"] for s in metrics(out)[1:-1])
-    return metrics(out)[1]
+def test_one_more_entry_of_each_dict_trains(tmp_path, monkeypatch):
+    seen, steps, own = [], [], opsd.token_loss
 
-
-def test_one_more_gate_that_sees_outcomes_and_tags(tmp_path, monkeypatch):
-    def tagged(rollouts, args):
+    def shorter_half(rollouts, args):
+        """A filter that compares rollouts with one another, and tags their tokens."""
         for r in rollouts:
             r.tags = [i % 3 for i in range(len(r.response_ids))]
-        return rollouts
-
-    seen = []
+        return sorted(rollouts, key=lambda r: len(r.response_ids))[: len(rollouts) // 2]
 
     def doubt(student_logps, teacher_logps, tokens, args):
+        """A gate that sees outcomes and tags."""
         seen.append(tokens)
         doubtful = 1 - opsd.sampled(teacher_logps, tokens).exp()
-        return torch.where((tokens.tag == 2) | (tokens.outcome == 0), 0.0, doubtful)
+        return torch.where(tokens.tag == 2, 0.0, doubtful / (1 + tokens.outcome))
 
-    monkeypatch.setitem(opsd.FILTERS, "tagged", tagged)
-    monkeypatch.setitem(opsd.GATES, "doubt", doubt)
-    assert 0 < trains(tmp_path, "--filter tagged --gate doubt")["gate_mass"] < 0.5
-    for tokens in seen:
-        assert torch.equal(tokens.tag, tokens.position % 3)
-
-
-def test_one_more_divergence(tmp_path, monkeypatch):
     def tv(student_logps, teacher_logps, tokens, args):
         return (student_logps.exp() - teacher_logps.exp()).abs().sum(-1) / 2
 
-    monkeypatch.setitem(opsd.DIVERGENCES, "tv", tv)
-    assert 0 < trains(tmp_path, "--filter all --divergence tv")["loss"] < 1
-
-
-def test_one_more_context(tmp_path, monkeypatch):
     def hint(rollouts, write, args):
         return [f"The last digit is {r.problem.answer[-1]}." for r in rollouts]
 
-    monkeypatch.setitem(data.CONTEXTS, "hint", hint)
-    trains(tmp_path, "--filter all --context hint")
-
-
-def test_one_more_filter_that_compares_rollouts(tmp_path, monkeypatch):
-    def shorter_half(rollouts, args):
-        ordered = sorted(rollouts, key=lambda r: len(r.response_ids))
-        return ordered[: len(ordered) // 2]
-
-    monkeypatch.setitem(opsd.FILTERS, "shorter-half", shorter_half)
-    line = trains(tmp_path, "--filter shorter-half")
-    assert line["length_kept"] < line["length"] and line["kept"] == 3
-
-
-def test_one_more_teacher_that_sees_the_step(tmp_path, monkeypatch):
-    seen = []
-
     def refresh(teacher, student, step, args):
-        seen.append((step["updates"], step["reverse_kl"]))
-
-    monkeypatch.setitem(opsd.TEACHERS, "when-close", refresh)
-    first = trains(tmp_path, "--filter all --teacher when-close")
-    assert seen[0] == (1, first["reverse_kl"]) and [n for n, _ in seen] == [1, 2]
-
-
-def test_one_more_measure_is_logged_by_its_name(tmp_path, monkeypatch):
-    own = opsd.token_loss
+        """A teacher that sees the step."""
+        steps.append((step["updates"], step["reverse_kl"]))
 
     def token_loss(student_logps, teacher_logps, tokens, args):
+        """With a measure more, before the others: it is logged by its name."""
         losses, measures = own(student_logps, teacher_logps, tokens, args)
         best = student_logps.detach().max(-1).values
-        return losses, dict(best=best, **measures)  # before the others
+        return losses, dict(best=best, **measures)
 
+    monkeypatch.setitem(opsd.FILTERS, "shorter-half", shorter_half)
+    monkeypatch.setitem(opsd.GATES, "doubt", doubt)
+    monkeypatch.setitem(opsd.DIVERGENCES, "tv", tv)
+    monkeypatch.setitem(data.CONTEXTS, "hint", hint)
+    monkeypatch.setitem(opsd.TEACHERS, "when-close", refresh)
     monkeypatch.setattr(opsd, "token_loss", token_loss)
-    line = trains(tmp_path, "--filter all")
-    assert line["best"] < 0 and line["logp"] < line["best"]
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--context wrong --filter all --gate agreement",
-        "--context other --filter all --teacher-thinking off",
-    ],
-)
-def test_ablations_train(flags, tmp_path):
-    trains(tmp_path, flags)
+    flags = "--filter shorter-half --gate doubt --divergence tv --context hint"
+    flags += " --teacher when-close --steps 2 --out"
+    opsd.main([*SMALL, *flags.split(), str(tmp_path / "run")])
+    first, second = lines = metrics(tmp_path / "run")[1:-1]
+    for line in lines:
+        assert line["kept"] == 3 and line["length_kept"] < line["length"]
+        assert 0 < line["gate_mass"] < 1 and 0 < line["loss"] < 1 and line["grad_norm"] > 0
+        assert line["best"] < 0 and line["logp"] < line["best"]
+    assert steps == [(1, first["reverse_kl"]), (2, second["reverse_kl"])]
+    assert seen and all(torch.equal(tokens.tag, tokens.position % 3) for tokens in seen)

@@ -31,32 +31,30 @@ from samplers import make_sampler
 from tests.helpers import (
     CPU,
     TINY,
-    flat_gradient,
+    apart,
     lines_without_times,
+    loss_and_gradient,
     make_tied,
     metrics,
+    read_rollouts,
     some_rollouts,
-    teacher_prompts,
     torchrun,
     weights,
-    with_teacher_rows,
+    without_times,
 )
+from tools import read_json
 
 BARE = "--threads 1 --device cpu --steps 2 --overwrite".split()
 SHORT = [*BARE, "--eval-problems", "3"]
 GREEDY = SHORT + "--filter all --temperature 0 --max-new-tokens 100 --batch 5 --lr 1e-3".split()
+GROUPS = "--temperature 0 --batch 3 --group 4 --kl 0.1"
 RANKS = {
     # Other numbers of micro-batches on the two ranks.
     "opsd": (opsd, GREEDY + "--teacher ema --micro-tokens 300 --kl-by-position 8".split()),
     # Nothing to sample, write or score for one of them.
     "lone": (opsd, GREEDY + "--batch 1 --context reflection --context-tokens 200".split()),
     "tied": (opsd, GREEDY + "--model TIED --teacher current --max-new-tokens 20".split()),
-    "rlvr": (
-        rlvr,
-        SHORT
-        + "--temperature 0 --batch 3 --group 4 --kl 0.1".split()
-        + "--micro-tokens 500 --lr 1e-3".split(),
-    ),
+    "rlvr": (rlvr, SHORT + f"{GROUPS} --micro-tokens 500 --lr 1e-3".split()),
     "sft": (sft, BARE + "--batch 5 --micro-tokens 300".split()),
 }
 LEAN = {
@@ -68,15 +66,6 @@ LOW = GREEDY + "--dtype bfloat16 --lr 1e-6 --eval-problems 0".split()
 UNDISTURBED = GREEDY + "--temperature 1 --teacher ema --steps 5 --state-every 2".split()
 RESUMED = [flag for flag in UNDISTURBED if flag != "--overwrite"] + ["--resume"]
 EVALUATION = "--problems 5 --samples 1 --temperature 0".split()
-
-
-def loss_and_gradient(model, teacher, rollouts, prompts):
-    """The step's loss as opsd.py adds it up in one micro-batch, and the flat gradient."""
-    args = opsd.parse_args(["--micro-tokens", str(10**9)])
-    model.zero_grad()
-    with_teacher_rows(rollouts, prompts)
-    loss = opsd.accumulate_gradients(model, teacher, rollouts, args)
-    return loss, flat_gradient(model)
 
 
 def filled(argv, folder):
@@ -95,10 +84,7 @@ def given_rollouts(monkeypatch):
             r.outcome = "correct" if i % 3 else "incorrect"
         return rollouts
 
-    def grade(*args):
-        pass
-
-    own = dict(vars(rollout), make_rollouts=make, grade_rollouts=grade)
+    own = dict(vars(rollout), make_rollouts=make, grade_rollouts=lambda *args: None)
     monkeypatch.setattr(rlvr, "rollout", types.SimpleNamespace(**own))
 
 
@@ -163,8 +149,7 @@ def two_ranks(folder):
     teacher = opsd.frozen_copy(model)
     ranks.prepare(model, args, CPU)
     ranks.prepare(teacher, args, CPU, low=True)
-    given = some_rollouts(tokenizer, 3)
-    with_teacher_rows(given, [r.prompt_ids for r in given])
+    given = read_rollouts(tokenizer, "none")
     loss = opsd.accumulate_gradients(model, teacher, given, args)
     seen["equal"] = [loss, max(ranks.full(p.grad).abs().max().item() for p in model.parameters())]
     before = [p.to_local().clone() for p in model.parameters()]
@@ -178,9 +163,9 @@ def two_ranks(folder):
         json.dump(seen, stream)
 
 
-def read_json(path):
-    with open(path) as stream:
-        return json.load(stream)
+def start_ranks(command):
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=HERE, env=dict(os.environ, OMP_NUM_THREADS="1"), **pipe)
 
 
 @pytest.fixture(scope="module")
@@ -191,14 +176,7 @@ def pair(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_tied(tokenizer, folder / "tied")
-        process = subprocess.Popen(
-            torchrun("-m", "tests.test_ranks", str(folder)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=HERE,
-            env=dict(os.environ, OMP_NUM_THREADS="1"),
-        )
+        process = start_ranks(torchrun("-m", "tests.test_ranks", str(folder)))
         try:
             said = process.communicate(timeout=1200)[0]
         finally:
@@ -207,27 +185,14 @@ def pair(tokenizer, tmp_path_factory):
         given_rollouts(monkeypatch)
         for name, (script, argv) in RANKS.items():
             script.main(filled(argv, folder) + ["--out", str(folder / f"one-{name}")])
-    return folder, [read_json(folder / f"seen-{rank}.json") for rank in (0, 1)]
-
-
-def names_in(path):
-    return sorted(os.listdir(path))
-
-
-def close(a, b):
-    if not isinstance(a, float):
-        return a == b
-    return a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    return folder, [read_json(str(folder / f"seen-{rank}.json")) for rank in (0, 1)]
 
 
 def differing(a, b):
     """The keys of two lines of a log whose values are not close, times and memory aside."""
-    keys = [key for key in a if "second" not in key and "memory" not in key]
-    return [key for key in keys if not close(a[key], b[key])]
-
-
-def flat(state, names):
-    return torch.cat([state[name].flatten() for name in names])
+    a, b = without_times(a), without_times(b)
+    near = {key: pytest.approx(b[key], rel=1e-4, abs=1e-6) for key in a if type(a[key]) is float}
+    return [key for key in a if a[key] != near.get(key, b[key])]
 
 
 @pytest.mark.parametrize("name", list(RANKS))
@@ -244,20 +209,17 @@ def test_two_ranks_train_as_one(name, pair):
         assert differing(a, b) in ([], ["logprob_gap"])
         assert b.get("logprob_gap") is None or b["logprob_gap"] < 1e-4
     if name == "sft":
-        start = sft.build_tiny(0)[0].state_dict()
+        start = torch.cat([p.detach().flatten() for p in sft.build_tiny(0)[0].parameters()])
     else:
-        start = load_model(one[0]["args"]["model"], CPU)[0].state_dict()
-    a = load_model(str(folder / f"one-{name}"), CPU)[0].state_dict()
-    b = load_model(str(folder / f"two-{name}"), CPU)[0].state_dict()
-    moved = (flat(a, a) - flat(start, a)).norm()
-    assert moved > 0 and (flat(a, a) - flat(b, a)).norm() < 1e-3 * moved
-    assert names_in(folder / f"one-{name}") == names_in(folder / f"two-{name}")
-    if name == "tied":
-        files = [folder / f"{count}-tied" / "model.safetensors" for count in ("one", "two")]
-        assert os.path.getsize(files[0]) == os.path.getsize(files[1])
+        start = weights(one[0]["args"]["model"])
+    folders = folder / f"one-{name}", folder / f"two-{name}"
+    moved = weights(folders[0]) - start
+    assert moved.norm() > 0 and apart(weights(folders[1]) - start, moved) < 1e-3
+    assert len({tuple(sorted(os.listdir(path))) for path in folders}) == 1
+    assert len({os.path.getsize(path / "model.safetensors") for path in folders}) == 1
     if name in LEAN:  # memory is saved, and nothing else changes
-        apart = weights(folder / f"lean-{name}") - weights(folder / f"two-{name}")
-        assert apart.norm() < 1e-3 * moved
+        lean = weights(folder / f"lean-{name}") - start
+        assert apart(lean, weights(folders[1]) - start) < 1e-3
     if name == "opsd":  # step 1: three micro-batches here and two there, and one for show
         counted = [s[name][0].count(True) for s in seen]
         assert sorted(counted) == [2, 3] and False in seen[1][name][0]
@@ -284,8 +246,7 @@ def test_two_ranks_resume_as_if_undisturbed_and_one_goes_on_with_their_state(pai
     assert lines_without_times(folder / "cut") == lines_without_times(folder / "whole")
     assert metrics(folder / "cut")[-2]["step"] == 5
     args = metrics(folder / "cut-one")[0]["args"]
-    states = [name for name in names_in(folder / "cut-one") if name.startswith("state")]
-    assert states == ["state-0000002.pt"]
+    assert run.find_states(folder / "cut-one") == ["state-0000002.pt"]
     os.rename(folder / "cut", folder / "cut-two")
     os.rename(folder / "cut-one", folder / "cut")
     opsd.main(RESUMED + ["--out", args["out"]])
@@ -298,11 +259,11 @@ def test_two_ranks_evaluate_as_one(pair):
     folder, _ = pair
     argv = ["--threads", "1", *EVALUATION, "--model", TINY, str(folder / "two-opsd")]
     evaluation.main(argv + ["--out", str(folder / "one.json")])
-    one, two = read_json(folder / "one.json"), read_json(folder / "two.json")
+    one, two = (read_json(str(folder / f"{count}.json")) for count in ("one", "two"))
     assert one["records"] == two["records"] and one["responses"] == two["responses"]
 
 
-def test_bfloat16_computes_low_and_keeps_what_a_small_step_adds(pair, tmp_path, model):
+def test_bfloat16_computes_low_and_keeps_what_a_small_step_adds(pair, tmp_path):
     folder, _ = pair
     opsd.main(LOW + ["--out", str(tmp_path / "one")])
     start, reference = weights(TINY), metrics(folder / "one-opsd")[1]["loss"]
@@ -312,27 +273,23 @@ def test_bfloat16_computes_low_and_keeps_what_a_small_step_adds(pair, tmp_path, 
         loss = metrics(out)[1]["loss"]
         assert loss != reference and loss == pytest.approx(reference, rel=0.05)
     # What it would be otherwise.
-    low = opsd.frozen_copy(model).requires_grad_(True).bfloat16()
-    before = torch.cat([p.detach().flatten() for p in low.parameters()]).clone()
-    for p in low.parameters():
-        p.grad = torch.ones_like(p)
-    torch.optim.AdamW(low.parameters(), lr=1e-6, weight_decay=0).step()
-    after = torch.cat([p.detach().flatten() for p in low.parameters()])
-    assert (after == before).float().mean() > 0.9
+    low = start.bfloat16().requires_grad_()
+    low.grad = torch.ones_like(low)
+    torch.optim.AdamW([low], lr=1e-6, weight_decay=0).step()
+    assert (low == start.bfloat16()).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_checkpointing_computes_twice_and_changes_nothing(dtype, model, tokenizer):
-    rollouts, results, counts = some_rollouts(tokenizer), [], []
-    rows, prompts = [r.row for r in rollouts], teacher_prompts(tokenizer, rollouts)
+    rollouts, results, counts = read_rollouts(tokenizer), [], []
+    rows = [r.row for r in rollouts]
     for flags in ([], ["--checkpointing"]):
         student = opsd.frozen_copy(model).requires_grad_(True)
         args, calls = opsd.parse_args(["--dtype", dtype, *flags]), []
         ranks.prepare(student, args, CPU)
         mlp = student.base_model.layers[0].mlp
         hook = mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        teacher = opsd.frozen_copy(model)
-        loss, gradient = loss_and_gradient(student, teacher, rollouts, prompts)
+        loss, gradient = loss_and_gradient(student, opsd.frozen_copy(model), rollouts)
         counts.append(len(calls))
         hook.remove()
         sampler = make_sampler(student, tokenizer, args)
@@ -353,10 +310,7 @@ def test_a_killed_rank_ends_the_other_and_the_run_resumes(tmp_path):
     flags = "--threads 1 --device cpu --filter all --batch 4 --eval-problems 0".split()
     flags += "--max-new-tokens 40 --steps 12 --state-every 1".split()
     command = torchrun(os.path.join(HERE, "opsd.py"), *flags, "--out", out)
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+    process = start_ranks(command)
     deadline = time.time() + 300
     while process.poll() is None and time.time() < deadline:
         if os.path.isdir(out) and run.find_states(out):
@@ -372,12 +326,9 @@ def test_a_killed_rank_ends_the_other_and_the_run_resumes(tmp_path):
     assert re.search(r"rank\s*: 1 .*\n.*exitcode\s*: -9", said) and "SIGKILL" in said
     assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
     newest = run.find_states(out)[0]
-    resumed = subprocess.run(
-        command + ["--resume"], capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert resumed.returncode == 0
-    assert run.find_states(out) == ["state-0000012.pt"]
-    assert f"resumed after step {int(newest[6:13])}" in resumed.stdout
+    resumed = start_ranks(command + ["--resume"])
+    assert f"resumed after step {int(newest[6:13])}" in resumed.communicate(timeout=300)[0]
+    assert resumed.returncode == 0 and run.find_states(out) == ["state-0000012.pt"]
     assert [row["step"] for row in metrics(out)[1:]] == list(range(1, 13))
     assert weights(out).isfinite().all()
 

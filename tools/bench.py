@@ -1,18 +1,15 @@
-"""Speed and memory, each measured variant in a process of its own; medians over rounds.
+"""Speed and memory: the loss beside the naive form, TRL's and Liger's; a whole update.
 
-    python -m tools.bench loss        # the divergence, forward and backward, at a real vocabulary:
-                                      # ours, naive, TRL's (pip install trl==1.16.0)
-    python -m tools.bench step        # a whole update on fixed rollouts: ours, TRL's closest
-                                      # trainer, the matrix-product floor
-    python -m tools.bench loss --device cuda    # bfloat16, up to 65,536 tokens, Liger's too, beside
-                                                # what bandwidth and products allow
-    python -m tools.bench step --device cuda    # Qwen3-1.7B's shape, 8,192 tokens a micro-batch,
-                                                # beside the estimate of tools/memory.py
+    python -m tools.bench loss    # the divergence, forward and backward, at a real vocabulary;
+                                  # pip install trl==1.16.0 liger-kernel (Liger's is for CUDA only)
+    python -m tools.bench step    # an update on fixed rollouts, beside tools/memory.py's estimate
+    python -m tools.bench loss --device cuda    # bfloat16, up to 65,536 tokens
+    python -m tools.bench step --device cuda    # Qwen3-1.7B's shape, 8,192 tokens a micro-batch
 
-Memory is the peak during one pass (of the process; of a card's allocator), above what was held
-before (weights and inputs). Time is that of the next pass, on a card
-the median of five. All variants of one question get the same numbers and must give the same
-gradient, which is checked. Ratios are within a run.
+Each variant runs in a process of its own; medians over rounds. Memory is the peak during one pass
+(of the process; of a card's allocator) above what was held before (weights and inputs). Time is
+that of the next pass, on a card the median of five. All variants get the same numbers and must give
+the same gradient, which is checked. Ratios are to the table's first row.
 """
 
 import argparse
@@ -25,28 +22,104 @@ if __name__ == "__main__":
     from launch import start
 
 import torch
+from transformers import AutoModelForCausalLM
 
-from run import HERE, Parser, fail
-from tools import markdown
-from tools.bench_loss import LOSSES, measure_loss
-from tools.bench_step import SHAPES, measure_step
+import opsd
+import ranks
+from model import make_optimizer, optimizer_step
+from run import HERE, Parser, fail, set_up
+from tools import bench_loss, markdown, memory
+from tools.bench_loss import LOSSES, begin_peak
 
-WIDTH, VOCABULARY = 1024, 151_936  # Qwen3-0.6B's head; the 1.7B's is twice as wide
+WIDTH = 1024  # of the loss's hidden states: Qwen3-0.6B's; the 1.7B's are twice as wide
+SHAPES = {
+    "smollm2-135m": memory.qwen3_config(576, 1536, 30, 9, 3, True, 49_152, 64),
+    "qwen3-1.7b": memory.QWEN3["Qwen3-1.7B"],
+    "tiny": memory.qwen3_config(256, 768, 6, 4, 2, True, 8192, 64),
+}
+
+
+def make_update(config, args, device):
+    """A function that makes an update of random models of this shape and returns its gradient
+    norm: four responses, in two micro-batches of --micro-tokens.
+    """
+    with torch.device(ranks.load_device(device)):
+        student = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    teacher = opsd.frozen_copy(student)
+    ranks.prepare(student, args, device)
+    ranks.prepare(teacher, args, device, low=True)
+    optimizer = make_optimizer(student, args)
+    rollouts = bench_loss.random_rollouts(4, 40, args.micro_tokens // 2 - 80, config.vocab_size)
+
+    def update():
+        opsd.accumulate_gradients(student, teacher, rollouts, args)
+        return optimizer_step(student, optimizer)[0]
+
+    return update
+
+
+def measure_step(*, model, tokens, dtype, device, flags=()):
+    """Of an update. memory: the peak above what is held between updates; whole: above what was held
+    before the models were made, as `estimate` has it.
+    """
+    flags = ["--device", device, "--dtype", dtype, "--micro-tokens", str(tokens), *flags]
+    args, config = opsd.parse_args(flags), SHAPES[model]
+    device = set_up(args)
+    before = begin_peak(device)
+    update = make_update(config, args, device)
+    norm = update()  # makes the optimizer's state
+    held = begin_peak(device)
+    update()
+    peak, seconds = bench_loss.peak_since(device), bench_loss.seconds_of(update, device)
+    args.device, args.backend = device.type, "vllm"  # nothing is sampled here
+    estimate = sum(memory.estimate(config, args, 1, tokens, ranks.distributed()).values())
+    ranks.leave()
+    return dict(
+        seconds=seconds,
+        memory=peak - held,
+        gradient=norm,
+        speed=4 * (tokens // 2 - 80) / seconds,
+        whole=peak - before,
+        estimate=estimate / 2**20,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Cases: {name: arguments of the measuring function}, and their tables
+
+
+def loss_cases(tokens, args):
+    case = dict(tokens=tokens, dtype=args.dtype, width=WIDTH, vocabulary=args.vocabulary)
+    return {name: dict(case, variant=name) for name in args.variants}
+
+
+def step_cases(tokens, args):
+    """As opsd.py prepares it, on one rank and under torchrun."""
+    case = dict(model=args.model, tokens=tokens, dtype=args.dtype)
+    cases = {}
+    for launcher in ("python", "torchrun"):
+        cases[launcher] = case
+        cases[f"{launcher} --checkpointing"] = dict(case, flags=["--checkpointing"])
+    return cases
+
+
+CASES = dict(loss=loss_cases, step=step_cases)
+MEASURES = dict(loss=bench_loss.measure_loss, step=measure_step)
 
 
 def measured(cases, args):
-    """{name: {key: median over rounds}} of cases {name: arguments}: a process each, all cases once
-    a round, so that noise falls on all alike. A case with `torchrun` is started by it, as one rank.
+    """{name: {key: median over rounds}}: a process each, all cases once a round, so that noise
+    falls on all alike. One whose name begins with torchrun is started by it, as one rank.
     """
     results = {name: [] for name in cases}
     for number in range(1, args.rounds + 1):
         for name in list(results):
-            case = dict(cases[name], device=args.device)
-            launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m"]
-            launcher = launcher if case.pop("torchrun", False) else []
-            call = [sys.executable, "-m", *launcher, "tools.bench", args.what]
-            call += ["--threads", str(args.threads), "--device", args.device]
-            call += ["--case", json.dumps(case)]
+            call = [sys.executable, "-m"]
+            if name.startswith("torchrun"):
+                call += ["torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m"]
+            call += ["tools.bench", args.what, "--threads", str(args.threads)]
+            case = json.dumps(dict(cases[name], device=args.device))
+            call += ["--device", args.device, "--case", case]
             done = subprocess.run(call, capture_output=True, text=True, cwd=HERE)
             if done.returncode:
                 del results[name]
@@ -69,132 +142,74 @@ def last_error(text):
     return (named or lines)[-1][-200:]
 
 
-def show(title, args, header, rows):
-    cuda = args.device == "cuda"
-    machine = torch.cuda.get_device_name() if cuda else f"{args.threads} threads"
-    print(f"\n{title}, {machine}, median of {args.rounds}\n")
-    print(markdown(header, rows) + "\n", flush=True)
+COLUMNS = {  # of what was measured: title, format
+    "seconds": ("time", "{:.3f} s"),
+    "memory": ("peak memory", "{:,.0f} MB"),
+    "speed": ("response tokens/s", "{:,.0f}"),
+    "whole": ("peak with the models", "{:,.0f} MB"),
+    "estimate": ("estimate of that", "{:,.0f} MB"),
+}
 
 
-def same_gradient(results, tolerance):
-    norms = [r["gradient"] for r in results.values()]
-    if norms and max(norms) > min(norms) * (1 + tolerance):
-        print(f"the gradients differ: norms {norms}")
-
-
-def loss(args):
-    header = ["response tokens", "variant", "time", "peak memory", "time / naive", "memory / naive"]
-    if args.bounds:
-        header += ["products alone", "its traffic alone", "time / both", "least traffic"]
-        header += ["bytes moved a logit", "kernels"]
-    digits = 3 if args.device == "cuda" else 1
-    for dtype in args.dtypes:
-        rows, rates = [], ""
-        for tokens in args.tokens:
-            settings = dict(tokens=tokens, dtype=dtype, width=WIDTH, vocabulary=args.vocabulary)
-            settings["bounds"] = args.bounds
-            results = measured({n: dict(settings, variant=n) for n in args.variants}, args)
-            same_gradient(results, 1e-3 if dtype == "float32" else 0.05)
-            base = results.get("naive")
-            for name, r in results.items():
-                row = [f"{tokens:,}", LOSSES[name][1], f"{r['seconds']:.{digits}f} s"]
-                row.append(f"{r['memory']:,.0f} MB")
-                for key, places in (("seconds", 2), ("memory", 3)):
-                    row.append(f"{r[key] / base[key]:.{places}f}" if base else "")
-                if args.bounds:
-                    row += [f"{r[key]:.{digits}f} s" for key in ("products", "traffic")]
-                    row.append(f"{r['seconds'] / (r['products'] + r['traffic']):.2f}")
-                    row.append(f"{r['least']:.{digits}f} s")
-                    row += [f"{r['moved']:.0f}", f"{r['calls']:,.0f}"]
-                    rates = f", {r['gflops']:,.0f} GFLOP/s and {r['bandwidth']:,.0f} GB/s measured"
-                rows.append(row)
-        shape = f"V = {args.vocabulary:,}, D = {WIDTH:,}"
-        show(f"loss, forward and backward, {dtype}, {shape}{rates}", args, header, rows)
-
-
-def step(args):
-    header = ["how", "response tokens/s", "the first is faster by"]
-    header += ["share of the matrix-product floor", "memory of the update"]
-    header += ["peak with the models", "estimate", "peak / estimate"]
-    for model in args.models:
-        results = measured(ways(model, args), args)
-        same_gradient(results, 1e-2 if model == "smollm2" else 0.05)
-        if not results:
-            continue
-        first = next(iter(results.values()))
-        # By the best rate that any of the processes saw.
-        floor = min(r["floor"] for r in results.values())
-        rate = max(r["gflops"] for r in results.values())
-        rows = []
-        for name, r in results.items():
-            row = [name, f"{r['tokens'] / r['seconds']:,.0f}"]
-            row += [f"{r['seconds'] / first['seconds']:.2f} x", f"{floor / r['seconds']:.0%}"]
-            row += [f"{r[key]:,.0f} MB" for key in ("memory", "whole", "estimate")]
-            row.append(f"{r['whole'] / r['estimate']:.2f}")
-            rows.append(row[:-2] + ["", ""] if name.startswith("TRL") else row)
-        title = f"a whole update, {model} shape, {first['tokens']:,.0f} response tokens"
-        show(f"{title}, products alone {rate:,.0f} GFLOP/s", args, header, rows)
-
-
-def ways(model, args):
-    """smollm2: ours and TRL's in float32. Others: as opsd.py prepares it, on one rank and under
-    torchrun.
-    """
-    if model == "smollm2":
-        variants = {"ours": "ours"}
-        for batch in ("8", "1", "1 alone"):  # its default is 8; alone: sampled by itself
-            variants[f"TRL SDFTTrainer, batches of {batch}"] = f"trl {batch}"
-        settings = dict(model=model, flags=["--dtype", "float32"])
-        return {name: dict(settings, variant=variant) for name, variant in variants.items()}
-    cases = {}
-    for launcher in ("python", "torchrun --nproc-per-node 1"):
-        for flags in ([], ["--checkpointing"]):
-            case = dict(variant="ours", model=model, tokens=args.micro_tokens, flags=flags)
-            cases[" ".join([launcher, *flags])] = dict(case, torchrun=launcher != "python")
-    return cases
-
-
-QUESTIONS = dict(loss=loss, step=step)
-MEASURES = dict(loss=measure_loss, step=measure_step)
-
-# Of the loss, by device: --tokens, --dtypes and --variants.
-CPU = [512, 1024, 2048, 4096], ["float32", "bfloat16"], [name for name in LOSSES if name != "liger"]
-CUDA = [4096, 16384, 65536], ["bfloat16"], list(LOSSES)
+def table(results):
+    """Markdown, the ratios to the first row in it."""
+    first = next(iter(results.values()))
+    keys = [key for key in COLUMNS if key in first]
+    header = ["variant", *(COLUMNS[key][0] for key in keys), "time / first", "memory / first"]
+    rows = []
+    for name, r in results.items():
+        ratios = [f"{r[key] / first[key]:.3f}" for key in ("seconds", "memory")]
+        rows.append([name, *(COLUMNS[key][1].format(r[key]) for key in keys), *ratios])
+    return markdown(header, rows)
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("what", choices=list(QUESTIONS))
+    add("what", choices=list(CASES))
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--threads", type=int, default=2, help="CPU threads of torch")
     add("--rounds", type=int, default=3, help="measurements of each variant, shown by their median")
-    add("--tokens", type=int, nargs="+", help="loss: of responses")
-    add("--dtypes", nargs="+", choices=["float32", "bfloat16"], help="loss: of weights and states")
+    add("--tokens", type=int, nargs="+", help="loss: of responses; step: of a micro-batch")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the computation")
     add("--variants", nargs="+", choices=list(LOSSES), help="loss: only these")
-    add("--vocabulary", type=int, default=VOCABULARY, help="loss: V")
-    add("--bounds", action="store_true", help="loss: what the machine allows; on with cuda")
-    add("--models", nargs="+", choices=list(SHAPES), help="step: only these")
-    add("--micro-tokens", type=int, default=8192, help="step of a Qwen3 shape: a micro-batch")
+    add("--vocabulary", type=int, default=151_936, help="loss: V")
+    add("--model", choices=list(SHAPES), help="step: whose shape")
     add("--case", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
-    tokens, dtypes, variants = CUDA if cuda else CPU
-    args.tokens, args.dtypes = args.tokens or tokens, args.dtypes or dtypes
-    args.variants, args.bounds = args.variants or variants, args.bounds or cuda
-    args.models = args.models or (["qwen3-1.7b"] if cuda else ["smollm2"])
+    if args.what == "step":
+        sizes = [8192] if cuda else [2048]
+    else:
+        sizes = [4096, 16384, 65536] if cuda else [512, 1024, 2048, 4096]
+    args.tokens = args.tokens or sizes
+    if args.what == "step" and min(args.tokens) < 200:
+        fail(f"--tokens {min(args.tokens)}: at least 200 for step")
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    args.variants = args.variants or [name for name in LOSSES if cuda or name != "liger"]
+    args.model = args.model or ("qwen3-1.7b" if cuda else "smollm2-135m")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
+    cuda = args.device == "cuda"
+    if cuda and not torch.cuda.is_available():
         fail("--device cuda: there is none here")
-    if not args.case:
-        return QUESTIONS[args.what](args)
     torch.set_num_threads(args.threads)
-    case = json.loads(args.case)
-    print(json.dumps(MEASURES[args.what](**case)))
+    if args.case:
+        print(json.dumps(MEASURES[args.what](**json.loads(args.case))))
+        return
+    machine = torch.cuda.get_device_name() if cuda else f"{args.threads} threads"
+    shape = args.model if args.what == "step" else f"V = {args.vocabulary:,}, D = {WIDTH:,}"
+    for tokens in args.tokens:
+        results = measured(CASES[args.what](tokens, args), args)
+        norms = [r["gradient"] for r in results.values()]
+        if norms and max(norms) > min(norms) * (1.001 if args.dtype == "float32" else 1.05):
+            print(f"the gradients differ: norms {norms}")
+        title = f"{args.what} of {tokens:,} tokens, {shape}, {args.dtype}, {machine}"
+        print(f"\n{title}, median of {args.rounds}\n")
+        print((table(results) if results else "nothing was measured") + "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The loss for tools/bench.py: ours, the naive form, TRL's (pip install trl==1.16.0) and Liger's
-(pip install liger-kernel; CUDA only). And how time, memory and a machine's rates are measured.
+"""The loss for tools/bench.py: ours, the naive form, TRL's and Liger's. And how time and memory
+are measured.
 """
 
 import ctypes
@@ -8,14 +8,27 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import opsd
 from model import response_hidden
 from rollout import Rollout
 from tools.memory import qwen3_config
+
+
+def random_rollouts(count, prompt, response, vocabulary):
+    """Of random ids; the teacher's prompt is twice as long."""
+    rollouts = []
+    for _ in range(count):
+        ids = torch.randint(vocabulary, (2 * prompt + response,)).tolist()
+        r = Rollout(None, ids[prompt : 2 * prompt], ids[2 * prompt :], outcome="correct")
+        r.teacher_row = [ids[: 2 * prompt], r.response_ids]
+        rollouts.append(r)
+    return rollouts
+
+
+# ------------------------------------------------------------------------------------------------
+# Time and memory
 
 
 def begin_peak(device):
@@ -53,48 +66,6 @@ def seconds_of(work, device):
     return median(times)
 
 
-def matrix_rate(d, wide, device, dtype=torch.float32):
-    """Multiply-adds x 2 a second of a product of the model's own shape, (rows, d) by (d, wide), of
-    2,048 rows (CUDA: 8,192): median of the last eight of ten.
-    """
-    rows = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(rows, d).to(device, dtype), torch.randn(d, wide).to(device, dtype)
-    times = [seconds_of(lambda: torch.mm(a, b), device) for _ in range(10)]
-    return 2 * rows * d * wide / median(times[2:])
-
-
-def copy_rate(device):
-    """Bytes read and written a second, by a copy of 1 GB (CPU: 0.2 GB)."""
-    a = torch.ones(int(2.5e8 if device.type == "cuda" else 5e7), device=device)
-    b = torch.empty_like(a)
-    b.copy_(a)
-    return 2 * a.nbytes / seconds_of(lambda: b.copy_(a), device)
-
-
-class Traffic(TorchDispatchMode):
-    """Counts what PyTorch computes within it: operators (`calls`; about one kernel each, views are
-    none) and the bytes that they read and write, products aside. Other libraries' kernels do not
-    pass here.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.calls = self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("aten::")
-        aliases = [r.alias_info for r in func._schema.returns if r.alias_info]
-        if any(not alias.is_write for alias in aliases) or name.startswith(("empty", "new_empty")):
-            return out
-        self.calls += 1
-        if name not in ("mm", "addmm", "bmm", "matmul", "linear"):
-            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-            # An expanded tensor is read once.
-            self.bytes += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)
-        return out
-
-
 # ------------------------------------------------------------------------------------------------
 # The loss. Axes: R response tokens, D width, V vocabulary. A model without layers: its body is an
 # embedding and a norm. A variant is a function (student, teacher, rollouts) that adds the gradient
@@ -102,7 +73,7 @@ class Traffic(TorchDispatchMode):
 
 
 def head_only_model(vocabulary, width, dtype):
-    config = qwen3_config((width, 8, 0, 1, 1, False), vocabulary, 8)
+    config = qwen3_config(width, 8, 0, 1, 1, False, vocabulary, 8)
     model = AutoModelForCausalLM.from_config(config)
     # Small: the rows use the first 1,000 ids only.
     model.model.embed_tokens = torch.nn.Embedding(1000, width).requires_grad_(False)
@@ -139,14 +110,14 @@ def naive(student, teacher, rollouts):
     (s.exp() * (s - t)).sum(-1).mean().backward()
 
 
-def trl_logits(student, teacher, rollouts):
+def trl_sdft(student, teacher, rollouts):
     from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
 
     s, t = full_logits(student, teacher, rollouts)
     compute_full_logit_self_distillation_loss(s, t, distillation_alpha=1.0).mean().backward()
 
 
-def trl_jsd(student, teacher, rollouts):
+def trl_gkd(student, teacher, rollouts):
     from trl.experimental.gkd import GKDTrainer
 
     s, t = full_logits(student, teacher, rollouts)
@@ -161,61 +132,24 @@ def liger(student, teacher, rollouts):
     fused(s, student.lm_head.weight, t, teacher.lm_head.weight, None).backward()
 
 
-LOSSES = {
-    "ours": (ours, "ours: backward chunk by chunk"),
-    "naive": (naive, "naive: full logits"),
-    "trl_logits": (trl_logits, "TRL experimental.sdft, full_logits"),
-    "trl_jsd": (trl_jsd, "TRL experimental.gkd, as the trainer of OPSD's authors"),
-    "liger": (liger, "Liger fused linear JSD"),
-}
+LOSSES = dict(naive=naive, ours=ours, trl_sdft=trl_sdft, trl_gkd=trl_gkd, liger=liger)
 
 
-def measure_loss(variant, *, tokens, vocabulary, width, dtype, device, bounds):
-    """Memory of one pass above what was held before, time of the next; bounds: with those of
-    `least_times`.
-    """
-    device, run = torch.device(device), LOSSES[variant][0]
+def measure_loss(variant, *, tokens, vocabulary, width, dtype, device):
+    """Memory of one pass above what was held before, time of the next."""
+    device, dtype = torch.device(device), getattr(torch, dtype)
     torch.manual_seed(0)
-    student, teacher = (
-        head_only_model(vocabulary, width, getattr(torch, dtype)).to(device) for _ in range(2)
-    )
+    student, teacher = (head_only_model(vocabulary, width, dtype).to(device) for _ in range(2))
     teacher.requires_grad_(False)
 
     def work(count=tokens):
         torch.manual_seed(count)
-        ids = torch.randint(1000, (count + 1,)).tolist()
-        r = Rollout(None, ids[:1], ids[1:], outcome="correct", teacher_row=[ids[:1], ids[1:]])
         student.zero_grad(set_to_none=False)
-        run(student, teacher, [r])
+        LOSSES[variant](student, teacher, random_rollouts(1, 1, count, 1000))
 
     work(64)
     held = begin_peak(device)
     work()
     memory, seconds = peak_since(device) - held, seconds_of(work, device)
     gradient = student.lm_head.weight.grad.float().norm().item()
-    result = dict(seconds=seconds, memory=memory, gradient=gradient)
-    if bounds:
-        with Traffic() as traffic:
-            work()
-        result |= least_times(traffic, tokens, student.lm_head.weight)
-    return result
-
-
-def least_times(traffic, tokens, head):
-    """Seconds that the machine's rates, measured here, allow for a loss of `tokens` tokens with a
-    head (V, D). products: the head forward for student and teacher, and twice backward. traffic:
-    the bytes that this variant moves. least: those of any that has logits in memory: both models'
-    written and read once, the gradient written.
-    """
-    vocabulary, width = head.shape
-    rate = matrix_rate(width, vocabulary, head.device, head.dtype)
-    bandwidth = copy_rate(head.device)
-    return dict(
-        products=8 * tokens * vocabulary * width / rate,
-        traffic=traffic.bytes / bandwidth,
-        least=5 * tokens * vocabulary * head.element_size() / bandwidth,
-        calls=traffic.calls,
-        moved=traffic.bytes / (tokens * vocabulary),
-        bandwidth=bandwidth / 1e9,
-        gflops=rate / 1e9,
-    )
+    return dict(seconds=seconds, memory=memory, gradient=gradient)

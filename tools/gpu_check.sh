@@ -9,13 +9,13 @@ cd "$(dirname "$0")/.."
 export DEVICE=${DEVICE:-cuda} OUT=${OUT:-$(mktemp -d)}
 mkdir -p "$OUT"
 
-LOSS="--variants ours naive trl_logits trl_jsd liger --rounds 1"
+LOSS="--rounds 1"
 STEP="--rounds 1"
 RUN="--filter correct --backend transformers --overwrite --device $DEVICE"
 SHORT="$RUN --filter all --steps 8 --state-every 2 --batch 16 --eval-problems 16"
 if [ "$DEVICE" = cpu ]; then
-    LOSS="--variants ours naive --rounds 1 --vocabulary 8192 --tokens 128 --bounds --threads 1"
-    STEP="--rounds 1 --models qwen3-tiny --micro-tokens 600 --threads 1"
+    LOSS="--variants naive ours --rounds 1 --vocabulary 8192 --tokens 128 --threads 1"
+    STEP="--rounds 1 --model tiny --tokens 600 --threads 1"
     RUN="$RUN --threads 1 --steps 2 --batch 16 --eval-problems 16"
     SHORT="$SHORT --threads 1 --max-new-tokens 40"
 fi

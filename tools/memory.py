@@ -5,8 +5,8 @@
    ...), blocks gathered from the ranks, the head, the loss's chunk of logits.
 2. Not counted: the CUDA context and NCCL (one or two GB), fragmentation, the attention kernel's
    workspace, and vLLM, which takes --vllm-memory of the card.
-3. With --gpus and the flags of opsd.py: the prompts as the models will read them and the estimate
-   for that run. No weights are loaded and nothing is written.
+3. With --gpus and the flags of opsd.py: the first problem as the teacher will read it, and the
+   estimate for that run. No weights are loaded and nothing is written.
 
     python -m tools.memory --gpus 8 --model Qwen/Qwen3-8B --data math.jsonl    # flags of opsd.py
     python -m tools.memory    # the documents' table
@@ -29,17 +29,8 @@ from rollout import Rollout
 from run import Parser, fail
 from tools import markdown
 
-# From the public config.json files of Qwen/Qwen3-1.7B, -4B and -8B: width, of the MLP, blocks,
-# heads, heads of keys and values, head tied to the embedding.
-QWEN3 = {
-    "Qwen3-1.7B": (2048, 6144, 28, 16, 8, True),
-    "Qwen3-4B": (2560, 9728, 36, 32, 8, True),
-    "Qwen3-8B": (4096, 12288, 36, 32, 8, False),
-}
 
-
-def qwen3_config(shape, vocabulary, head_dim):
-    width, mlp, layers, heads, key_heads, tied = shape
+def qwen3_config(width, mlp, layers, heads, key_heads, tied, vocabulary=151_936, head_dim=128):
     return Qwen3Config(
         vocab_size=vocabulary,
         head_dim=head_dim,
@@ -53,12 +44,12 @@ def qwen3_config(shape, vocabulary, head_dim):
     )
 
 
-def qwen3(name):
-    return qwen3_config(QWEN3[name], 151936, 128)
-
-
-# ------------------------------------------------------------------------------------------------
-# The estimate
+# From the public config.json files of Qwen/Qwen3-1.7B, -4B and -8B.
+QWEN3 = {
+    "Qwen3-1.7B": qwen3_config(2048, 6144, 28, 16, 8, True),
+    "Qwen3-4B": qwen3_config(2560, 9728, 36, 32, 8, True),
+    "Qwen3-8B": qwen3_config(4096, 12288, 36, 32, 8, False),
+}
 
 
 def sizes(config):
@@ -75,11 +66,10 @@ def sizes(config):
 
 
 def estimate(config, args, gpus, tokens, sharded):
-    """Bytes on each GPU at the peak of a training step, by part; their sum is the peak.
+    """{part: bytes} on each GPU at the peak of a training step, which is their sum.
 
     args: of opsd.py, --device, --dtype and --backend settled. tokens: of the longest micro-batch,
-    padding included. sharded: under torchrun (also with one GPU), where sampling with transformers
-    needs a whole copy; else the plain model.
+    padding included. sharded: under torchrun, also with one GPU.
     """
     whole, block, rest, head = sizes(config)
     layers, width, mlp = config.num_hidden_layers, config.hidden_size, config.intermediate_size
@@ -133,30 +123,21 @@ def estimate(config, args, gpus, tokens, sharded):
     return parts
 
 
-# ------------------------------------------------------------------------------------------------
-# A run that is planned
-
-
 def print_plan(args, gpus):
-    """The prompts of the first problem, and the estimate for opsd.py's flags on so many GPUs."""
+    """The first problem as the teacher reads it, and the estimate for opsd.py's flags."""
     tokenizer = load_tokenizer(args.model)
     config = AutoConfig.from_pretrained(args.model)
     rollout = Rollout(data.load_problems(args, 1)[0], [])
     written = ["(what the teacher will have written)"]
     context = CONTEXTS[args.context]([rollout], lambda prompts: written, args)[0]
-    for whose, text, thinking in (
-        ("student", "", args.thinking),
-        ("teacher", context, args.teacher_thinking),
-    ):
-        layout = thinking == "on", args.context_first and bool(text)
-        prompt = render_prompt(tokenizer, rollout.problem, text, *layout)
-        print(f"{whose}'s prompt, {len(prompt)} tokens:\n{tokenizer.decode(prompt)}\n")
+    layout = args.teacher_thinking == "on", args.context_first
+    prompt = render_prompt(tokenizer, rollout.problem, context, *layout)
+    print(f"the teacher's prompt, {len(prompt)} tokens:\n{tokenizer.decode(prompt)}\n")
     args.device = "cpu" if args.device == "cpu" else "cuda"
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     if args.backend == "auto":
-        vllm = args.device == "cuda" and find_spec("vllm")
-        args.backend = "vllm" if vllm else "transformers"
+        args.backend = "vllm" if args.device == "cuda" and find_spec("vllm") else "transformers"
     # A micro-batch has at least one row; the teacher's is the longer one.
     tokens = max(len(prompt) + args.max_new_tokens, args.micro_tokens)
     sharded = gpus > 1 or args.offload
@@ -166,10 +147,7 @@ def print_plan(args, gpus):
     print(f"peak of training on each of {gpus} GPUs ({args.device}), {how}, {args.dtype},")
     print(f"micro-batches of {tokens} tokens; GB by part:")
     print(f"{' + '.join(terms)} = {sum(parts.values()) / 1e9:.3g}")
-    print("no weights were loaded, nothing was written")
 
-
-# ------------------------------------------------------------------------------------------------
 
 CARD, VLLM, SPARE = 80e9, 0.3, 2e9
 CUDA = "--device cuda --dtype bfloat16 --backend vllm".split()
@@ -182,11 +160,11 @@ def table():
     """
     header = ["model", "GPUs", "flags", "kept", "activations", "peak, GB of 80"]
     rows = []
-    for name in QWEN3:
+    for name, config in QWEN3.items():
         for gpus in (1, 2, 4, 8):
             for flags in ([], ["--checkpointing"], ["--checkpointing", "--offload"]):
                 args = opsd.parse_args([*CUDA, *flags])
-                parts = estimate(qwen3(name), args, gpus, 8192, gpus > 1 or args.offload)
+                parts = estimate(config, args, gpus, 8192, gpus > 1 or args.offload)
                 peak = ERROR * sum(parts.values()) + VLLM * CARD + SPARE
                 if peak <= CARD:
                     break
@@ -198,23 +176,22 @@ def table():
 
 
 def parse_args(argv=None):
-    """(--gpus, opsd.py's arguments); (None, None) for the table."""
+    """(--gpus, 0 for the table, and opsd.py's arguments)."""
     parser = Parser(__doc__)
-    parser.add_argument("--gpus", type=int, help="of a planned run; the other flags are opsd.py's")
+    help = "of a planned run, whose flags of opsd.py follow; 0 = the table"
+    parser.add_argument("--gpus", type=int, default=0, help=help)
     args, flags = parser.parse_known_args(argv)
-    if args.gpus is None and not flags:
-        return None, None
-    if args.gpus is None or args.gpus < 1:
-        fail(f"--gpus {args.gpus}: at least 1, before the flags of opsd.py")
+    if args.gpus < 0 or flags and not args.gpus:
+        fail(f"--gpus {args.gpus}: at least 1, with the flags of opsd.py")
     return args.gpus, opsd.parse_args(flags)
 
 
 def main(argv=None):
     gpus, args = parse_args(argv)
-    if gpus is None:
-        print(table())
-    else:
+    if gpus:
         print_plan(args, gpus)
+    else:
+        print(table())
 
 
 if __name__ == "__main__":

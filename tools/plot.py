@@ -71,58 +71,58 @@ def curves_of(files):
     return dict(zip(labels, found.values(), strict=True))
 
 
+def draw_runs(panel, files, x, y):
+    """Columns of `curves_of`: a thin line a seed, a thick one for their mean. Returns the means,
+    {label: (steps, 3)}.
+    """
+    means = {}
+    for name, curves in curves_of(files).items():
+        for curve in curves if len(curves) > 1 else ():
+            panel.plot(curve[:, x], curve[:, y], color=colour(name), linewidth=0.6, alpha=0.5)
+        means[name] = mean = np.mean(curves, 0)
+        panel.plot(mean[:, x], mean[:, y], "o-", color=colour(name), markersize=3, label=name)
+    panel.axhline(0, color="black", linewidth=0.8)
+    return means
+
+
+def panel_below(axes, height, xlabel, ylabel):
+    """Another panel under the axes, `height` times as high, with the same horizontal axis."""
+    below = axes.inset_axes([0, -height - 0.07, 1, height], sharex=axes)
+    axes.tick_params(labelbottom=False)
+    below.set(xlabel=xlabel, ylabel=ylabel)
+    return below
+
+
 # ------------------------------------------------------------------------------------------------
 # Figures: functions (axes, files)
 
 
 def trajectory(axes, files):
-    """Change of accuracy (points) and of length (percent) over the steps: a thin line a seed, a
-    thick one for their mean.
-    """
-    below = axes.inset_axes([0, -0.75, 1, 0.68], sharex=axes)
-    for name, curves in curves_of(files).items():
-        for part, panel in ((1, axes), (2, below)):
-            for curve in curves if len(curves) > 1 else ():
-                steps, values = curve[:, 0], curve[:, part]
-                panel.plot(steps, values, color=colour(name), linewidth=0.6, alpha=0.5)
-            mean = np.mean([curve[:, part] for curve in curves], 0)
-            style = dict(color=colour(name), marker="o", markersize=3, label=name)
-            panel.plot(curves[0][:, 0], mean, **style)
-            panel.axhline(0, color="black", linewidth=0.8)
-            panel.spines[["top", "right"]].set_visible(False)
+    below = panel_below(axes, 0.68, "step", "length, percent")
+    draw_runs(below, files, 0, 2)
+    draw_runs(axes, files, 0, 1)
     axes.set_ylabel("accuracy, points")
-    axes.tick_params(labelbottom=False)
     axes.legend(frameon=False, fontsize=8)
-    below.set_ylabel("length, percent")
-    below.set_xlabel("step")
 
 
 def path(axes, files):
-    """The same in the plane of the two changes, as paths from the start: compression comes first,
-    damage apart from it. A thin path a seed, a thick one for their mean; the numbers are steps.
-    """
-    for name, curves in curves_of(files).items():
-        for curve in curves if len(curves) > 1 else ():
-            axes.plot(curve[:, 2], curve[:, 1], color=colour(name), linewidth=0.6, alpha=0.45)
-        mean = np.mean(curves, 0)  # (steps, 3)
-        style = dict(color=colour(name), marker="o", markersize=4, linewidth=2, label=name)
-        axes.plot(mean[:, 2], mean[:, 1], **style)
+    """From the start: compression comes first, damage apart from it. The numbers are steps."""
+    for name, mean in draw_runs(axes, files, 2, 1).items():
         for step, y, x in mean[1:]:
             text = dict(textcoords="offset points", xytext=(4, 4), fontsize=7, color=colour(name))
             axes.annotate(f"{step:g}", (x, y), **text)
     axes.plot(0, 0, "o", color="black")
     axes.annotate("before", (0, 0), textcoords="offset points", xytext=(-4, 6), fontsize=8)
-    axes.axhline(0, color="black", linewidth=0.8)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("change of mean response length, percent")
-    axes.set_ylabel("change of accuracy, points")
+    axes.set(xlabel="change of mean response length, percent", ylabel="change of accuracy, points")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def position(axes, files):
     """Mean reverse KL per token by position, where LEAST rollouts are left, and their number."""
     rows = [row for file in files for row in read_lines(file)]
-    below = axes.inset_axes([0, -0.48, 1, 0.26], sharex=axes)
+    below = panel_below(axes, 0.26, "position in the response, tokens", "rollouts")
+    below.set_yscale("log")
     for outcome, color in COLOURS.items():
         length = max(len(row[outcome]["kl"]) for row in rows)
         if not length:
@@ -138,11 +138,7 @@ def position(axes, files):
     if not any(np.isfinite(line.get_ydata()).any() for line in axes.get_lines()):
         raise ValueError(f"no position with {LEAST} rollouts")
     axes.set_ylabel("reverse KL, nats per token")
-    axes.tick_params(labelbottom=False)
     axes.legend(frameon=False)
-    below.set_yscale("log")
-    below.set_ylabel("rollouts")
-    below.set_xlabel("position in the response, tokens")
 
 
 FIGURES = {"path": path, "position": position, "trajectory": trajectory}
