@@ -286,7 +286,7 @@ def test_one_seed_fixes_everything(tmp_path):
         (["--device", "cuda:7"], "--device cuda:7"),
         (["--model", "nowhere"], "--model nowhere"),
         (["--beta", "1"], "--beta"),
-        (["--data", "good.jsonl"], "--context solution: needs a worked solution"),
+        (["--data", "good.jsonl"], "--context solution: needs a solution"),
         (["--steps", "0"], "--steps"),
         (["--seed", "-1"], "--seed -1"),
         (["--top-p", "1.5"], "--top-p 1.5"),
@@ -511,7 +511,7 @@ def test_eval_refuses_an_out_that_it_could_not_write_before_it_evaluates(
     path = write(tmp_path / "d.jsonl", '{"question": "1+1?", "answer": "2"}')
     with pytest.raises(SystemExit):
         evaluation.main(["--model", TINY, "--data", path, "--context", "solution"])
-    assert "--context solution: needs a worked solution" in capsys.readouterr().err
+    assert "--context solution: needs a solution" in capsys.readouterr().err
 
 
 def test_saved_files_can_be_read_by_others(tmp_path):

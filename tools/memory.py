@@ -140,6 +140,8 @@ def print_plan(args, gpus):
     config = AutoConfig.from_pretrained(args.model)
     rollout = Rollout(data.load_problems(args, 1)[0], [])
     written = ["(what the teacher will have written)"]
+    sibling = Rollout(rollout.problem, [], text="(a sibling's reasoning)", outcome="correct")
+    rollout.siblings = [sibling]
     context = CONTEXTS[args.context]([rollout], lambda prompts: written, args)[0]
     for whose, text, thinking in (
         ("student", "", args.thinking),

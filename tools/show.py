@@ -121,6 +121,9 @@ def answer_problems(args, device):
                 write = rollout.make_writer(sampler, tokenizer, args, args.seed)
                 contexts, _ = page_contexts(args)
                 texts = {name: make(rollouts, write, args) for name, make in contexts.items()}
+                for name in texts:
+                    if not any(text is not None for text in texts[name]):
+                        fail(f"--contexts {name}: none of the {len(rollouts)} responses has one")
     return tokenizer, answers, texts, sampler.limit
 
 
