@@ -177,6 +177,7 @@ def test_reference_traces_end_right_and_every_step_too(context):
         for p in embedded_problems(300, 0):
             text = toy.reference_trace(p, rng, context)
             assert verifier.grade([(text.split("boxed{")[1][:-1], p.answer)]) == ["correct"]
+            assert toy.worked(Rollout(p, [], text=text).reasoning) == p.solution
             lines = text.removeprefix("<think>\n").split("\n</think>")[0].split("\n")
             for (a, op, digit, scans, c), line in zip(toy.read_steps(p), lines, strict=True):
                 assert line.endswith(f"{a:02d}{op}{digit}={c:02d}")

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-import data
 import eval as evaluation
 import opsd
 import rollout
-from data import embedded_problems, problem_batch
+import toy
+from data import INSTRUCTION, embedded_problems, problem_batch
 from run import tiny
 from tests.helpers import TINY, metrics, write
 from tools import show
@@ -17,67 +17,61 @@ from tools import show
 def train(flags, folder, monkeypatch):
     """[(draws, rollouts in the loss, line of the log) of each step] of a run of five problems."""
     draws, trained = [[]], []
-    grade, accumulate = rollout.grade_rollouts, opsd.accumulate_gradients
+    grade, own = rollout.grade_rollouts, opsd.accumulate_gradients
 
-    def note_draw(verifier, rollouts):
-        grade(verifier, rollouts)
+    def note(verifier, rollouts):
         draws[-1].append(rollouts)
+        return grade(verifier, rollouts)
 
-    def note_step(student, teacher, rollouts, args):
+    def end_step(student, teacher, rollouts, args):
         draws.append([])
         trained.append(rollouts)
-        return accumulate(student, teacher, rollouts, args)
+        return own(student, teacher, rollouts, args)
 
-    monkeypatch.setattr(rollout, "grade_rollouts", note_draw)
-    monkeypatch.setattr(opsd, "accumulate_gradients", note_step)
+    monkeypatch.setattr(rollout, "grade_rollouts", note)
+    monkeypatch.setattr(opsd, "accumulate_gradients", end_step)
     flags = f"--model {tiny('sft')} {flags} --steps 3 --batch 5 --eval-problems 0"
     opsd.main([*flags.split(), "--threads", "1", "--out", str(folder / "run")])
     return list(zip(draws[:-1], trained, metrics(folder / "run")[1:], strict=True))
 
 
-def correct_ones(draw, problem):
-    """The shortest first."""
+def shortest_first(draw, problem):
     right = [r for r in draw if r.problem == problem and r.outcome == "correct"]
     return sorted(right, key=lambda r: len(r.response_ids))
 
 
 @pytest.mark.parametrize("resample, keeps", [(0, "all"), (3, "correct")])
-def test_the_teacher_reads_the_shortest_other_correct_response(
-    resample, keeps, tokenizer, tmp_path, monkeypatch
-):
-    flags = f"--group 2 --filter {keeps} --resample {resample} --context sibling"
+def test_the_shortest_sibling_is_read(resample, keeps, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "worked", lambda trace: f"({trace})")  # else siblings read alike
+    flags = f"--group 3 --filter {keeps} --resample {resample} --context sibling"
     problems, drawn, failed, cut = embedded_problems(15 * (resample + 1), 0), 0, 0, 0
     for draws, kept, line in train(flags, tmp_path, monkeypatch):
         passed = []
         for draw in draws:
-            assert len(passed) < 10
+            assert len(passed) < 15
             batch = problem_batch(problems, drawn, 5, 0)
-            assert [r.problem for r in draw] == [p for p in batch for _ in range(2)]
-            assert len({tuple(r.response_ids) for r in draw}) > 5
+            assert [r.problem for r in draw] == [p for p in batch for _ in range(3)]
             for r in draw:
-                others = [s for s in correct_ones(draw, r.problem) if s is not r]
+                others = [s for s in shortest_first(draw, r.problem) if s is not r]
                 passed += [(r, others)] if keeps in ("all", r.outcome) else []
             drawn += 5
-        assert len(passed) >= 10 or len(draws) == resample + 1
-        passed, cut = passed[:10], cut + len(passed) - 10
+        assert len(passed) >= 15 or len(draws) == resample + 1
+        passed, cut = passed[:15], cut + len(passed) - 15
         read = [(r, others[0].text) for r, others in passed if others]
         assert kept == [r for r, _ in read]
         for r, text in read:
-            lines = text.split("<think>\n")[1].split("\n</think>")[0].split("\n")
-            worked = ", ".join(line.split(" ")[-1] for line in lines)
-            reference = f"solution:\n{worked}\nThe answer is {r.problem.answer}.\n"
+            think = text.split("<think>\n")[1].split("\n</think>")[0]
+            reference = f"solution:\n({think})\nThe answer is {r.problem.answer}.\n"
             assert reference in tokenizer.decode(r.teacher_row[0])
-        assert (line["sampled"], line["kept"]) == (10 * len(draws), len(kept))
+        assert (line["sampled"], line["kept"]) == (15 * len(draws), len(kept))
         assert line["context_failed"] == len(passed) - len(kept)
-        assert sum(r.weight * len(r.response_ids) for r in kept) == pytest.approx(1)
         failed += line["context_failed"]
     assert failed > 0 and (cut > 0) == (resample > 0)
 
 
 def test_the_shortest_correct_response_of_each_problem_is_kept(tmp_path, monkeypatch):
-    flags = "--group 4 --filter shortest --resample 1"
-    for draws, kept, _ in train(flags, tmp_path, monkeypatch):
-        best = [r for draw in draws for r in draw if r in correct_ones(draw, r.problem)[:1]]
+    for draws, kept, _ in train("--group 4 --filter shortest --resample 1", tmp_path, monkeypatch):
+        best = [r for draw in draws for r in draw if r in shortest_first(draw, r.problem)[:1]]
         assert len(draws) == 2 and kept == best and 5 < len(kept) <= 10  # a full step has 20
 
 
@@ -86,7 +80,7 @@ def test_a_rows_own_text_is_read_as_it_is(tokenizer, tmp_path, monkeypatch):
     path = write(tmp_path / "d.jsonl", *map(json.dumps, rows))
     for _, kept, _ in train(f"--data {path} --context given --filter all", tmp_path, monkeypatch):
         for r in kept:
-            text = f"?\n\n{{Add}} {r.problem.question[0]}.\n\n{data.INSTRUCTION}"
+            text = f"?\n\n{{Add}} {r.problem.question[0]}.\n\n{INSTRUCTION}"
             assert text in tokenizer.decode(r.teacher_row[0])
 
 
