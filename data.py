@@ -33,6 +33,7 @@ class Problem:
     answer: str
     solution: str = ""
     difficulty: str = ""
+    context: str = ""  # what the teacher reads with --context given
 
 
 # ------------------------------------------------------------------------------------------------
@@ -44,6 +45,7 @@ FIELDS = {
     "answer": ("answer", "ground_truth", "gold", "final_answer", "reward_model"),
     "solution": ("solution", "cot", "reasoning"),
     "difficulty": ("difficulty", "level"),
+    "context": ("context",),
 }
 
 
@@ -66,8 +68,7 @@ def add_data_flags(parser, several=False):
 
 
 def add_held_out_flags(parser):
-    group = parser.add_argument_group("evaluation before, on the way and after")
-    add = group.add_argument
+    add = parser.add_argument_group("evaluation before, on the way and after").add_argument
     add("--eval-data", help="like --data: held-out problems of a real run")
     add("--eval-problems", type=int, default=512, help="number of held-out problems; 0 = none")
     add("--eval-every", type=int, default=0, help="steps between evaluations; 0 = before and after")
@@ -98,8 +99,7 @@ def load_held_out(args, problems):
         held_out = embedded_problems(args.eval_problems, args.seed, held_out=True)
     questions = {p.question for p in held_out}
     kept = [p for p in problems if p.question not in questions]
-    dropped = len(problems) - len(kept)
-    if dropped:
+    if dropped := len(problems) - len(kept):
         print(f"dropped {dropped} of {len(problems)} training problems: they are held out too")
     if not kept:
         fail(f"--eval-data {args.eval_data}: holds every training problem")
@@ -136,8 +136,7 @@ def load_file(path, pairs=(), flag="--data"):
         places.append(where)
     if not problems:
         fail(f"{flag} {path}: no rows")
-    repeated = len(problems) - len({p.question for p in problems})
-    if repeated:
+    if repeated := len(problems) - len({p.question for p in problems}):
         print(f"{path}: {repeated} of {len(problems)} rows repeat an earlier question; all count")
     with Verifier() as verifier:
         complaints = verifier.check_golds([p.answer for p in problems])
@@ -146,8 +145,7 @@ def load_file(path, pairs=(), flag="--data"):
             count = sum(map(bool, complaints))
             more = f" (the first of {count} such rows)" if count > 1 else ""
             fail(f"{where}: gold answer {problem.answer[:80]!r}: {complaint}{more}")
-    units = [p.answer for p in problems if normal(p.answer)[1]]
-    if units:
+    if units := [p.answer for p in problems if normal(p.answer)[1]]:
         print(f"{path}: {len(units)} golds have a unit, which a response may leave out: {units[0]}")
     return problems
 
@@ -316,13 +314,6 @@ def plain(tokenizer, text):
     return text
 
 
-def opened_think(tokenizer, prompt):
-    """The "<think>" that some chat templates write into the prompt: the verifier must see it, or an
-    unfinished block would pass as an answer.
-    """
-    return "<think>\n" if tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>") else ""
-
-
 def require_thinking_switch(tokenizer, thinking, flag="--thinking"):
     """With thinking off the template must know the switch, or the flag would do nothing."""
     if not thinking and chat_ids(tokenizer, "x", True) == chat_ids(tokenizer, "x", False):
@@ -334,8 +325,7 @@ def require_thinking_switch(tokenizer, thinking, flag="--thinking"):
 #
 # Each is a function (rollouts, write, args) -> one text a rollout, or None where it failed. `write`
 # takes one prompt a rollout and returns what the frozen teacher writes to it, or None where that is
-# empty or truncated; `args` are the flags. A new context is a function, a template if it needs one,
-# and an entry. The last two are controls: references that are not the problem's.
+# empty or truncated. A new one is an entry. The last two are controls: no reference of the problem.
 
 REFERENCE = "Here is a reference solution:\n{solution}\nThe answer is {answer}."
 ANSWER = "The correct answer is {answer}."
@@ -372,11 +362,7 @@ def fill(template, rollout):
 
 def given(template):
     """A context that needs no generation."""
-
-    def context(rollouts, write, args):
-        return [fill(template, r) for r in rollouts]
-
-    return context
+    return lambda rollouts, write, args: [fill(template, r) for r in rollouts]
 
 
 def written(template, frame=MEMO):
@@ -389,6 +375,14 @@ def written(template, frame=MEMO):
         return [text and frame.format(text=text) for text in texts]
 
     return context
+
+
+def sibling(rollouts, write, args):
+    """As the reference the shortest other correct response of the draw; None where none is."""
+    read = toy.worked if args.data is None else str
+    best = [r.shortest_sibling for r in rollouts]
+    parts = [s and dict(solution=read(s.reasoning), answer=s.problem.answer) for s in best]
+    return [part and REFERENCE.format(**part) for part in parts]
 
 
 def of_another(rollouts, write, args):
@@ -431,6 +425,8 @@ CONTEXTS = {
     "solution": given(REFERENCE),
     "answer": given(ANSWER),
     "instruction": given(CONCISE),
+    "given": given("{context}"),
+    "sibling": sibling,
     "reflection": written(REFLECTION),
     "reflection-demo": written(REFLECTION_DEMO),
     "four-line": written(FOUR_LINES),
@@ -439,12 +435,14 @@ CONTEXTS = {
     "other": of_another,
     "wrong": wrong,
 }
-NEED_SOLUTION = set(CONTEXTS) - {"none", "answer", "instruction", "reflection"}
+NEED_SOLUTION = "solution reflection-demo four-line two-line resolve other wrong".split()
+NEEDS = {"given": "context", **dict.fromkeys(NEED_SOLUTION, "solution")}
 
 
-def require_solutions(problems, context):
-    """Ends the program where the context wants worked solutions and a problem has none."""
-    for number, problem in enumerate(problems if context in NEED_SOLUTION else (), 1):
-        if not problem.solution:
-            has_none = f"problem {number} of {len(problems)} has none (--fields solution=NAME?)"
-            fail(f"--context {context}: needs a worked solution, and {has_none}")
+def require_parts(problems, context):
+    """Ends the program where the context is made of a part that a problem has not."""
+    part = NEEDS.get(context)
+    for number, problem in enumerate(problems if part else (), 1):
+        if not getattr(problem, part):
+            has_none = f"problem {number} of {len(problems)} has none (--fields {part}=NAME?)"
+            fail(f"--context {context}: needs a {part}, and {has_none}")

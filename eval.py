@@ -41,7 +41,10 @@ def parse_args(argv=None):
     add("--samples", type=int, default=4, help="samples a problem (k of average@k)")
     add("--context", nargs="*", default=[], choices=list(CONTEXTS), help="prompt-only rows")
     rollout.add_context_flags(add)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if "sibling" in args.context and args.samples == 1:
+        fail("--context sibling: a response has siblings only with --samples 2 or more")
+    return args
 
 
 def load_benchmarks(args):
@@ -63,7 +66,7 @@ def main(argv=None):
     benchmarks = load_benchmarks(args)
     for problems in benchmarks.values():
         for context in args.context:
-            data.require_solutions(problems, context)
+            data.require_parts(problems, context)
     for path in args.model:
         load_tokenizer(path)  # a wrong one is found here, not after the first was evaluated
     named = {benchmark: [] for benchmark in benchmarks}

@@ -9,7 +9,8 @@ tokens; the student moves towards it by a masked per-token KL (eq. 1):
 Where this code departs from the paper, or fills in what it left open:
 1. Truncated rollouts are a third group beside correct and incorrect: the filters `all` and
    `not-correct` keep them.
-2. --resample N draws again until --batch rollouts are kept, so that filters are compared at equal
+2. --group N samples N responses a problem, each other's siblings (1: the paper). --resample N
+   draws again until --batch x --group rollouts are kept, so that filters are compared at equal
    update size; 0 is the paper's single draw.
 3. Sampling is at temperature 1, the student's own distribution (the paper: 0.7).
 4. No clipping of the loss, no top-k, no loss temperature: the full distribution in float32.
@@ -75,7 +76,8 @@ def parse_args(argv=None):
     parser.add_argument("--model", default=tiny("rlvr"), help="Hugging Face directory or id")
     add = parser.add_argument_group("method").add_argument
     add("--filter", default="correct", choices=list(FILTERS), help="rollouts that reach the loss")
-    add("--resample", type=int, default=0, help="further draws until --batch are kept; 0 = none")
+    add("--group", type=int, default=1, help="responses a problem, which are siblings")
+    add("--resample", type=int, default=0, help="further draws until a step is full; 0 = none")
     add("--context", default="solution", choices=list(CONTEXTS), help="what the teacher reads too")
     rollout.add_context_flags(add)
     add("--reinject", type=int, default=0, help="tokens between recalls (table 5: 2048); 0 = off")
@@ -95,6 +97,8 @@ def parse_args(argv=None):
     samplers.add_sampling_flags(parser)
     data.add_held_out_flags(parser)
     args = parser.parse_args(argv)
+    if args.context == "sibling" and args.group == 1:
+        fail("--context sibling: a response has siblings only with --group 2 or more")
     if args.divergence == "split" and args.filter in ("correct", "incorrect"):
         fail(f"--divergence split: --filter {args.filter} keeps one outcome only; use --filter all")
     bounds = (args.gate_above, args.gate_below) != (None, None)
@@ -111,11 +115,22 @@ def parse_args(argv=None):
 # each of the dicts below. Whole rollouts are kept or left out; the loss of a kept one is the same
 # whatever its outcome.
 
+
+def shortest(rollouts, args):
+    """Of each problem's correct responses the shortest, the first among equals."""
+    best = {}
+    for r in FILTERS["correct"](rollouts, args):
+        best[r.problem] = min(best.get(r.problem, r), r, key=lambda r: len(r.response_ids))
+    return list(best.values())
+
+
 FILTERS = {
     "all": lambda rollouts, args: rollouts,
     "correct": lambda rollouts, args: [r for r in rollouts if r.outcome == "correct"],
     "incorrect": lambda rollouts, args: [r for r in rollouts if r.outcome == "incorrect"],
     "not-correct": lambda rollouts, args: [r for r in rollouts if r.outcome != "correct"],
+    "truncated": lambda rollouts, args: [r for r in rollouts if r.outcome == "truncated"],
+    "shortest": shortest,
 }
 
 # ------------------------------------------------------------------------------------------------
@@ -311,7 +326,7 @@ def accumulate_gradients(student, teacher, rollouts, args):
     """
     for r in rollouts:  # the one denominator: eq. 1's, over the whole step
         r.weight = 1 / (len(rollouts) * len(r.response_ids))
-    lengths = [sum(map(len, r.teacher_row)) for r in rollouts]  # tokens; the student's: no more
+    lengths = [sum(map(len, r.teacher_row)) for r in rollouts]  # the student's are no longer
     parts = []
     for group, counts in progress(my_micro_batches(lengths, args.micro_tokens), "training"):
         micro = [rollouts[i] for i in group]
@@ -334,7 +349,7 @@ def main(argv=None):
     planned = state.get("planned", args.steps)  # a longer run goes on with the same problems
     problems = data.load_problems(args, planned * args.batch * (args.resample + 1))
     problems, held_out = data.load_held_out(args, problems)
-    data.require_solutions(problems, args.context)
+    data.require_parts(problems, args.context)
     model, tokenizer = load_model(args.model, ranks.load_device(device))  # in float32
     data.require_thinking_switch(tokenizer, args.thinking == "on")
     data.require_thinking_switch(tokenizer, args.teacher_thinking == "on", "--teacher-thinking")
@@ -360,6 +375,7 @@ def main(argv=None):
             for _ in range(args.resample + 1):
                 # 1. sample, 2. verify
                 batch = data.problem_batch(problems, drawn, args.batch, args.seed)
+                batch = [problem for problem in batch for _ in range(args.group)]
                 draw = sampler, tokenizer, batch, args, args.seed + drawn
                 rollouts = rollout.make_rollouts(*draw, logps=True)
                 rollout.grade_rollouts(verifier, rollouts)
@@ -367,9 +383,9 @@ def main(argv=None):
                 seen += rollouts
                 kept += FILTERS[args.filter](rollouts, args)
                 drawn += args.batch
-                if len(kept) >= args.batch:
+                if len(kept) >= len(batch):
                     break
-            kept, trained_from = kept[: args.batch], time.time()
+            kept, trained_from = kept[: len(batch)], time.time()
             # 4. loss: the teacher reads the same tokens behind its own prompt
             write = rollout.make_writer(teacher_sampler, tokenizer, args, args.seed + drawn)
             contexts = CONTEXTS[args.context](kept, write, args)
@@ -386,7 +402,8 @@ def main(argv=None):
             seconds = trained_from - begun, time.time() - trained_from
             record.update(rollout.rollout_metrics(seen, kept, *seconds, device))
             log_step(run, record, args, seen, kept)
-            run.count_update(updated, "" if kept else f"--filter {args.filter} kept nothing")
+            nothing = f"--filter {args.filter} kept nothing that has a --context {args.context}"
+            run.count_update(updated, "" if kept else nothing)
             held_out.evaluate(run, step + 1)
             if args.save_every and (step + 1) % args.save_every == 0:
                 save_model(os.path.join(run.path, f"step-{step + 1}"), model, tokenizer)
@@ -405,22 +422,7 @@ def main(argv=None):
 def step_record(step, updates, loss, norm, kept, failed):
     """What metrics.jsonl says of a step's loss; docs/runs.md explains each key."""
     record = dict(step=step, updates=updates, loss=loss, grad_norm=norm, context_failed=failed)
-    record.update(rollout.measure_metrics(kept))
-    if not kept:
-        return record
-    gate, kl = (torch.cat([r.measures[name] for r in kept]) for name in ("gate", "reverse_kl"))
-    weights = torch.cat([torch.full((len(r.response_ids),), r.weight) for r in kept])  # (R,)
-
-    def mean(values, by):
-        return (values * by).sum().item() / by.sum().item() if by.sum() > 0 else None
-
-    return dict(
-        record,
-        gate_mass=mean(gate, weights),  # the share of the weight that the gate lets through
-        reverse_kl_inside=mean(kl, gate),
-        reverse_kl_outside=mean(kl, 1 - gate),
-        length_kept=len(weights) / len(kept),
-    )
+    return dict(record, **rollout.measure_metrics(kept), **rollout.gate_metrics(kept))
 
 
 def log_step(run, record, args, seen, kept):

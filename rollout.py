@@ -1,11 +1,12 @@
 """Rollouts: sampling and grading them, and contexts that the teacher writes."""
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
 import torch
 
-from data import CONTEXTS, Problem, chat_ids, opened_think, plain, render_prompt
+from data import CONTEXTS, Problem, chat_ids, plain, render_prompt
 from ranks import gather, rank_and_world, share
 from run import fail, peak_memory
 from verify import grade_responses
@@ -26,6 +27,8 @@ class Rollout:
     # The verifier's.
     outcome: str = ""  # one of OUTCOMES
     reason: str = ""  # correct, wrong, no_answer, timeout or truncated
+    # The other responses to its problem in the same draw.
+    siblings: list = field(default_factory=list, repr=False, compare=False)
     # The losses'.
     advantage: float = 0.0  # GRPO's, the same for every token
     weight: float = 0.0  # of each response token in the step's loss
@@ -37,6 +40,17 @@ class Rollout:
     def row(self):
         return self.prompt_ids, self.response_ids
 
+    @property
+    def reasoning(self):
+        """The text of its think block; all of its text where there is none."""
+        return self.text.partition("</think>")[0].replace("<think>", "").strip()
+
+    @property
+    def shortest_sibling(self):
+        """The shortest correct one of its siblings; None where none is correct."""
+        correct = [r for r in self.siblings if r.outcome == "correct"]
+        return min(correct, key=lambda r: len(r.response_ids), default=None)
+
 
 # ------------------------------------------------------------------------------------------------
 # Sampling and grading
@@ -45,7 +59,7 @@ class Rollout:
 def make_rollouts(sampler, tokenizer, problems, args, seed, contexts=None, logps=False):
     """Samples one response a problem. `contexts` (a text a problem, or None) makes the prompts the
     teacher's; logps: with the engine's log-probabilities. On several ranks each samples its share,
-    and all get the whole list.
+    and all get the whole list. A problem that is there several times makes siblings.
     """
     thinking, context_first = args.thinking == "on", bool(contexts) and args.context_first
     contexts = contexts or [""] * len(problems)
@@ -62,7 +76,19 @@ def make_rollouts(sampler, tokenizer, problems, args, seed, contexts=None, logps
         rollout.text = opened_think(tokenizer, rollout.prompt_ids) + text
     for rollout, logps in zip(rollouts, sampler.logps or (), strict=False):
         rollout.sampler_logps = logps
-    return gather(rollouts)
+    rollouts, groups = gather(rollouts), defaultdict(list)
+    for rollout in rollouts:
+        groups[rollout.problem].append(rollout)
+    for rollout in rollouts:
+        rollout.siblings = [r for r in groups[rollout.problem] if r is not rollout]
+    return rollouts
+
+
+def opened_think(tokenizer, prompt):
+    """The "<think>" that some chat templates write into the prompt: the verifier must see it, or an
+    unfinished block would pass as an answer.
+    """
+    return "<think>\n" if tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>") else ""
 
 
 def rank_seed(seed):
@@ -111,8 +137,11 @@ def drop_long(problems, tokenizer, args, limit, context="none"):
     tokens only: just the first is looked at.
     """
     look_at = problems if args.data else problems[:1]
-    empty = [Rollout(problem, []) for problem in look_at]
-    # Of contexts that are written only the frame is known.
+    # Of contexts that are written, and of a sibling, only the frame is known.
+    empty = [
+        Rollout(problem, [], siblings=[Rollout(problem, [], outcome="correct")])
+        for problem in look_at
+    ]
     contexts = CONTEXTS[context](empty, lambda prompts: [""] * len(prompts), args)
     teacher_thinking = getattr(args, "teacher_thinking", args.thinking) == "on"
     long = set()
@@ -181,6 +210,24 @@ def measure_metrics(kept):
     names = kept[0].measures if kept else ()
     means = {name: torch.cat([r.measures[name] for r in kept]).mean().item() for name in names}
     return dict(means, logprob_gap=torch.cat(gaps).mean().item() if gaps else None)
+
+
+def gate_metrics(kept):
+    """What the gate lets through of a step, and how long the kept rollouts are; opsd.py's."""
+    if not kept:
+        return {}
+    gate, kl = (torch.cat([r.measures[name] for r in kept]) for name in ("gate", "reverse_kl"))
+    weights = torch.cat([torch.full((len(r.response_ids),), r.weight) for r in kept])  # (R,)
+
+    def mean(values, by):
+        return (values * by).sum().item() / by.sum().item() if by.sum() > 0 else None
+
+    return dict(
+        gate_mass=mean(gate, weights),  # the share of the weight that the gate lets through
+        reverse_kl_inside=mean(kl, gate),
+        reverse_kl_outside=mean(kl, 1 - gate),
+        length_kept=tokens(kept) / len(kept),
+    )
 
 
 def rollout_metrics(seen, kept, sampling_seconds, training_seconds, device):

@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
 POSITIVE = {
     *("steps", "batch", "lr", "micro_tokens", "max_new_tokens", "sample_batch", "context_tokens"),
-    *("refresh", "problems", "samples", "beta", "vllm_memory"),
+    *("group", "refresh", "problems", "samples", "beta", "vllm_memory"),
 }
 BELOW_1 = {"beta", "ema", "vllm_memory"}
 
@@ -287,7 +287,7 @@ def first_args(path):
 
 def fingerprint(problems, model):
     """A number that tells other problems and other weights, by a sample of each tensor's values."""
-    texts = [text for p in problems for text in (p.question, p.answer, p.solution)]
+    texts = [text for p in problems for text in (p.question, p.answer, p.solution, p.context)]
     number = zlib.crc32("\0".join(texts).encode())
     for name, weight in model.state_dict().items():
         values = weight.detach().flatten()[:: max(1, weight.numel() // 1000)].float().cpu()

@@ -35,7 +35,7 @@ from model import (
     save_model,
     stop_ids,
 )
-from rollout import Rollout
+from rollout import Rollout, opened_think
 from run import (
     Parser,
     Run,
@@ -81,7 +81,7 @@ def real_row(tokenizer, problem, end):
     prompt = render_prompt(tokenizer, problem)
     solution, answer = (data.plain(tokenizer, t) for t in (problem.solution, problem.answer))
     text = f"<think>\n{solution}\n</think>\n\n\\boxed{{{answer}}}"
-    text = text.removeprefix(data.opened_think(tokenizer, prompt))
+    text = text.removeprefix(opened_think(tokenizer, prompt))
     return prompt, tokenizer(text, add_special_tokens=False).input_ids + [end]
 
 

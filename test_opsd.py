@@ -280,6 +280,7 @@ def test_filters_and_the_third_outcome():
         "correct": ["correct"],
         "incorrect": ["incorrect"],
         "not-correct": ["incorrect", "truncated"],
+        "truncated": ["truncated"],
     }.items():
         assert [r.outcome for r in opsd.FILTERS[name](drawn, None)] == kept
     rows = [Rollout(Problem("q", "5"), [], [], False, "\\boxed{5}")]

@@ -84,6 +84,13 @@ def read_steps(problem):
     ]
 
 
+def worked(trace):
+    """The steps that a trace settled on, the last of each line, written as solutions are: the model
+    cannot read them otherwise.
+    """
+    return ", ".join(re.findall(r"\S+$", trace, re.MULTILINE))
+
+
 def wrong_reference(problem):
     """(solution, answer) with one digit read wrong, and every sum of it right; None where no digit
     keeps the values within two digits.

@@ -177,6 +177,7 @@ def test_reference_traces_end_right_and_every_step_too(context):
         for p in embedded_problems(300, 0):
             text = toy.reference_trace(p, rng, context)
             assert verifier.grade([(text.split("boxed{")[1][:-1], p.answer)]) == ["correct"]
+            assert toy.worked(Rollout(p, [], text=text).reasoning) == p.solution
             lines = text.removeprefix("<think>\n").split("\n</think>")[0].split("\n")
             for (a, op, digit, scans, c), line in zip(toy.read_steps(p), lines, strict=True):
                 assert line.endswith(f"{a:02d}{op}{digit}={c:02d}")
@@ -353,3 +354,11 @@ def test_a_long_prompt_among_others_is_dropped_with_a_word(tokenizer, capsys):
     assert drop_long(problems, tokenizer, args, 2048) == [problems[0], problems[2]]
     assert drop_long(problems, tokenizer, args, 2048, "solution") == problems[:1]
     assert "dropped 2 of 3 problems, the first being number 2" in capsys.readouterr().out
+    problems = [Problem("1+1?", "2", context="long " * 3000), Problem("1+2?", "3")]
+    assert drop_long(problems, tokenizer, args, 2048, "given") == problems[1:]
+    # Of a sibling only the frame is known.
+    frame = len(tokenizer(data.REFERENCE.format(solution="", answer=3)).input_ids)
+    room = len(render_prompt(tokenizer, problems[1])) + args.max_new_tokens + frame
+    assert drop_long(problems, tokenizer, args, room + 4, "sibling") == problems
+    with pytest.raises(SystemExit):
+        drop_long(problems, tokenizer, args, room - 4, "sibling")

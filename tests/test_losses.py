@@ -130,6 +130,8 @@ def test_the_log_says_what_a_gate_lets_through(step):
         ("--gate-above 1", "--gate-above, --gate-below: not read by --gate all"),
         ("--divergence split", "--divergence split: --filter correct keeps one outcome only"),
         ("--gate gap --gate-above -1", "--gate-above -1.0: must be 0 or more"),
+        ("--context sibling", "--context sibling: a response has siblings only with --group 2"),
+        ("--group 0", "--group 0: must be above 0"),
     ],
 )
 def test_flags_that_cannot_work_are_one_line(flags, complaint, capsys):

@@ -145,6 +145,8 @@ def two_ranks(folder):
     problems = embedded_problems(1, 0) * 8
     rollouts = rollout.make_rollouts(sampler, tokenizer, problems, args, 0)
     seen["responses"] = [r.response_ids for r in rollouts]
+    others = [[s for s in rollouts if s is not r] for r in rollouts]
+    seen["siblings"] = all(r.siblings == o for r, o in zip(rollouts, others, strict=True))
     seen["turns"] = ranks.gather([[0], [1, 1, 1]][ranks.rank_and_world()[0]])
     teacher = opsd.frozen_copy(model)
     ranks.prepare(model, args, CPU)
@@ -232,6 +234,8 @@ def test_two_ranks_draw_their_own_and_agree_on_everything_else(pair):
     assert seen[0]["responses"] == seen[1]["responses"]
     # Shared out in turns.
     assert seen[0]["responses"][0::2] != seen[0]["responses"][1::2]
+    # Responses to one problem know each other across ranks.
+    assert [s["siblings"] for s in seen] == [True, True]
     # Lists of different lengths.
     assert [s["turns"] for s in seen] == [[0, 1, 1, 1]] * 2
     # One rank's gradient was not finite: neither steps.

@@ -274,7 +274,7 @@ def test_one_seed_fixes_everything_and_a_card_has_the_command_and_table(
         (["--device", "cuda:7"], "--device cuda:7"),
         (["--model", "nowhere"], "--model nowhere"),
         (["--beta", "1"], "--beta"),
-        (["--data", "good.jsonl"], "--context solution: needs a worked solution"),
+        (["--data", "good.jsonl"], "--context solution: needs a solution"),
         (["--steps", "0"], "--steps"),
         (["--seed", "-1"], "--seed -1"),
         (["--top-p", "1.5"], "--top-p 1.5"),
@@ -465,7 +465,7 @@ def test_eval_refuses_an_out_that_it_could_not_write_before_it_evaluates(
     assert "is a directory, not a file" in refused(evaluation.main, argv)
     path = write(tmp_path / "d.jsonl", '{"question": "1+1?", "answer": "2"}')
     argv = ["--model", TINY, "--data", path, "--context", "solution"]
-    assert "--context solution: needs a worked solution" in refused(evaluation.main, argv)
+    assert "--context solution: needs a solution" in refused(evaluation.main, argv)
 
 
 def test_split_of_one_outcome_and_a_rate_that_is_too_high_are_named(tmp_path, monkeypatch, refused):

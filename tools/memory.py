@@ -129,6 +129,8 @@ def print_plan(args, gpus):
     config = AutoConfig.from_pretrained(args.model)
     rollout = Rollout(data.load_problems(args, 1)[0], [])
     written = ["(what the teacher will have written)"]
+    sibling = Rollout(rollout.problem, [], text="(a sibling's reasoning)", outcome="correct")
+    rollout.siblings = [sibling]
     context = CONTEXTS[args.context]([rollout], lambda prompts: written, args)[0]
     layout = args.teacher_thinking == "on", args.context_first
     prompt = render_prompt(tokenizer, rollout.problem, context, *layout)

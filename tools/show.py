@@ -90,6 +90,9 @@ def answer_problems(args, device):
             if not texts:  # the teacher writes its contexts about its own answers
                 write = rollout.make_writer(sampler, tokenizer, args, args.seed)
                 texts = {name: data.CONTEXTS[name](rollouts, write, args) for name in args.contexts}
+                for name in texts:
+                    if all(text is None for text in texts[name]):
+                        fail(f"--contexts {name}: none of the {len(rollouts)} responses has one")
     return tokenizer, answers, texts, sampler.limit
 
 
