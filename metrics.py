@@ -208,3 +208,30 @@ class HeldOut:
         run.table = f"{about}; change with 95% interval\n{table_of(records)}"
         print(f"\n{run.table}")
         run.log("metrics", dict(step=step, evaluation=records))
+
+
+# ------------------------------------------------------------------------------------------------
+# Has the student arrived?
+
+SETTLED = 0.05  # chosen on three pipelines that no table has
+
+
+def kl_share(kls):
+    """Mean reverse KL of the last three updates as a share of the first three's, from that of every
+    update; None before the sixth.
+    """
+    return sum(kls[-3:]) / sum(kls[:3]) if len(kls) > 5 and any(kls[:3]) else None
+
+
+def settled(kls):
+    """A line for the end of a run. Accuracy dips while the KL falls: a run that is stopped there
+    says little. On incorrect rollouts the KL may never fall: see docs/findings.md.
+    """
+    share = kl_share(kls)
+    if share is None:
+        return ""
+    text = f"reverse KL {100 * share:.0f}% of the first steps'"
+    if share < SETTLED:
+        return f"{text}: settled\n"
+    limit = f"below {100 * SETTLED:.0f}%"
+    return f"{text}: not settled ({limit}); --resume with more --steps goes on\n"

@@ -43,11 +43,11 @@ if __name__ == "__main__":
 import torch
 
 import data
+import metrics
 import ranks
 import rollout
 import samplers
 from data import CONTEXTS
-from metrics import HeldOut
 from model import (
     backward_in_chunks,
     load_model,
@@ -362,10 +362,11 @@ def main(argv=None):
     problems = rollout.drop_long(problems, tokenizer, args, sampler.limit, args.context)
     optimizer = make_optimizer(model, args)
     verifier = Verifier()
-    held_out = HeldOut(sampler, tokenizer, held_out, verifier, args)
+    held_out = metrics.HeldOut(sampler, tokenizer, held_out, verifier, args)
     with verifier, Run(args, f"opsd-{args.filter}", identity, state) as run:
         print(f"{len(problems):,} problems, device {device}, run directory {run.path}")
-        first, drawn = run.resume(model, optimizer), state.get("drawn", 0)
+        first = run.resume(model, optimizer)
+        drawn, kls = state.get("drawn", 0), state.get("kls", [])
         if followed := state.pop("teacher", None):
             ranks.load_full_state(teacher, followed)
         if state:
@@ -397,26 +398,24 @@ def main(argv=None):
             norm, updated = optimizer_step(model, optimizer) if kept else (0.0, False)
             record = step_record(step + 1, run.updates + updated, loss, norm, kept, failed)
             if updated:
+                kls.append(record["reverse_kl"])
+                record["kl_share"] = metrics.kl_share(kls)
                 TEACHERS[args.teacher](teacher, model, record, args)
                 sampler.push(model)
             seconds = trained_from - begun, time.time() - trained_from
             record.update(rollout.rollout_metrics(seen, kept, *seconds, device))
             log_step(run, record, args, seen, kept)
-            nothing = f"--filter {args.filter} kept nothing that has a --context {args.context}"
-            run.count_update(updated, "" if kept else nothing)
+            run.count_update(updated, "" if kept else f"--filter {args.filter} kept nothing")
             held_out.evaluate(run, step + 1)
             if args.save_every and (step + 1) % args.save_every == 0:
                 save_model(os.path.join(run.path, f"step-{step + 1}"), model, tokenizer)
             follows = None if args.teacher == "frozen" else ranks.full_state(teacher)
-            run.save_state(step + 1, model, optimizer, drawn=drawn, teacher=follows)
+            run.save_state(step + 1, model, optimizer, drawn=drawn, teacher=follows, kls=kls)
         if not run.updates:
             fail(f"--filter {args.filter}: no step was taken, the model is unchanged")
         held_out.evaluate(run, args.steps, last=True)
         save_model(run.path, model, tokenizer)
-        run.finish()
-
-
-# ------------------------------------------------------------------------------------------------
+        run.finish(metrics.settled(kls))
 
 
 def step_record(step, updates, loss, norm, kept, failed):

@@ -408,12 +408,12 @@ class Run:
             print(f"resumed after step {step}" + ("" if self.state else " (no whole state)"))
         return step
 
-    def finish(self):
+    def finish(self, says=""):
         """The run is complete. Its last state stays: --resume with more --steps goes on with it."""
         if self.first:
             self.write_card()
             self.remove(*find_states(self.path)[1:])
-        print(f"\nrun directory {self.path}: the trained model, metrics.jsonl, samples.jsonl")
+        print(f"\n{says}run directory {self.path}: the trained model, metrics.jsonl, samples.jsonl")
         ranks.leave()
 
 

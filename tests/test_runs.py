@@ -20,6 +20,7 @@ import opsd
 import run
 import sft
 from data import embedded_problems
+from metrics import kl_share, settled
 from model import load_model, save_model
 from run import HERE, Run, check_run_directory, fail, find_states, provenance
 from tests.helpers import (
@@ -69,6 +70,25 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     assert find_states(cut) == ["state-0000006.pt"]  # to go on from, with more --steps
     assert not any(name.startswith(".saving") for name in names_in(cut))
     assert "is finished" in refused(script.main, argv + ["--out", cut, "--resume"])
+
+
+def test_how_far_the_kl_has_fallen_is_logged_and_said(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    opsd.main([*BARE, "--steps", "5", "--state-every", "5", "--out", out])
+    assert "of the first steps'" not in capsys.readouterr().out  # six updates tell
+    opsd.main([*BARE, "--steps", "7", "--state-every", "5", "--out", out, "--resume"])
+    *_, sixth, last = steps = [row for row in metrics(out) if "loss" in row]
+    kls = [row["reverse_kl"] for row in steps]
+    assert sixth["kl_share"] == pytest.approx(sum(kls[3:6]) / sum(kls[:3]))
+    assert last["kl_share"] == pytest.approx(sum(kls[4:]) / sum(kls[:3]))
+    said = f"reverse KL {100 * last['kl_share']:.0f}% of the first steps': not settled"
+    assert last["kl_share"] > 0.05 and said in capsys.readouterr().out
+    assert (
+        settled([2.0, 4.0, 6.0, 1.0, 0.3, 0.2, 0.04])
+        == "reverse KL 4% of the first steps': settled\n"
+    )
+    assert "not settled" in settled([2.0, 4.0, 6.0, 1.0, 0.3, 0.2, 0.2])
+    assert kl_share([0.0] * 9) is None  # a teacher that reads nothing more
 
 
 def test_resume_skips_damaged_states_and_refuses_another_experiment(
