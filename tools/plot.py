@@ -77,9 +77,10 @@ def draw_runs(panel, files, x, y):
     """
     means = {}
     for name, curves in curves_of(files).items():
+        common = min(map(len, curves))  # evaluations that all seeds have
         for curve in curves if len(curves) > 1 else ():
             panel.plot(curve[:, x], curve[:, y], color=colour(name), linewidth=0.6, alpha=0.5)
-        means[name] = mean = np.mean(curves, 0)
+        means[name] = mean = np.mean([curve[:common] for curve in curves], 0)
         panel.plot(mean[:, x], mean[:, y], "o-", color=colour(name), markersize=3, label=name)
     panel.axhline(0, color="black", linewidth=0.8)
     return means
@@ -108,7 +109,7 @@ def trajectory(axes, files):
 def path(axes, files):
     """From the start: compression comes first, damage apart from it. The numbers are steps."""
     for name, mean in draw_runs(axes, files, 2, 1).items():
-        for step, y, x in mean[1:]:
+        for step, y, x in mean[1 :: 1 + len(mean) // 9]:  # not all, or nobody can read them
             text = dict(textcoords="offset points", xytext=(4, 4), fontsize=7, color=colour(name))
             axes.annotate(f"{step:g}", (x, y), **text)
     axes.plot(0, 0, "o", color="black")
