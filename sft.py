@@ -25,7 +25,7 @@ import torch
 
 import data
 import ranks
-import toy
+import toy_model
 from data import CONTEXTS, render_prompt
 from model import (
     backward_in_chunks,
@@ -69,10 +69,10 @@ def context_of(problem, name):
 
 
 def embedded_row(tokenizer, problem, rng):
-    """One draw from the mixture of toy.py."""
-    context, thinking = toy.draw_mixture(rng)
+    """One draw from the mixture of toy_model.py."""
+    context, thinking = toy_model.draw_mixture(rng)
     prompt = render_prompt(tokenizer, problem, context_of(problem, context), thinking)
-    text = toy.reference_trace(problem, rng, context, thinking) + tokenizer.eos_token
+    text = toy_model.reference_trace(problem, rng, context, thinking) + tokenizer.eos_token
     return prompt, tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -90,11 +90,11 @@ def build_tiny(seed):
     rng = np.random.default_rng(seed)
     corpus = []
     for problem in data.embedded_problems(400, seed):
-        for name in toy.CONTEXTS:
+        for name in toy_model.CONTEXTS:
             corpus += ["user\n", "assistant\n", problem.question, data.INSTRUCTION]
-            corpus += [context_of(problem, name), toy.reference_trace(problem, rng, name)]
-    tokenizer = toy.build_tokenizer(corpus)
-    return toy.build_model(tokenizer, seed), tokenizer
+            corpus += [context_of(problem, name), toy_model.reference_trace(problem, rng, name)]
+    tokenizer = toy_model.build_tokenizer(corpus)
+    return toy_model.build_model(tokenizer, seed), tokenizer
 
 
 # ------------------------------------------------------------------------------------------------

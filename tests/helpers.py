@@ -12,7 +12,7 @@ import transformers
 import opsd
 import rlvr
 import sft
-import toy
+import toy_model
 from data import CONTEXTS, Problem, embedded_problems, render_prompt
 from model import load_model, save_model
 from rollout import Rollout
@@ -34,7 +34,7 @@ def some_rollouts(tokenizer, count=6, seed=0):
     rng = np.random.default_rng(seed)
     rollouts = []
     for i, problem in enumerate(embedded_problems(count, seed)):
-        text = toy.reference_trace(problem, rng) + tokenizer.eos_token
+        text = toy_model.reference_trace(problem, rng) + tokenizer.eos_token
         ids = tokenizer(text, add_special_tokens=False).input_ids
         finished = i % 3 < 2
         r = Rollout(problem, render_prompt(tokenizer, problem), ids, finished, outcome="correct")

@@ -10,6 +10,7 @@ import pytest
 import data
 import opsd
 import toy
+import toy_model
 from data import CONTEXTS, Problem, embedded_problems, render_prompt
 from rollout import Rollout, drop_long, make_rollouts, make_writer
 from samplers import make_sampler
@@ -169,13 +170,13 @@ def test_embedded_problems_are_right_reproducible_and_disjoint():
         assert share == pytest.approx(right, abs=0.03)
 
 
-@pytest.mark.parametrize("context", toy.CONTEXTS)
+@pytest.mark.parametrize("context", toy_model.CONTEXTS)
 def test_reference_traces_end_right_and_every_step_too(context):
     rng = np.random.default_rng(0)
     easy, hard = [], []
     with Verifier() as verifier:
         for p in embedded_problems(300, 0):
-            text = toy.reference_trace(p, rng, context)
+            text = toy_model.reference_trace(p, rng, context)
             assert verifier.grade([(text.split("boxed{")[1][:-1], p.answer)]) == ["correct"]
             assert toy.worked(Rollout(p, [], text=text).reasoning) == p.solution
             lines = text.removeprefix("<think>\n").split("\n</think>")[0].split("\n")

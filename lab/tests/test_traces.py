@@ -8,7 +8,7 @@ import torch
 
 import eval as evaluation
 import opsd
-import toy
+import toy_model
 from data import Problem, embedded_problems
 from lab import keep, oracles, traces
 from rollout import Rollout
@@ -92,10 +92,10 @@ def test_read_trace_tells_what_a_step_did():
     assert [row["right"] for row in rows] == [False, True]
 
 
-@pytest.mark.parametrize("context", toy.CONTEXTS)
+@pytest.mark.parametrize("context", toy_model.CONTEXTS)
 def test_reference_traces_have_every_step_right(context):
     rng = np.random.default_rng(0)
-    pairs = [(p, toy.reference_trace(p, rng, context)) for p in embedded_problems(300, 0)]
+    pairs = [(p, toy_model.reference_trace(p, rng, context)) for p in embedded_problems(300, 0)]
     table = traces.trace_table(pairs)
     assert table["easy"]["right"] == table["hard"]["right"] == 100
     assert sum(row["steps"] for row in table.values()) == sum(
