@@ -4,6 +4,7 @@ Axes: B rows, T tokens of a row, D width, V vocabulary, R response tokens of a m
 C those of a chunk, P those of a piece.
 """
 
+import copy
 import math
 import os
 import shutil
@@ -155,6 +156,25 @@ def check_head(path, model):
         fail(f"--model {path}: its logits are not lm_head(hidden states)")
 
 
+def frozen_copy(model, args=None, device=None, low=True):
+    """`model` as it is now, frozen: the teacher, or the start of --kl.
+
+    args: those of a run whose `model` is prepared; the copy is too, see ranks.prepare for low. With
+    --lora it is the model itself with its adapters off. Several ranks load it anew, since `model`
+    is sharded by now: so each has one whole model in host memory at a time, not two.
+    """
+    if args and args.lora:
+        from lora import AdaptersOff
+
+        return AdaptersOff(model)
+    anew = args and ranks.distributed()
+    frozen = load_model(args.model, torch.device("cpu"))[0] if anew else copy.deepcopy(model)
+    frozen.eval().requires_grad_(False)
+    if args:
+        ranks.prepare(frozen, args, device, low)
+    return frozen
+
+
 def check_saving(path, model, tokenizer):
     """Saves all but the weights, into nothing: better here than after the last step."""
     generation = model.generation_config
@@ -183,8 +203,13 @@ def save_model(path, model, tokenizer):
     if ranks.rank_and_world()[0]:
         return
     try:
-        model.save_pretrained(temporary, state_dict=state)
+        plain = {name: tensor.cpu() for name, tensor in ranks.plain_tensors(model, state)}
+        model.save_pretrained(temporary, state_dict=plain)
         tokenizer.save_pretrained(temporary)
+        if ranks.has_adapters(model):
+            from lora import save_adapter
+
+            save_adapter(temporary, model, state)
     except Exception as error:  # safetensors has an exception of its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         fail(f"{path}: the model cannot be written ({one_line(error)})")
@@ -368,9 +393,13 @@ def take(tokens, piece):
     return tokens._make(None if column is None else column[piece] for column in tokens)
 
 
+def trained(model):
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
 def make_optimizer(model, args):
     """Of opsd.py and rlvr.py; at a constant rate."""
-    return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(trained(model), lr=args.lr, weight_decay=0.0, fused=True)
 
 
 def optimizer_step(model, optimizer):

@@ -110,6 +110,7 @@ def add_training_flags(parser, steps, batch, lr, state_every):
     add("--steps", type=int, default=steps, help="updates, or batches of rollouts")
     add("--batch", type=int, default=batch, help="problems drawn a step")
     add("--lr", type=float, default=lr, help="learning rate of AdamW")
+    add("--lora", type=int, default=0, help="rank of adapters to train; 0 = all weights")
     add("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch")
     return add
 
@@ -407,7 +408,7 @@ class Run:
     def remove_old_run(self):
         """With --overwrite: logs, states and weights of the run before, and no other files."""
         logs = ("metrics.jsonl", "samples.jsonl", "not_finite.jsonl", "kl_by_position.jsonl")
-        for pattern in (*logs, "state-*", "model*.safetensors*", "step-*"):
+        for pattern in (*logs, "state-*", "model*.safetensors*", "adapter", "step-*"):
             for stale in glob.glob(os.path.join(glob.escape(self.path), pattern)):
                 remove(stale)
 
@@ -450,7 +451,7 @@ class Run:
             identity=self.identity,
             updates=self.updates,
             skipped=self.skipped,
-            model=ranks.full_state(model),
+            model=ranks.full_state(model, trained=True),
             optimizer=ranks.full_state(model, optimizer),
             generator=torch.get_rng_state(),
             **rest,

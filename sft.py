@@ -31,6 +31,7 @@ from model import (
     optimizer_step,
     save_model,
     stop_ids,
+    trained,
 )
 from rollout import Rollout
 from run import (
@@ -147,7 +148,7 @@ def main(argv=None):
     if end is None:
         end = stop_ids(model, tokenizer)[0]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        trained(model), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
     with Run(args, "sft", identity, state) as run:
         parameters = sum(p.numel() for p in model.parameters())
