@@ -2,14 +2,11 @@
 
     y = W x + 2 B A x        W (out, in) frozen, A (RANK, in) at random, B (out, RANK) zero at first
 
-1. PEFT puts them in: alpha is twice the rank, no dropout. The class of the model stays Hugging
-   Face's. W is stored in the computation's dtype, A, B and AdamW in float32.
-2. The frozen teacher of opsd.py and the start of rlvr.py's --kl are the same model with its
-   adapters off (`AdaptersOff`): no second copy of anything.
-3. Samplers and saved models get plain weights, W + 2 B A (`merged`).
+PEFT puts them in: alpha is twice the rank, no dropout. W is stored in the computation's dtype, A, B
+and AdamW in float32. The teacher is the same model with its adapters off; samplers and saved models
+get plain weights, W + 2 B A.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -20,35 +17,24 @@ from safetensors.torch import save
 from ranks import full
 from run import fail
 
-SCALE = 2  # alpha / rank
-
 
 def add_adapters(model, args):
-    """Freezes a loaded model in place and adds adapters, with random numbers of their own."""
-    head = model.get_output_embeddings()
-    linear = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
+    """Freezes a loaded model in place and adds adapters, the same ones on all ranks."""
+    body = model.base_model.named_modules()
+    linear = [name for name, module in body if isinstance(module, torch.nn.Linear)]
     if not linear:
-        fail(f"--lora {args.lora}: {type(model).__name__} has no linear layers that it knows")
-    config = LoraConfig(
-        r=args.lora,
-        lora_alpha=SCALE * args.lora,
-        target_modules=linear,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=args.model,
-    )
-    with torch.random.fork_rng(devices=[]):  # the same on all ranks
+        fail(f"--lora {args.lora}: {type(model).__name__} has no torch.nn.Linear in its body")
+    own = dict(task_type="CAUSAL_LM", base_model_name_or_path=args.model)
+    config = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules=linear, **own)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         inject_adapter_in_model(config, model)
-    for layer in layers_of(model):
-        layer.cast_input_dtype_enabled = False  # prepare sees to it, without copies of the inputs
     for weight in model.parameters():
         if not weight.requires_grad:
             weight.data = weight.data.to(getattr(torch, args.dtype))
-    model.lora_scale = SCALE  # that it is there tells others that this model has adapters
+    for layer in layers_of(model):
+        layer.cast_input_dtype_enabled = False  # autocast and FSDP2 do that, and copy no inputs
+    model.lora_scale = 2  # of B A: alpha / rank; that it is there says that there are adapters
 
 
 def layers_of(model):
@@ -56,7 +42,7 @@ def layers_of(model):
 
 
 class AdaptersOff:
-    """`model` as it was before it had adapters, for whoever reads its hidden states or weights."""
+    """A frozen teacher: `model` as it was loaded, for who reads its hidden states or weights."""
 
     lora_scale = 0
 
@@ -67,20 +53,17 @@ class AdaptersOff:
         return getattr(self.model, name)
 
     def base_model(self, **inputs):
-        # Not layer.enable_adapters: it also switches requires_grad, which FSDP2 looks at only once.
-        try:
-            for layer in self.layers:
-                layer._disable_adapters = True
-            return self.model.base_model(**inputs)
-        finally:
-            for layer in self.layers:
-                layer._disable_adapters = False
+        for layer in self.layers:
+            # Not its enable_adapters: that changes requires_grad too, which FSDP2 reads once only.
+            layer._disable_adapters = True
+        outputs = self.model.base_model(**inputs)
+        for layer in self.layers:
+            layer._disable_adapters = False
+        return outputs
 
 
 def merged(model, tensors):
-    """(name, whole tensor) of a plain model from `tensors`, {name: tensor} of one with adapters,
-    one by one; numbers in float32.
-    """
+    """See ranks.plain_tensors; numbers in float32."""
     for name, tensor in tensors.items():
         layer, adapted, last = name.rpartition(".base_layer.")
         if ".lora_" in name:
@@ -97,10 +80,8 @@ def save_adapter(path, model, state):
     """Adds to a saved plain model what PeftModel.from_pretrained loads, from a whole state dict."""
     model.config.dtype = "float32"  # that of the file; the model in memory may have another
     model.config.save_pretrained(path)
-    model.peft_config["default"].save_pretrained(os.path.join(path, "adapter"))
-    adapter = {
-        f"base_model.model.{name.replace('.default.', '.')}": tensor
-        for name, tensor in state.items()
-        if ".lora_" in name
-    }
-    Path(path, "adapter", "adapter_model.safetensors").write_bytes(save(adapter))
+    folder = Path(path, "adapter")
+    model.peft_config["default"].save_pretrained(folder)
+    names = [name for name in state if ".lora_" in name]
+    adapter = {f"base_model.model.{n.replace('.default.', '.')}": state[n] for n in names}
+    (folder / "adapter_model.safetensors").write_bytes(save(adapter))

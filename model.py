@@ -159,9 +159,8 @@ def check_head(path, model):
 def frozen_copy(model, args=None, device=None, low=True):
     """`model` as it is now, frozen: the teacher, or the start of --kl.
 
-    args: those of a run whose `model` is prepared; the copy is too, see ranks.prepare for low. With
-    --lora it is the model itself with its adapters off. Several ranks load it anew, since `model`
-    is sharded by now: so each has one whole model in host memory at a time, not two.
+    args: of a run whose `model` is prepared, as the copy then is (low: see ranks.prepare). Several
+    ranks load it anew: so each has one whole model at a time in host memory, not two.
     """
     if args and args.lora:
         from lora import AdaptersOff
@@ -393,13 +392,9 @@ def take(tokens, piece):
     return tokens._make(None if column is None else column[piece] for column in tokens)
 
 
-def trained(model):
-    return [weight for weight in model.parameters() if weight.requires_grad]
-
-
 def make_optimizer(model, args):
     """Of opsd.py and rlvr.py; at a constant rate."""
-    return torch.optim.AdamW(trained(model), lr=args.lr, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
 
 
 def optimizer_step(model, optimizer):

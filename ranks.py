@@ -116,12 +116,12 @@ def device_of(model):
 
 
 def full(tensor, dtype=None):
-    """The whole of a tensor that may be sharded, in `dtype`. Every rank must ask for it at the same
-    time. It is cast before it is gathered, and gathered on the card, also with --offload.
-    """
+    """The whole of a tensor that may be sharded, in `dtype`; all ranks ask at the same time."""
+    tensor = tensor.to(dtype or tensor.dtype)
     if not is_sharded(tensor):
-        return tensor.to(dtype or tensor.dtype)
-    return tensor.to(tensor.device_mesh.device_type, dtype or tensor.dtype).full_tensor()
+        return tensor
+    # On the card also with --offload: in host memory gloo would gather.
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()
 
 
 def has_adapters(model):
@@ -129,9 +129,7 @@ def has_adapters(model):
 
 
 def plain_tensors(model, tensors, dtype=None):
-    """(name, whole tensor) of a model as transformers builds it, from {name: tensor}, one by one:
-    in `dtype`, or with --lora merged, in float32.
-    """
+    """(name, whole tensor) of a plain model from {name: tensor}, one by one; adapters merged."""
     if has_adapters(model):
         from lora import merged
 

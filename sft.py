@@ -31,7 +31,6 @@ from model import (
     optimizer_step,
     save_model,
     stop_ids,
-    trained,
 )
 from rollout import Rollout
 from run import (
@@ -148,7 +147,7 @@ def main(argv=None):
     if end is None:
         end = stop_ids(model, tokenizer)[0]
     optimizer = torch.optim.AdamW(
-        trained(model), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
     with Run(args, "sft", identity, state) as run:
         parameters = sum(p.numel() for p in model.parameters())
