@@ -58,6 +58,7 @@ def parse_args(argv=None):
     )
     data.add_data_flags(parser, several=True)
     samplers.add_sampling_flags(parser)
+    parser.set_defaults(vllm_memory=0.7)  # nothing trains beside it
     add = add_evaluation_flags(parser)
     add("--context", nargs="*", default=[], choices=list(CONTEXTS), help="prompt-only rows")
     rollout.add_context_flags(add)

@@ -5,6 +5,7 @@ C those of a chunk, P those of a piece.
 """
 
 import copy
+import functools
 import math
 import os
 import shutil
@@ -12,6 +13,7 @@ import tempfile
 
 import numpy as np
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -25,6 +27,7 @@ CLIP = 1.0  # gradient norm, the paper's
 # piece fits the cache; on a GPU each costs kernel launches, so there they are few.
 CHUNK = {"cpu": 64e6, "cuda": 256e6, "mps": 64e6}
 PIECE = {"cpu": 1e6, "cuda": 64e6, "mps": 64e6}
+COMPILE = {"cuda": "inductor"}  # backend of torch.compile for the loss; no entry: autograd
 
 # ------------------------------------------------------------------------------------------------
 # Loading and saving
@@ -355,11 +358,10 @@ def backward_in_chunks(student, rows, token_loss, tokens, args, teacher=None, te
         # for each model. That is legal: the backward pass of a linear layer reads its input and its
         # weight, never its output.
         buffer = logits.detach()  # the same memory: logits now, their gradient after the loop
-        for piece in slices(*logits.shape, PIECE[logits.device.type]):
+        known = take(tokens, chunk)
+        parts = differentiate(token_loss, buffer, teacher_logits, known, args)
+        for piece, loss, measured in parts:
             place = slice(chunk.start + piece.start, chunk.start + piece.stop)  # among the R
-            part = buffer[piece], None if teacher is None else teacher_logits[piece]
-            known = take(tokens, place)
-            buffer[piece], loss, measured = differentiate(token_loss, *part, known, args)
             total += loss
             for name, values in measured.items():
                 # Into one tensor: small ones that stay would split the heap between large ones.
@@ -372,19 +374,55 @@ def backward_in_chunks(student, rows, token_loss, tokens, args, teacher=None, te
 
 
 def differentiate(token_loss, logits, teacher_logits, tokens, args):
-    """Of a piece: (gradient of its summed loss in the logits (P, V), that loss, its measures).
+    """Turns the logits (C, V) of a chunk into the gradient of its summed loss, in place.
 
-    Autograd over a whole chunk would keep ten tensors of its size (log-probabilities, their
-    exponentials, each one's gradient). Here they are freed piece by piece, and on a CPU a piece
-    stays in the cache.
+    Yields of each piece (its slice, its summed loss, its measures). Autograd over a whole chunk
+    would keep ten tensors of its size (log-probabilities, their exponentials, each one's gradient).
+    Here they are freed piece by piece, and on a CPU a piece stays in the cache. Compiled, a chunk
+    is one piece.
     """
-    leaf = logits.detach().requires_grad_()  # (P, V)
-    student_logps, teacher_logps = torch.log_softmax(leaf.float(), -1), None  # (P, V)
+    device = logits.device.type
+    if device in COMPILE:
+        for tensor in (logits, teacher_logits, *tokens):
+            if tensor is not None:  # its rows differ from chunk to chunk, V never does
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        try:
+            results = compiled(COMPILE[device])(token_loss, logits, teacher_logits, tokens, args)
+            yield slice(0, len(logits)), *results
+            return
+        except TorchDynamoException as error:  # before anything was computed
+            del COMPILE[device]
+            print(f"the loss is not compiled, and slower: {one_line(error)}", flush=True)
+    for piece in slices(*logits.shape, PIECE[device]):
+        leaf = logits[piece].detach().requires_grad_()  # (P, V)
+        teacher_part = None if teacher_logits is None else teacher_logits[piece]  # (P, V)
+        known = take(tokens, piece)
+        loss, measures = summed_loss(leaf, token_loss, teacher_part, known, args)
+        logits[piece] = torch.autograd.grad(loss, leaf)[0]
+        yield piece, loss.detach(), measures
+
+
+@functools.cache
+def compiled(backend):
+    """One graph of a chunk's loss and its gradient together: so no float32 tensor of its size is
+    kept in between.
+    """
+
+    def overwrite(token_loss, logits, *rest):
+        own = torch.func.grad_and_value(summed_loss, has_aux=True)
+        gradient, (loss, measures) = own(logits, token_loss, *rest)
+        logits.copy_(gradient)
+        return loss, measures
+
+    return torch.compile(overwrite, backend=backend, fullgraph=True)
+
+
+def summed_loss(logits, token_loss, teacher_logits, tokens, args):
+    student_logps, teacher_logps = torch.log_softmax(logits.float(), -1), None  # (P, V)
     if teacher_logits is not None:
         teacher_logps = torch.log_softmax(teacher_logits.float(), -1)  # (P, V)
     losses, measures = token_loss(student_logps, teacher_logps, tokens, args)
-    loss = losses.sum()
-    return torch.autograd.grad(loss, leaf)[0], loss.detach(), measures
+    return losses.sum(), measures
 
 
 def take(tokens, piece):

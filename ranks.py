@@ -74,7 +74,8 @@ def leave():
     global joined
     if joined:
         dist.barrier()  # a rank that left while another still wrote could abort in its last moment
-        dist.destroy_process_group()
+        if "vllm" not in sys.modules:  # its engine destroys all groups, and fails without them
+            dist.destroy_process_group()
         joined = False
 
 

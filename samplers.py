@@ -42,7 +42,7 @@ def add_sampling_flags(parser, max_new_tokens=160):
         choices=["auto", "transformers", "vllm"],
         help="auto: vllm if it is installed and the device is CUDA",
     )
-    add("--vllm-memory", type=float, default=0.3, help="share of the card for vLLM's part")
+    add("--vllm-memory", type=float, default=0.5, help="share of the card while vLLM samples")
     add("--vllm-eager", action="store_true", help="no CUDA graphs: starts quicker, samples slower")
 
 

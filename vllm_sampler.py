@@ -119,6 +119,7 @@ def build_engine(model, args):
                 enable_chunked_prefill=cuda,
                 # Beside a trainer: less is set aside for profiling, the rest is for the cache.
                 max_num_batched_tokens=4096 if cuda else None,
+                max_num_seqs=256 if cuda else None,
                 enable_sleep_mode=cuda,
                 logprobs_mode="raw_logprobs",  # before temperature and top-p, as the trainer's
                 gpu_memory_utilization=args.vllm_memory,
