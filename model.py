@@ -27,7 +27,9 @@ CLIP = 1.0  # gradient norm, the paper's
 # piece fits the cache; on a GPU each costs kernel launches, so there they are few.
 CHUNK = {"cpu": 64e6, "cuda": 256e6, "mps": 64e6}
 PIECE = {"cpu": 1e6, "cuda": 64e6, "mps": 64e6}
-COMPILE = {"cuda": "inductor"}  # backend of torch.compile for the loss; no entry: autograd
+# Where the loss is compiled, torch.compile's options: with the default ones inductor would write
+# log S - log T to memory in float32, and read it again.
+COMPILE = {"cuda": dict(options={"realize_reads_threshold": 100})}
 
 # ------------------------------------------------------------------------------------------------
 # Loading and saving
@@ -387,7 +389,7 @@ def differentiate(token_loss, logits, teacher_logits, tokens, args):
             if tensor is not None:  # its rows differ from chunk to chunk, V never does
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
-            results = compiled(COMPILE[device])(token_loss, logits, teacher_logits, tokens, args)
+            results = compiled(device)(token_loss, logits, teacher_logits, tokens, args)
             yield slice(0, len(logits)), *results
             return
         except TorchDynamoException as error:  # before anything was computed
@@ -403,7 +405,7 @@ def differentiate(token_loss, logits, teacher_logits, tokens, args):
 
 
 @functools.cache
-def compiled(backend):
+def compiled(device):
     """One graph of a chunk's loss and its gradient together: so no float32 tensor of its size is
     kept in between.
     """
@@ -414,7 +416,7 @@ def compiled(backend):
         logits.copy_(gradient)
         return loss, measures
 
-    return torch.compile(overwrite, backend=backend, fullgraph=True)
+    return torch.compile(overwrite, fullgraph=True, **COMPILE[device])
 
 
 def summed_loss(logits, token_loss, teacher_logits, tokens, args):

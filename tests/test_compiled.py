@@ -23,8 +23,9 @@ def compile_by(monkeypatch):
 
     def use(backend):
         torch._dynamo.reset()
+        modelling.compiled.cache_clear()
         counter = CompileCounterWithBackend(backend) if backend else None
-        own = {"cpu": counter} if counter else {}
+        own = {"cpu": dict(backend=counter)} if counter else {}
         monkeypatch.setattr(modelling, "COMPILE", own)
         return counter
 

@@ -89,17 +89,21 @@ def estimate(config, args, gpus, tokens, sharded):
     # Kept from step to step. Not sharded, a frozen teacher's embedding, norms and head are float32.
     blocks = block * layers
     frozen = b * whole if sharded else b * blocks + 4 * (whole - blocks)
+    # With --lora A (rank, in) and B (out, rank) of seven layers a block; the teacher is the student.
+    trained = args.lora * layers * (2 * (2 * width + queries + keys) + 3 * (width + mlp)) or whole
+    copied = args.backend == "transformers" and (sharded or args.lora)
     parts = {
-        "weights": 4 * whole * on_card,
-        "gradients": 4 * whole * on_card,
-        "optimizer": 8 * whole * on_card,
-        "teacher": (4 * whole if args.teacher == "ema" else frozen) * on_card,
-        "sampler": b * whole if sharded and args.backend == "transformers" else 0,
+        "weights": (4 * trained + (b * whole if args.lora else 0)) * on_card,
+        "gradients": 4 * trained * on_card,
+        "optimizer": 8 * trained * on_card,
+        "teacher": 0 if args.lora else (4 * whole if args.teacher == "ema" else frozen) * on_card,
+        "sampler": b * whole if copied else 0,
     }
 
     # What a block keeps for its backward pass, in bytes a token. A norm keeps its input and its
-    # quotient in float32 and its output; with autocast the residual stream is float32.
-    stream = b if sharded else 4
+    # quotient in float32 and its output; with autocast the residual stream is float32, but for a
+    # frozen embedding in bfloat16.
+    stream = b if sharded or args.lora else 4
 
     def norm(width):
         return width * (4 + stream + b) if low else width * 12
@@ -118,13 +122,16 @@ def estimate(config, args, gpus, tokens, sharded):
     # log-probabilities, the divergence's terms, their gradients.
     chunk, piece = (min(n[args.device], tokens * config.vocab_size) for n in (CHUNK, PIECE))
     logits = chunk * b * 2 + piece * 32
-    if sharded:
+    if sharded and args.lora:
+        heads, gathered = b * head, b * (2 * block + rest)
+    elif sharded:
         heads = (8 + 3 * b if low else 8 + b) * head
         # Two blocks whole, one's gradient, and the same once more to be summed.
         gathered = (3 * b + 4) * block + (2 * b + 4) * rest
     else:
-        heads, gathered = 2 * b * head if low else 0, 0
-        parts["rounded weights"] = 2 * blocks if low and not args.checkpointing else 0
+        heads, gathered = 2 * b * head if low and not args.lora else 0, 0
+        rounds = low and not args.checkpointing and not args.lora
+        parts["rounded weights"] = 2 * blocks if rounds else 0
     recomputed = kept if args.checkpointing else 0
     parts["loss or block"] = max(logits + heads, gathered + tokens * (inside + recomputed))
     return parts
