@@ -1,10 +1,12 @@
 """The loss compiled, as on CUDA, by backends that a CPU has: equal to autograd, piece by piece."""
 
+import re
 import shutil
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 
 import model as modelling
 import opsd
@@ -89,6 +91,27 @@ def test_inductors_kernels_compute_the_same(divergence, gate, dtype, bound, comp
     counter = compile_by("inductor")
     check_equal(gradients(opsd.token_loss, args, dtype), expected, bound)
     assert counter.frame_count <= 2 and "cpu" in modelling.COMPILE
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a compiler")
+def test_no_float32_tensor_of_a_chunks_size_is_written(compile_by, monkeypatch):
+    """Of the code that inductor would make for CUDA the loops over V, in C++: bytes a logit."""
+    options = modelling.COMPILE["cuda"]["options"]
+    compile_by("inductor")
+    monkeypatch.setitem(modelling.COMPILE, "cpu", dict(options=options))
+    monkeypatch.setattr("torch._inductor.ir.is_cpu", lambda node: False)  # stores every exp
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    chunk = a_chunk(8, torch.bfloat16, 4096)
+    for tensor in (*chunk[:2], *chunk[2]):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    run = modelling.compiled("cpu")
+    code = "\n".join(run_and_get_code(run, opsd.token_loss, *chunk, arguments())[1])
+    types = dict((name, kind) for kind, name in re.findall(r"(float|at::BFloat16)\* (\w+)", code))
+    seen = []
+    for loop in re.split(r"for\(int64_t x1=", code)[1:]:
+        seen += set(re.findall(r"(loadu|store)\((\w+) \+ static_cast<int64_t>\(x1 \+ 4096L", loop))
+    assert {types[name] for _, name in seen} == {"at::BFloat16"}
+    assert 2 * len(seen) == 18 and sum(kind == "store" for kind, _ in seen) == 1
 
 
 def losses_and_gradients(model, rollouts):

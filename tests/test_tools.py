@@ -1,5 +1,6 @@
 """Tools: figures of a run's own logs, memory, the bench's variants."""
 
+import gc
 import json
 import os
 
@@ -119,6 +120,7 @@ def allocated(config, args):
         r = Rollout(Problem("", ""), [5] * 16, [7] * (args.micro_tokens // 2 - 16))
         r.outcome, r.teacher_row = "correct", [r.prompt_ids, r.response_ids]
         rollouts.append(r)
+    gc.collect()  # models of other tests: freed within it they would count
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         student = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
