@@ -406,9 +406,7 @@ def differentiate(token_loss, logits, teacher_logits, tokens, args):
 
 @functools.cache
 def compiled(device):
-    """One graph of a chunk's loss and its gradient together: so no float32 tensor of its size is
-    kept in between.
-    """
+    """One graph of a chunk's loss and gradient, so that no float32 tensor of its size is kept."""
 
     def overwrite(token_loss, logits, *rest):
         own = torch.func.grad_and_value(summed_loss, has_aux=True)

@@ -119,8 +119,7 @@ def set_up(args):
     """Threads, seed and, under torchrun, the other ranks; settles --dtype; returns the device."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # Where torch prefers cuDNN's attention it makes a plan for every new shape: 0.1 s and more.
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new shape: > 0.1 s
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
