@@ -113,6 +113,26 @@ def test_one_rank_under_torchrun_is_one_rank_without(tmp_path):
     assert apart(weights(sharded) - start, weights(plain) - start) < 1e-2
 
 
+def test_attention_is_never_cudnns():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    run.set_up(opsd.parse_args(["--device", "cpu"]))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("vllm", [True, False])
+def test_groups_are_left_to_vllm_where_it_is(vllm, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ranks, "joined", True)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(ranks.dist, name, lambda name=name: calls.append(name))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    if vllm:
+        monkeypatch.setitem(sys.modules, "vllm", None)
+    ranks.leave()
+    assert calls == ["barrier"] + ["destroy_process_group"] * (not vllm)
+    assert not ranks.joined
+
+
 # ------------------------------------------------------------------------------------------------
 # The method
 
