@@ -109,6 +109,7 @@ def test_the_teacher_is_the_start_and_peft_loads_what_is_saved(dtype, model, tok
     assert type(plain) is type(base) and plain.dtype == torch.float32
     file = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert file.keys() == base.state_dict().keys()
+    assert {weight.dtype for weight in file.values()} == {torch.float32}
     ids = torch.arange(40)[None]  # (1, T)
     with torch.no_grad():
         first, logits = base(ids).logits, plain(ids).logits  # (1, T, V)
