@@ -36,6 +36,7 @@ def parse_args(argv=None):
     add("--out", help="JSON file (.gz: packed): the table, and every response with its verdict")
     data.add_data_flags(parser, several=True)
     samplers.add_sampling_flags(parser)
+    parser.set_defaults(vllm_memory=0.7)  # nothing trains beside it
     add = parser.add_argument_group("evaluation").add_argument
     add("--problems", type=int, default=512, help="embedded task: number of held-out problems")
     add("--samples", type=int, default=4, help="samples a problem (k of average@k)")

@@ -4,6 +4,8 @@ Axes: B rows, T tokens of a row, D width, V vocabulary, R response tokens of a m
 C those of a chunk, P those of a piece.
 """
 
+import copy
+import functools
 import math
 import os
 import shutil
@@ -11,6 +13,7 @@ import tempfile
 
 import numpy as np
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -24,6 +27,9 @@ CLIP = 1.0  # gradient norm, the paper's
 # piece fits the cache; on a GPU each costs kernel launches, so there they are few.
 CHUNK = {"cpu": 64e6, "cuda": 256e6, "mps": 64e6}
 PIECE = {"cpu": 1e6, "cuda": 64e6, "mps": 64e6}
+# Where the loss is compiled, torch.compile's options: with the default ones inductor would write
+# log S - log T to memory in float32, and read it again.
+COMPILE = {"cuda": dict(options={"realize_reads_threshold": 100})}
 
 # ------------------------------------------------------------------------------------------------
 # Loading and saving
@@ -155,6 +161,24 @@ def check_head(path, model):
         fail(f"--model {path}: its logits are not lm_head(hidden states)")
 
 
+def frozen_copy(model, args=None, device=None, low=True):
+    """`model` as it is now, frozen: the teacher, or the start of --kl.
+
+    args: of a run whose `model` is prepared, as the copy then is (low: see ranks.prepare). Several
+    ranks load it anew: so each has one whole model at a time in host memory, not two.
+    """
+    if args and args.lora:
+        from lora import AdaptersOff
+
+        return AdaptersOff(model)
+    anew = args and ranks.distributed()
+    frozen = load_model(args.model, torch.device("cpu"))[0] if anew else copy.deepcopy(model)
+    frozen.eval().requires_grad_(False)
+    if args:
+        ranks.prepare(frozen, args, device, low)
+    return frozen
+
+
 def check_saving(path, model, tokenizer):
     """Saves all but the weights, into nothing: better here than after the last step."""
     generation = model.generation_config
@@ -183,8 +207,13 @@ def save_model(path, model, tokenizer):
     if ranks.rank_and_world()[0]:
         return
     try:
-        model.save_pretrained(temporary, state_dict=state)
+        plain = {name: tensor.cpu() for name, tensor in ranks.plain_tensors(model, state)}
+        model.save_pretrained(temporary, state_dict=plain)
         tokenizer.save_pretrained(temporary)
+        if ranks.has_adapters(model):
+            from lora import save_adapter
+
+            save_adapter(temporary, model, state)
     except Exception as error:  # safetensors has an exception of its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         fail(f"{path}: the model cannot be written ({one_line(error)})")
@@ -331,11 +360,10 @@ def backward_in_chunks(student, rows, token_loss, tokens, args, teacher=None, te
         # for each model. That is legal: the backward pass of a linear layer reads its input and its
         # weight, never its output.
         buffer = logits.detach()  # the same memory: logits now, their gradient after the loop
-        for piece in slices(*logits.shape, PIECE[logits.device.type]):
+        known = take(tokens, chunk)
+        parts = differentiate(token_loss, buffer, teacher_logits, known, args)
+        for piece, loss, measured in parts:
             place = slice(chunk.start + piece.start, chunk.start + piece.stop)  # among the R
-            part = buffer[piece], None if teacher is None else teacher_logits[piece]
-            known = take(tokens, place)
-            buffer[piece], loss, measured = differentiate(token_loss, *part, known, args)
             total += loss
             for name, values in measured.items():
                 # Into one tensor: small ones that stay would split the heap between large ones.
@@ -348,19 +376,53 @@ def backward_in_chunks(student, rows, token_loss, tokens, args, teacher=None, te
 
 
 def differentiate(token_loss, logits, teacher_logits, tokens, args):
-    """Of a piece: (gradient of its summed loss in the logits (P, V), that loss, its measures).
+    """Turns the logits (C, V) of a chunk into the gradient of its summed loss, in place.
 
-    Autograd over a whole chunk would keep ten tensors of its size (log-probabilities, their
-    exponentials, each one's gradient). Here they are freed piece by piece, and on a CPU a piece
-    stays in the cache.
+    Yields of each piece (its slice, its summed loss, its measures). Autograd over a whole chunk
+    would keep ten tensors of its size (log-probabilities, their exponentials, each one's gradient).
+    Here they are freed piece by piece, and on a CPU a piece stays in the cache. Compiled, a chunk
+    is one piece.
     """
-    leaf = logits.detach().requires_grad_()  # (P, V)
-    student_logps, teacher_logps = torch.log_softmax(leaf.float(), -1), None  # (P, V)
+    device = logits.device.type
+    if device in COMPILE:
+        for tensor in (logits, teacher_logits, *tokens):
+            if tensor is not None:  # its rows differ from chunk to chunk, V never does
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        try:
+            results = compiled(device)(token_loss, logits, teacher_logits, tokens, args)
+            yield slice(0, len(logits)), *results
+            return
+        except TorchDynamoException as error:  # before anything was computed
+            del COMPILE[device]
+            print(f"the loss is not compiled, and slower: {one_line(error)}", flush=True)
+    for piece in slices(*logits.shape, PIECE[device]):
+        leaf = logits[piece].detach().requires_grad_()  # (P, V)
+        teacher_part = None if teacher_logits is None else teacher_logits[piece]  # (P, V)
+        known = take(tokens, piece)
+        loss, measures = summed_loss(leaf, token_loss, teacher_part, known, args)
+        logits[piece] = torch.autograd.grad(loss, leaf)[0]
+        yield piece, loss.detach(), measures
+
+
+@functools.cache
+def compiled(device):
+    """One graph of a chunk's loss and gradient, so that no float32 tensor of its size is kept."""
+
+    def overwrite(token_loss, logits, *rest):
+        own = torch.func.grad_and_value(summed_loss, has_aux=True)
+        gradient, (loss, measures) = own(logits, token_loss, *rest)
+        logits.copy_(gradient)
+        return loss, measures
+
+    return torch.compile(overwrite, fullgraph=True, **COMPILE[device])
+
+
+def summed_loss(logits, token_loss, teacher_logits, tokens, args):
+    student_logps, teacher_logps = torch.log_softmax(logits.float(), -1), None  # (P, V)
     if teacher_logits is not None:
         teacher_logps = torch.log_softmax(teacher_logits.float(), -1)  # (P, V)
     losses, measures = token_loss(student_logps, teacher_logps, tokens, args)
-    loss = losses.sum()
-    return torch.autograd.grad(loss, leaf)[0], loss.detach(), measures
+    return losses.sum(), measures
 
 
 def take(tokens, piece):

@@ -29,7 +29,6 @@ Divergences, per token over the whole vocabulary v (S student, T teacher):
         --max-new-tokens 8192 --out runs/mine
 """
 
-import copy
 import math
 import os
 import time
@@ -50,6 +49,7 @@ import samplers
 from data import CONTEXTS
 from model import (
     backward_in_chunks,
+    frozen_copy,
     load_model,
     make_optimizer,
     my_micro_batches,
@@ -106,6 +106,8 @@ def parse_args(argv=None):
         fail(f"--gate {args.gate}: needs --gate-above or --gate-below")
     if bounds and args.gate not in BOUNDED:
         fail(f"--gate-above, --gate-below: not read by --gate {args.gate}")
+    if args.lora and args.teacher != "frozen":
+        fail(f"--teacher {args.teacher}: with --lora it is the student, adapters off: frozen only")
     args.teacher_thinking = args.teacher_thinking or args.thinking
     return args
 
@@ -169,10 +171,6 @@ def add_teacher_rows(rollouts, contexts, tokenizer, args, limit):
         if not limit or sum(map(len, r.teacher_row)) <= limit:
             kept.append(r)
     return kept, len(rollouts) - len(kept)
-
-
-def frozen_copy(model):
-    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def move_weights(teacher, student, keep=0.0):
@@ -353,10 +351,10 @@ def main(argv=None):
     model, tokenizer = load_model(args.model, ranks.load_device(device))  # in float32
     data.require_thinking_switch(tokenizer, args.thinking == "on")
     data.require_thinking_switch(tokenizer, args.teacher_thinking == "on", "--teacher-thinking")
-    identity, teacher = fingerprint([*problems, *held_out], model), frozen_copy(model)
+    identity = fingerprint([*problems, *held_out], model)
     ranks.prepare(model, args, device)
     # EMA weights in bfloat16 would stand still: their changes are lost to rounding.
-    ranks.prepare(teacher, args, device, low=args.teacher != "ema")
+    teacher = frozen_copy(model, args, device, low=args.teacher != "ema")
     sampler = samplers.make_sampler(model, tokenizer, args)
     teacher_sampler = samplers.make_sampler(teacher, tokenizer, args, sampler)
     problems = rollout.drop_long(problems, tokenizer, args, sampler.limit, args.context)

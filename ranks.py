@@ -74,7 +74,8 @@ def leave():
     global joined
     if joined:
         dist.barrier()  # a rank that left while another still wrote could abort in its last moment
-        dist.destroy_process_group()
+        if "vllm" not in sys.modules:  # its engine destroys all groups, and fails without them
+            dist.destroy_process_group()
         joined = False
 
 
@@ -115,17 +116,38 @@ def device_of(model):
     return weight.device
 
 
-def full(tensor):
-    """The whole of a tensor that may be sharded. Every rank must ask for it at the same time."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+def full(tensor, dtype=None):
+    """The whole of a tensor that may be sharded, in `dtype`; all ranks ask at the same time."""
+    tensor = tensor.to(dtype or tensor.dtype)
+    if not is_sharded(tensor):
+        return tensor
+    # On the card also with --offload: in host memory gloo would gather.
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()
 
 
-def full_state(model, optimizer=None):
+def has_adapters(model):
+    return hasattr(model, "lora_scale")
+
+
+def plain_tensors(model, tensors, dtype=None):
+    """(name, whole tensor) of a plain model from {name: tensor}, one by one; adapters merged."""
+    if has_adapters(model):
+        from lora import merged
+
+        return merged(model, tensors)
+    return ((name, full(tensor.detach(), dtype)) for name, tensor in tensors.items())
+
+
+def full_state(model, optimizer=None, trained=False):
     """The whole state dict of a model, or of its optimizer, on the CPU: rank 0 gets it.
 
-    A tied matrix stands in it once.
+    A tied matrix stands in it once. trained: with --lora without the frozen weights.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=distributed())
+    options = StateDictOptions(
+        full_state_dict=True,
+        cpu_offload=distributed(),
+        ignore_frozen_params=trained and has_adapters(model),
+    )
     if optimizer:
         return get_optimizer_state_dict(model, optimizer, options=options)
     # Saved under every name of a tied matrix it could not be written as safetensors.
@@ -136,7 +158,11 @@ def full_state(model, optimizer=None):
 
 def load_full_state(model, state, optimizer=None):
     """Loads what `full_state` made, on any number of ranks."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed())
+    options = StateDictOptions(
+        full_state_dict=True,
+        broadcast_from_rank0=distributed(),
+        strict=not has_adapters(model),  # their states lack the frozen weights
+    )
     if optimizer:
         set_optimizer_state_dict(model, optimizer, state, options=options)
     else:
@@ -171,13 +197,17 @@ def recomputed(block, *args, **kwargs):
 
 
 def prepare(model, args, device, low=False):
-    """Readies a loaded float32 model in place: recomputation, computation dtype, shards.
+    """Readies a loaded float32 model in place: adapters, recomputation, computation dtype, shards.
 
     Call it before the optimizer is made. --dtype bfloat16 leaves the weights float32 and computes
     in bfloat16: by autocast on one rank, by FSDP2's mixed precision on several. low: the weights
     are frozen or overwritten, never added to, so they are stored in the computation dtype.
     """
     dtype = getattr(torch, args.dtype)
+    if args.lora:
+        from lora import add_adapters
+
+        add_adapters(model, args)
     if args.checkpointing:
         for block in blocks_of(model):
             # A bound method, so that a deep copy has one of its own.
@@ -243,7 +273,8 @@ def open_head(model):
         return F.linear(hidden, *(leaf.to(hidden.dtype) for leaf in leaves))
 
     def close():
-        torch.autograd.backward(gathered, [leaf.grad for leaf in leaves])
+        if head.weight.requires_grad:
+            torch.autograd.backward(gathered, [leaf.grad for leaf in leaves])
         gathered.clear()  # the body's backward pass has the memory
         leaves.clear()
 

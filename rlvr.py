@@ -13,7 +13,6 @@
     python rlvr.py --model MODEL --data train.jsonl --lr 1e-6 --max-new-tokens 8192 --out runs/rlvr
 """
 
-import copy
 import math
 import os
 import time
@@ -32,6 +31,7 @@ import samplers
 from metrics import HeldOut
 from model import (
     backward_in_chunks,
+    frozen_copy,
     load_model,
     make_optimizer,
     my_micro_batches,
@@ -164,10 +164,8 @@ def main(argv=None):
     model, tokenizer = load_model(args.model, ranks.load_device(device))  # in float32
     data.require_thinking_switch(tokenizer, args.thinking == "on")
     identity = fingerprint([*problems, *held_out], model)
-    start_model = copy.deepcopy(model).requires_grad_(False) if args.kl else None
     ranks.prepare(model, args, device)
-    if start_model:
-        ranks.prepare(start_model, args, device, low=True)
+    start_model = frozen_copy(model, args, device) if args.kl else None
     sampler = samplers.make_sampler(model, tokenizer, args)
     problems = rollout.drop_long(problems, tokenizer, args, sampler.limit)
     optimizer = make_optimizer(model, args)

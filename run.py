@@ -105,6 +105,7 @@ def add_training_flags(parser, steps, batch, lr, state_every):
     add("--steps", type=int, default=steps, help="updates, or batches of rollouts")
     add("--batch", type=int, default=batch, help="problems drawn a step")
     add("--lr", type=float, default=lr, help="learning rate of AdamW")
+    add("--lora", type=int, default=0, help="rank of adapters to train; 0 = all weights")
     add("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch")
     return add
 
@@ -113,6 +114,7 @@ def set_up(args):
     """Threads, seed and, under torchrun, the other ranks; settles --dtype; returns the device."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new shape: > 0.1 s
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -318,7 +320,7 @@ class Run:
         self.path = args.out = ranks.gather([args.out])[0]
         if self.first and not state:  # with --overwrite the run before goes, no other file
             logs = "metrics.jsonl", "samples.jsonl", "not_finite.jsonl", "kl_by_position.jsonl"
-            self.remove(*logs, "state-*", "model*.safetensors*", "step-*", ".saving*")
+            self.remove(*logs, "state-*", "model*.safetensors*", "adapter", "step-*", ".saving*")
             script = Path(sys.argv[0]).name
             self.log("metrics", dict(script=script, args=vars(args), **provenance()))
 
@@ -377,7 +379,8 @@ class Run:
             return
         state = dict(step=step, updates=self.updates, skipped=self.skipped, identity=self.identity)
         state.update(planned=self.state.get("planned", self.args.steps), **rest)
-        state.update(model=ranks.full_state(model), optimizer=ranks.full_state(model, optimizer))
+        state["model"] = ranks.full_state(model, trained=True)
+        state["optimizer"] = ranks.full_state(model, optimizer)
         state["generator"] = torch.get_rng_state()
 
         def write(target):

@@ -13,11 +13,11 @@ import math
 from importlib.util import find_spec
 
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from model import context_limit, micro_batches, sampled_logps, stop_ids
-from ranks import device_of, distributed, full, is_sharded
+from ranks import device_of, distributed, has_adapters, is_sharded, plain_tensors
 from run import fail, one_line, progress
 
 SEGMENT = 32  # tokens after which rows that have finished leave the batch
@@ -42,7 +42,7 @@ def add_sampling_flags(parser, max_new_tokens=160):
         choices=["auto", "transformers", "vllm"],
         help="auto: vllm if it is installed and the device is CUDA",
     )
-    add("--vllm-memory", type=float, default=0.3, help="share of the card for vLLM's part")
+    add("--vllm-memory", type=float, default=0.5, help="share of the card while vLLM samples")
     add("--vllm-eager", action="store_true", help="no CUDA graphs: starts quicker, samples slower")
 
 
@@ -102,10 +102,10 @@ def until_stop(ids, stop):
 class TransformersSampler:
     """`generate` on the training model itself, or on a copy in the computation dtype.
 
-    A sharded model cannot sample: its ranks would have to agree on every token. And float32 weights
-    under autocast keep keys and values in float32, twice the memory. In both cases student and
-    teacher share a copy: it holds one model's weights at a time, those of the one that samples or
-    was pushed.
+    A sharded model cannot sample: its ranks would have to agree on every token. Float32 weights
+    under autocast keep keys and values in float32, twice the memory, and adapters (--lora) cost
+    time at every token. In these cases student and teacher share a copy: it holds one model's
+    weights at a time, those of the one that samples or was pushed.
     """
 
     def __init__(self, model, tokenizer, args, other=None):
@@ -114,7 +114,8 @@ class TransformersSampler:
         self.limit, self.logps = context_limit(model)[0], None
         self.engine = other.engine if other else dict(copy=None, holds=None)
         sharded = any(map(is_sharded, model.parameters()))
-        self.copies = sharded or any(weight.dtype != self.dtype for weight in model.parameters())
+        self.copies = sharded or has_adapters(model)
+        self.copies |= any(weight.dtype != self.dtype for weight in model.parameters())
         self.segment, self.micro_tokens = None, getattr(args, "micro_tokens", 0)
 
     def push(self, model):
@@ -123,10 +124,10 @@ class TransformersSampler:
             return
         if self.engine["copy"] is None:
             self.engine["copy"] = whole_model(model, self.dtype)
-        new = tensors_of(model)
+        old = tensors_of(self.engine["copy"])
         with torch.no_grad():
-            for name, old in tensors_of(self.engine["copy"]).items():
-                old.copy_(full(new[name]))
+            for name, new in plain_tensors(model, tensors_of(model)):
+                old[name].copy_(new)
         self.engine["holds"] = model
 
     def sample(self, prompts, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, logps=False):
@@ -229,7 +230,7 @@ def rows_can_leave(model):
 def whole_model(model, dtype):
     """A model of the same shape in one piece, its weights to be filled in."""
     with torch.random.fork_rng(devices=[]), device_of(model):
-        copy = type(model)._from_config(model.config, dtype=dtype)
+        copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
     return copy.eval().requires_grad_(False)
 
 

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from model import context_limit, response_hidden, stop_ids
-from ranks import device_of, distributed, full, gather, open_head, rank_and_world
+from ranks import device_of, distributed, gather, open_head, plain_tensors, rank_and_world
 from run import fail, one_line
 from samplers import check_room, until_stop
 
@@ -42,8 +42,8 @@ class VllmSampler:
             torch.cuda.empty_cache()  # what the trainer holds and does not use
             llm.wake_up(tags=["weights"])
         tensors = (
-            (name, full(weight.detach()).to(self.dtype))
-            for name, weight in model.state_dict().items()  # a tied matrix under both of its names
+            (name, weight.to(self.dtype))  # a tied matrix under both of its names
+            for name, weight in plain_tensors(model, model.state_dict(), self.dtype)
         )
         llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=tensors))
         if self.engine["asleep"]:
@@ -119,6 +119,7 @@ def build_engine(model, args):
                 enable_chunked_prefill=cuda,
                 # Beside a trainer: less is set aside for profiling, the rest is for the cache.
                 max_num_batched_tokens=4096 if cuda else None,
+                max_num_seqs=256 if cuda else None,
                 enable_sleep_mode=cuda,
                 logprobs_mode="raw_logprobs",  # before temperature and top-p, as the trainer's
                 gpu_memory_utilization=args.vllm_memory,

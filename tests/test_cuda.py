@@ -106,6 +106,26 @@ def test_one_rank_under_torchrun_is_one_rank_without(tmp_path):
     assert apart(weights(sharded) - start, weights(plain) - start) < 1e-2
 
 
+def test_attention_is_never_cudnns():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    run.set_up(opsd.parse_args(["--device", "cpu"]))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("vllm", [True, False])
+def test_groups_are_left_to_vllm_where_it_is(vllm, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ranks, "joined", True)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(ranks.dist, name, lambda name=name: calls.append(name))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    if vllm:
+        monkeypatch.setitem(sys.modules, "vllm", None)
+    ranks.leave()
+    assert calls == ["barrier"] + ["destroy_process_group"] * (not vllm)
+    assert not ranks.joined
+
+
 # ------------------------------------------------------------------------------------------------
 # The method
 
@@ -123,9 +143,12 @@ def test_pieces_of_1_and_64_million_logits_give_one_gradient(device, dtype, monk
     for each in (model, teacher):
         ranks.prepare(each, opsd.parse_args(flags.split()), device, low=each is teacher)
     rollouts, found = random_rollouts(4, 16, 150, vocabulary), []  # 600 tokens: 91 million logits
+    compiled = modelling.COMPILE
     for piece in (1e6, 64e6, 256e6):
         monkeypatch.setitem(modelling.PIECE, device.type, piece * scale)
         monkeypatch.setitem(modelling.CHUNK, device.type, 256e6 * scale)
+        # The last one compiled, as a card does by itself.
+        monkeypatch.setattr(modelling, "COMPILE", compiled if piece == 256e6 else {})
         found.append(loss_and_gradient(model, teacher, rollouts, flags))
     (loss, gradient), *others = found
     assert loss > 0 and gradient.norm() > 0

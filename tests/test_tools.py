@@ -1,5 +1,6 @@
 """Tools: figures of a run's own logs, memory, the bench."""
 
+import gc
 import json
 import os
 
@@ -102,6 +103,7 @@ def allocated(config, args):
     """Peak of the bytes that torch allocates on the CPU in two updates, the models' loading
     included.
     """
+    gc.collect()  # models of other tests: freed within it they would count
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         update = bench.make_update(config, args, CPU)
@@ -114,7 +116,10 @@ def allocated(config, args):
     return peak
 
 
-@pytest.mark.parametrize("flags", ["float32", "bfloat16 --checkpointing"])
+@pytest.mark.parametrize(
+    "flags",
+    ["float32", "bfloat16 --checkpointing", "float32 --lora 16", "bfloat16 --lora 16"],
+)
 def test_memory_estimate_is_near_what_torch_allocates(flags):
     config = memory.qwen3_config(256, 768, 6, 4, 2, False, 8192, 64)
     common = "--device cpu --backend vllm --micro-tokens 1024 --dtype"
@@ -142,7 +147,7 @@ def test_the_bench_measures_each_case_and_says_what_cannot_be(monkeypatch, capsy
     ours, naive = (measure_loss(name, **settings) for name in ("ours", "naive"))
     assert ours["gradient"] == pytest.approx(naive["gradient"], rel=1e-4)
     step = bench.measure_step(model="tiny", tokens=600, dtype="float32", device="cpu")
-    assert step["speed"] == pytest.approx(4 * 220 / step["seconds"]) and step["gradient"] > 0
+    assert step["speed"] == pytest.approx(4 * 284 / step["seconds"]) and step["gradient"] > 0
     monkeypatch.setattr(bench.json, "loads", lambda line: dict(seconds=1, memory=2, gradient=3))
 
     def run(call, **options):

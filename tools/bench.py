@@ -45,11 +45,14 @@ def make_update(config, args, device):
     """
     with torch.device(ranks.load_device(device)):
         student = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    teacher = opsd.frozen_copy(student)
+    teacher = None if args.lora else opsd.frozen_copy(student)  # random: not to be loaded anew
     ranks.prepare(student, args, device)
-    ranks.prepare(teacher, args, device, low=True)
+    if args.lora:
+        teacher = opsd.frozen_copy(student, args, device)
+    else:
+        ranks.prepare(teacher, args, device, low=True)
     optimizer = make_optimizer(student, args)
-    rollouts = bench_loss.random_rollouts(4, 40, args.micro_tokens // 2 - 80, config.vocab_size)
+    rollouts = bench_loss.random_rollouts(4, 8, args.micro_tokens // 2 - 16, config.vocab_size)
 
     def update():
         opsd.accumulate_gradients(student, teacher, rollouts, args)
@@ -78,7 +81,7 @@ def measure_step(*, model, tokens, dtype, device, flags=()):
         seconds=seconds,
         memory=peak - held,
         gradient=norm,
-        speed=4 * (tokens // 2 - 80) / seconds,
+        speed=4 * (tokens // 2 - 16) / seconds,
         whole=peak - before,
         estimate=estimate / 2**20,
     )

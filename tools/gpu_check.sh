@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a card must show, in one command; meant to take less than ten minutes on an H100. Prints the
 # benchmarks' tables, then a table of all parts; exit code 1 if one of them failed.
-#     bash tools/gpu_check.sh               # needs one CUDA device, no network, no vLLM
+#     bash tools/gpu_check.sh               # needs one CUDA device, no network; uses vLLM if there
 #     DEVICE=cpu bash tools/gpu_check.sh    # tries every command on a CPU, with tiny sizes
 #     OUT=folder bash tools/gpu_check.sh    # keeps the logs and runs there
 set -uo pipefail
@@ -21,13 +21,42 @@ if [ "$DEVICE" = cpu ]; then
 fi
 ONE_RANK="python -m torch.distributed.run --standalone --nproc-per-node 1"
 
+# With cuDNN's attention and without: seconds forward and backward at a new length and again, and
+# the kernels that take longest.
+ATTENTION='
+import os, time
+from statistics import median
+import torch
+from torch.profiler import profile
+
+def attend(length):
+    q = torch.randn(1, 16, length, 128, dtype=torch.bfloat16, device=device, requires_grad=True)
+    begun = time.time()
+    torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+    wait()
+    return time.time() - begun
+
+device = os.environ["DEVICE"]
+wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+for cudnn in (True, False):
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    attend(512)
+    new, again = (median(attend(length) for length in range(1000, 1016)) for _ in range(2))
+    with profile() as profiled:
+        attend(1000)
+    by = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, by))
+    names = ", ".join(event.key[:50] for event in events[:2])
+    print(f"cuDNN {cudnn}: new length {new:.4f} s, again {again:.4f} s; {names}")
+'
+
 # Name, command: runs it, keeps its output in NAME.log, its exit code and seconds in parts.txt.
 part() {
     local begun=$SECONDS code
     echo "== $1"
     "${@:2}" > "$OUT/$1.log" 2>&1
     code=$?
-    case "$1" in loss | step) cat "$OUT/$1.log" ;; *) tail -n 3 "$OUT/$1.log" ;; esac
+    case "$1" in attention | loss | step) cat "$OUT/$1.log" ;; *) tail -n 3 "$OUT/$1.log" ;; esac
     echo "$1 $code $((SECONDS - begun))" >> "$OUT/parts.txt"
 }
 
@@ -36,13 +65,13 @@ kill_and_resume() {
     rm -rf "$OUT/killed"
     python opsd.py $SHORT --out "$OUT/killed" &
     local pid=$! looks=0
-    until compgen -G "$OUT/killed/state-0000004-*" > /dev/null || ((++looks > 4000)); do
+    until compgen -G "$OUT/killed/state-0000004.pt" > /dev/null || ((++looks > 4000)); do
         sleep 0.02
     done
     kill -9 $pid || return 1  # it should not have ended yet
     wait $pid
-    timeout 120 python opsd.py ${SHORT/--overwrite/} --out "$OUT/killed" --resume || return 1
-    timeout 120 python opsd.py $SHORT --out "$OUT/whole" || return 1
+    timeout 600 python opsd.py ${SHORT/--overwrite/} --out "$OUT/killed" --resume || return 1
+    timeout 600 python opsd.py $SHORT --out "$OUT/whole" || return 1
     python - "$OUT" << 'END'
 import json
 import sys
@@ -59,12 +88,18 @@ END
 }
 
 rm -f "$OUT/parts.txt"
-part loss timeout 240 python -m tools.bench loss --device "$DEVICE" $LOSS
-part step timeout 240 python -m tools.bench step --device "$DEVICE" $STEP
-part tests env CHECK_DEVICE="$DEVICE" timeout 180 python -m pytest -q -m cuda tests/test_cuda.py
-part job timeout 180 python opsd.py $RUN --out "$OUT/job"
-part job-torchrun timeout 180 $ONE_RANK opsd.py $RUN --out "$OUT/torchrun"
+part attention timeout 600 python -c "$ATTENTION"
+part loss timeout 600 python -m tools.bench loss --device "$DEVICE" $LOSS
+part step timeout 600 python -m tools.bench step --device "$DEVICE" $STEP
+part tests env CHECK_DEVICE="$DEVICE" timeout 600 python -m pytest -q -m cuda tests/test_cuda.py
+part job timeout 600 python opsd.py $RUN --out "$OUT/job"
+part job-torchrun timeout 600 $ONE_RANK opsd.py $RUN --out "$OUT/torchrun"
 part kill-and-resume kill_and_resume
+if [ "$DEVICE" = cuda ] && python -c "import vllm" 2> /dev/null; then  # ends while it sleeps
+    VLLM="${RUN/transformers/vllm} --steps 2"
+    part vllm timeout 600 python opsd.py $VLLM --out "$OUT/vllm"
+    part vllm-torchrun timeout 600 $ONE_RANK opsd.py $VLLM --out "$OUT/vllm-torchrun"
+fi
 
 python - "$OUT" << 'END'
 import json

@@ -13,6 +13,7 @@
 """
 
 from importlib.util import find_spec
+from itertools import product
 
 if __name__ == "__main__":
     from launch import start
@@ -82,19 +83,25 @@ def estimate(config, args, gpus, tokens, sharded):
     # Kept from step to step. Not sharded, a frozen teacher's embedding, norms and head are float32.
     blocks = block * layers
     frozen = b * whole if sharded else b * blocks + 4 * (whole - blocks)
+    # With --lora A (rank, in) and B (out, rank) of seven layers a block, and no other teacher.
+    trained = args.lora * layers * (2 * (2 * width + queries + keys) + 3 * (width + mlp)) or whole
+    copied = args.backend == "transformers" and (sharded or args.lora)
     parts = {
-        "weights": 4 * whole * on_card,
-        "gradients": 4 * whole * on_card,
-        "optimizer": 8 * whole * on_card,
-        "teacher": (4 * whole if args.teacher == "ema" else frozen) * on_card,
-        "sampler": b * whole if sharded and args.backend == "transformers" else 0,
+        "weights": (4 * trained + (b * whole if args.lora else 0)) * on_card,
+        "gradients": 4 * trained * on_card,
+        "optimizer": 8 * trained * on_card,
+        "teacher": 0 if args.lora else (4 * whole if args.teacher == "ema" else frozen) * on_card,
+        "sampler": b * whole if copied else 0,
     }
 
     # What a block keeps for its backward pass, in bytes a token. A norm keeps its input and its
-    # quotient in float32 and its output; with autocast the residual stream is float32.
-    stream = b if sharded else 4
+    # quotient in float32 and its output; with autocast the residual stream is float32, but for a
+    # frozen embedding in bfloat16.
+    stream = b if sharded or args.lora else 4
 
     def norm(width):
+        if args.lora:  # its weight is frozen: no quotient
+            return width * (4 + b)
         return width * (4 + stream + b) if low else width * 12
 
     kept = 2 * norm(width) + b * (2 * queries + 2 * keys + queries + keys) + b * 4 * mlp
@@ -111,13 +118,16 @@ def estimate(config, args, gpus, tokens, sharded):
     # log-probabilities, the divergence's terms, their gradients.
     chunk, piece = (min(n[args.device], tokens * config.vocab_size) for n in (CHUNK, PIECE))
     logits = chunk * b * 2 + piece * 32
-    if sharded:
+    if sharded and args.lora:
+        heads, gathered = b * head, b * (2 * block + rest)
+    elif sharded:
         heads = (8 + 3 * b if low else 8 + b) * head
         # Two blocks whole, one's gradient, and the same once more to be summed.
         gathered = (3 * b + 4) * block + (2 * b + 4) * rest
     else:
-        heads, gathered = 2 * b * head if low else 0, 0
-        parts["rounded weights"] = 2 * blocks if low and not args.checkpointing else 0
+        heads, gathered = 2 * b * head if low and not args.lora else 0, 0
+        rounds = low and not args.checkpointing and not args.lora
+        parts["rounded weights"] = 2 * blocks if rounds else 0
     recomputed = kept if args.checkpointing else 0
     parts["loss or block"] = max(logits + heads, gathered + tokens * (inside + recomputed))
     return parts
@@ -151,29 +161,37 @@ def print_plan(args, gpus):
     print(f"{' + '.join(terms)} = {sum(parts.values()) / 1e9:.3g}")
 
 
-CARD, VLLM, SPARE = 80e9, 0.3, 2e9
+# ------------------------------------------------------------------------------------------------
+
+CARDS = [(24, 1), (48, 1), (80, 1), (80, 2), (80, 4), (80, 8)]  # GB, how many
+VLLM, CACHE, SPARE = 0.5, 2e9, 2e9  # its share while it samples, bytes of it for keys and values
 CUDA = "--device cuda --dtype bfloat16 --backend vllm".split()
+LORA = ["--lora 16", "--lora 16 --checkpointing"]
+FLAGS = ["", "--checkpointing", *LORA, "--checkpointing --offload"]
 ERROR = 1.22  # the largest measured / estimate, of a small model on two CPUs
 
 
 def table():
-    """For each model and number of GPUs the first flags that fit, of those that cost time in rising
-    order: 32 responses of 8,192 tokens, a micro-batch each.
+    """For each card and model the first flags that fit: 32 responses of 8,192 tokens, a micro-batch
+    each. A peak is that of training, or of sampling with what is kept beside it.
     """
-    header = ["model", "GPUs", "flags", "kept", "activations", "peak, GB of 80"]
+    header = ["card", "model", "flags", "kept, GB", "training, GB", "sampling, GB"]
     rows = []
-    for name, config in QWEN3.items():
-        for gpus in (1, 2, 4, 8):
-            for flags in ([], ["--checkpointing"], ["--checkpointing", "--offload"]):
-                args = opsd.parse_args([*CUDA, *flags])
-                parts = estimate(config, args, gpus, 8192, gpus > 1 or args.offload)
-                peak = ERROR * sum(parts.values()) + VLLM * CARD + SPARE
-                if peak <= CARD:
-                    break
-            kept = sum(parts[part] for part in ("weights", "gradients", "optimizer", "teacher"))
-            row = [name, str(gpus), " ".join(f"`{flag}`" for flag in flags) or "none"]
-            row += [f"{kept / 1e9:.1f}", f"{parts['activations'] / 1e9:.1f}"]
-            rows.append([*row, f"{peak / 1e9:.0f}" + ("" if peak <= CARD else ", too much")])
+    for (card, gpus), name in product(CARDS, QWEN3):
+        for flags in FLAGS:
+            args = opsd.parse_args([*CUDA, *flags.split()])
+            parts = estimate(QWEN3[name], args, gpus, 8192, gpus > 1 or args.offload)
+            engine = VLLM * card * 1e9
+            kept = sum(parts[part] for part in ("weights", "optimizer", "teacher"))
+            training, sampling = ERROR * sum(parts.values()) + SPARE, kept + engine + SPARE
+            holds = 2 * sizes(QWEN3[name])[0] + CACHE <= engine
+            if fits := holds and max(training, sampling) <= card * 1e9:
+                break
+        numbers = [f"{value / 1e9:.1f}" for value in (kept, training, sampling)]
+        flags = f"`{flags}`" if flags else "none"
+        if not fits:
+            flags, numbers = "none fits", ["", "", ""]
+        rows.append([f"{gpus} x {card} GB", name, flags, *numbers])
     return markdown(header, rows)
 
 

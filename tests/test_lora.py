@@ -1,0 +1,178 @@
+"""--lora: gradients, a teacher that is the student, what is pushed, saved, resumed; two ranks, on
+which the fixture `pair` starts this file as a script.
+"""
+
+import os
+import subprocess
+import sys
+import types
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+import lora
+import opsd
+import ranks
+import rlvr
+import run
+import sft
+import vllm_sampler
+from model import frozen_copy, response_hidden, save_model
+from samplers import make_sampler
+from tests import helpers
+from tests.helpers import CPU, TINY, apart, metrics, some_rollouts, weights
+from tests.test_ranks import differing, filled, given_rollouts
+
+BARE = "--threads 1 --device cpu --steps 2 --lora 4 --lr 1e-3".split()
+SHORT = [*BARE, *"--max-new-tokens 60 --eval-problems 3 --batch 5 --micro-tokens 300".split()]
+WRITTEN = SHORT + "--filter all --context reflection --context-tokens 100".split()
+RUNS = {
+    "opsd": (opsd, [*WRITTEN, "--temperature", "0"]),  # the teacher samples too
+    "lean": (opsd, [*SHORT, *"--filter all --temperature 0 --checkpointing --model TIED".split()]),
+    "rlvr": (rlvr, [*SHORT, *"--group 4 --kl 0.1".split()]),
+    "sft": (sft, [*BARE, *f"--batch 5 --warmup 1 --model {TINY}".split()]),
+}
+RESUMED = [RUNS["rlvr"], RUNS["sft"], (opsd, [*WRITTEN, "--dtype", "bfloat16"])]
+
+
+def with_adapters(model, dtype="float32"):
+    """(model with adapters that do something, its frozen teacher, args)."""
+    args = opsd.parse_args(["--lora", "4", "--dtype", dtype])
+    ranks.prepare(model, args, CPU)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model, frozen_copy(model, args, CPU), args
+
+
+def test_the_gradient_is_that_of_the_merged_weights_by_the_chain_rule(model, tokenizer):
+    plain, (model, teacher, args) = frozen_copy(model), with_adapters(model)
+    rollouts = some_rollouts(tokenizer)
+    helpers.with_teacher_rows(rollouts, [r.prompt_ids for r in rollouts])
+    plain.requires_grad_(True).load_state_dict(dict(lora.merged(model, model.state_dict())))
+    loss = opsd.accumulate_gradients(model, teacher, rollouts, args)
+    expected = opsd.accumulate_gradients(plain, teacher, rollouts, args)
+    assert loss == pytest.approx(expected, rel=1e-4) and loss > 0
+    trained = [name for name, weight in model.named_parameters() if weight.grad is not None]
+    assert len(trained) == 2 * 7 * len(model.model.layers)
+    for name, layer in model.named_modules():
+        if isinstance(layer, lora.LoraLayer):
+            a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
+            whole = plain.get_parameter(f"{name}.weight").grad  # (out, in)
+            assert apart(b.grad, 2 * whole @ a.T) < 1e-3 and apart(a.grad, 2 * b.T @ whole) < 1e-3
+
+
+def test_the_samplers_get_merged_weights(model, tokenizer):
+    prompts, start = [r.prompt_ids for r in some_rollouts(tokenizer)], frozen_copy(model)
+    student, teacher, args = with_adapters(model)
+    sampler = make_sampler(student, tokenizer, args)
+    second = make_sampler(teacher, tokenizer, args, sampler)
+    own, greedy = make_sampler(start, tokenizer, args), (prompts, 60, 0.0)
+    before, own.model = own.sample(*greedy), student  # the adapted model itself generates
+    expected = own.sample(*greedy)
+    assert not own.copies and expected != before
+    for each, its in ((sampler, expected), (second, before), (sampler, expected)):
+        assert each.sample(*greedy) == its
+    pushed = []
+    llm = types.SimpleNamespace(
+        collective_rpc=lambda _, kwargs: pushed.append(dict(kwargs["weights_iterator"])),
+        reset_prefix_cache=lambda: True,
+    )
+    engine = types.SimpleNamespace(engine=dict(llm=llm, asleep=False), dtype=torch.bfloat16)
+    for each, plain in ((student, sampler.engine["copy"]), (teacher, start)):
+        vllm_sampler.VllmSampler.push(engine, each)
+        assert pushed[-1].keys() == plain.state_dict().keys()
+        for name, weight in plain.state_dict().items():
+            assert torch.equal(pushed[-1][name], weight.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_teacher_is_the_start_and_peft_loads_what_is_saved(dtype, model, tokenizer, tmp_path):
+    for weight in model.parameters():  # not the buffers; most checkpoints are bfloat16
+        weight.data = weight.data.to(dtype)
+    start, base = frozen_copy(model), frozen_copy(model.float())
+    name = str(dtype).removeprefix("torch.")
+    student, teacher, args = with_adapters(model, name)
+    args.lora = 0
+    ranks.prepare(start, args, CPU)
+    rows = [r.row for r in some_rollouts(tokenizer)]
+    with torch.no_grad():
+        hidden = [response_hidden(each, rows) for each in (start, teacher, student)]  # (R, D)
+    assert torch.equal(hidden[0], hidden[1]) and apart(hidden[2], hidden[0].float()) > 0.01
+    for mine, its in zip(student.parameters(), teacher.parameters(), strict=True):
+        assert mine is its and mine.dtype == (torch.float32 if mine.requires_grad else dtype)
+    save_model(str(tmp_path), student, tokenizer)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(plain) is type(base) and plain.dtype == torch.float32
+    file = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert file.keys() == base.state_dict().keys()
+    assert {weight.dtype for weight in file.values()} == {torch.float32}
+    ids = torch.arange(40)[None]  # (1, T)
+    with torch.no_grad():
+        first, logits = base(ids).logits, plain(ids).logits  # (1, T, V)
+        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
+    assert apart(adapted, logits) < 1e-5 and apart(adapted, first) > 0.01
+
+
+@pytest.mark.parametrize("script, argv", RESUMED)
+def test_states_hold_what_is_trained_and_resume_bit_for_bit(
+    script, argv, tmp_path, crash, monkeypatch
+):
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    argv = [*argv, *"--steps 6 --state-every 2 --save-every 4 --out".split()]
+    with pytest.raises(crash):
+        script.main([*argv, cut])
+    monkeypatch.undo()
+    assert all(".lora_" in name for name in run.load_state(cut)["model"])
+    script.main([*argv, cut, "--resume"])
+    script.main([*argv, whole])
+    assert helpers.lines_without_times(cut) == helpers.lines_without_times(whole)
+    assert torch.equal(weights(cut), weights(whole))
+    assert apart(weights(whole), weights(TINY)) > 1e-3
+    assert os.path.isfile(f"{cut}/step-4/adapter/adapter_config.json")
+    script.main([*argv, cut, *"--overwrite --lora 0 --steps 1 --state-every 0".split()])
+    assert not os.path.exists(f"{cut}/adapter")
+
+
+@pytest.mark.parametrize("teacher", ["ema", "every", "current"])
+def test_other_teachers_are_refused_in_one_line(teacher, capsys):
+    with pytest.raises(SystemExit):
+        opsd.parse_args(["--lora", "4", "--teacher", teacher])
+    assert capsys.readouterr().err.startswith(f"error: --teacher {teacher}: with --lora")
+
+
+def run_all(folder, count):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        given_rollouts(monkeypatch)  # rlvr.py's: ranks sample their own
+        for name, (script, argv) in RUNS.items():
+            script.main([*filled(argv, folder), "--out", os.path.join(folder, f"{count}-{name}")])
+
+
+@pytest.fixture(scope="module")
+def pair(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    helpers.make_tied(tokenizer, folder / "tied")
+    command = helpers.torchrun("-m", "tests.test_lora", str(folder))
+    subprocess.run(command, check=True, cwd=run.HERE, timeout=600)
+    run_all(folder, "one")
+    return folder
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_two_ranks_train_as_one(name, pair):
+    paths = [pair / f"{count}-{name}" for count in ("one", "two")]
+    for a, b in zip(*(metrics(path)[1:3] for path in paths), strict=True):
+        assert differing(a, b) in ([], ["logprob_gap"]) and a["grad_norm"] > 1e-3
+    one, two = (run.load_state(str(path))["model"] for path in paths)
+    assert one.keys() == two.keys() and all(apart(two[key], one[key]) < 1e-3 for key in one)
+    start = weights(pair / "tied" if name == "lean" else TINY)
+    one, two = (weights(path) - start for path in paths)
+    assert one.norm() > 0 and apart(two, one) < 1e-3
+
+
+if __name__ == "__main__":  # a rank, started by the fixture `pair`
+    ranks.leave = lambda: None  # several scripts in one process
+    run_all(sys.argv[1], "two")
