@@ -224,14 +224,14 @@ def kl_share(kls):
 
 
 def settled(kls):
-    """A line for the end of a run. Accuracy dips while the KL falls: a run that is stopped there
-    says little. On incorrect rollouts the KL may never fall: see docs/findings.md.
+    """A line for the end of a run. Accuracy dips while the KL falls, and comes back with it or
+    later; on incorrect rollouts the KL may never fall: see docs/findings.md.
     """
     share = kl_share(kls)
     if share is None:
         return ""
     text = f"reverse KL {100 * share:.0f}% of the first steps'"
     if share < SETTLED:
-        return f"{text}: settled\n"
+        return f"{text}: settled (accuracy may take as long again)\n"
     limit = f"below {100 * SETTLED:.0f}%"
     return f"{text}: not settled ({limit}); --resume with more --steps goes on\n"

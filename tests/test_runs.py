@@ -83,8 +83,8 @@ def test_how_far_the_kl_has_fallen_is_logged_and_said(tmp_path, capsys):
     assert last["kl_share"] == pytest.approx(sum(kls[4:]) / sum(kls[:3]))
     said = f"reverse KL {100 * last['kl_share']:.0f}% of the first steps': not settled"
     assert last["kl_share"] > 0.05 and said in capsys.readouterr().out
-    text = "reverse KL 4% of the first steps': settled\n"
-    assert settled([2.0, 4.0, 6.0, 1.0, 0.3, 0.2, 0.01]) == text
+    text = "reverse KL 4% of the first steps': settled ("
+    assert settled([2.0, 4.0, 6.0, 1.0, 0.3, 0.2, 0.01]).startswith(text)
     assert "not settled" in settled([2.0, 4.0, 6.0, 1.0, 0.3, 0.2, 0.2])
     assert kl_share([0.0] * 9) is None  # a teacher that reads nothing more
 
