@@ -63,15 +63,15 @@ def add_data_flags(parser, several=False):
         nargs="+",
         default=[],
         metavar="PART=NAME[,NAME]",
-        help=f"other names of a row's fields than these: {known}",
+        help=f"of --data: other names of a row's fields than these: {known}",
     )
 
 
 def add_held_out_flags(parser):
     add = parser.add_argument_group("evaluation before, on the way and after").add_argument
-    add("--eval-data", help="like --data: held-out problems of a real run")
+    add("--eval-data", help="of --data and of --eval-problems: held-out problems")
     add("--eval-problems", type=int, default=512, help="number of held-out problems; 0 = none")
-    add("--eval-every", type=int, default=0, help="steps between evaluations; 0 = before and after")
+    add("--eval-every", type=int, default=0, help="of --eval-problems: steps between; 0 = none")
 
 
 def embedded_problems(count, seed, held_out=False):
@@ -90,6 +90,8 @@ def load_held_out(args, problems):
     the embedded task's other side. Training problems that are also held out are dropped.
     """
     if args.eval_problems and args.data and not args.eval_data:
+        if args.eval_every:
+            fail(f"--eval-every {args.eval_every}: nothing to evaluate without --eval-data")
         print("no --eval-data: nothing is evaluated before and after")
     if not args.eval_problems or (args.data and not args.eval_data):
         return problems, []
@@ -113,8 +115,8 @@ def fields_of(pairs):
     given = {}
     for pair in pairs:
         part, _, names = pair.partition("=")
-        if part not in FIELDS or not names:
-            fail(f"--fields {pair}: PART=NAME, where PART is one of {', '.join(FIELDS)}")
+        if part not in FIELDS or not names or part in given:
+            fail(f"--fields {pair}: PART=NAME, once each, PART one of {', '.join(FIELDS)}")
         given[part] = names.split(",")
     taken = {name for names in given.values() for name in names}
     others = {part: [n for n in names if n not in taken] for part, names in FIELDS.items()}
@@ -400,11 +402,8 @@ def of_another(rollouts, write, args):
 def wrong(rollouts, write, args):
     """A reference whose answer is wrong; None where none can be made."""
     make = toy.wrong_reference if args.data is None else with_wrong_answer
-    texts = []
-    for r in rollouts:
-        reference = make(r.problem)
-        texts.append(reference and REFERENCE.format(solution=reference[0], answer=reference[1]))
-    return texts
+    pairs = [make(r.problem) for r in rollouts]
+    return [pair and REFERENCE.format(solution=pair[0], answer=pair[1]) for pair in pairs]
 
 
 def with_wrong_answer(problem):
@@ -420,6 +419,13 @@ def with_wrong_answer(problem):
     return re.sub(whole, lambda match: answer, problem.solution), answer
 
 
+WRITTEN = {  # they read --context-tokens
+    "reflection": written(REFLECTION),
+    "reflection-demo": written(REFLECTION_DEMO),
+    "four-line": written(FOUR_LINES),
+    "two-line": written(TWO_LINES),
+    "resolve": written(RESOLVE, OWN_SOLUTION),
+}
 CONTEXTS = {
     "none": given(""),
     "solution": given(REFERENCE),
@@ -427,11 +433,7 @@ CONTEXTS = {
     "instruction": given(CONCISE),
     "given": given("{context}"),
     "sibling": sibling,
-    "reflection": written(REFLECTION),
-    "reflection-demo": written(REFLECTION_DEMO),
-    "four-line": written(FOUR_LINES),
-    "two-line": written(TWO_LINES),
-    "resolve": written(RESOLVE, OWN_SOLUTION),
+    **WRITTEN,
     "other": of_another,
     "wrong": wrong,
 }

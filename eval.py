@@ -38,13 +38,18 @@ def parse_args(argv=None):
     samplers.add_sampling_flags(parser)
     parser.set_defaults(vllm_memory=0.7)  # nothing trains beside it
     add = parser.add_argument_group("evaluation").add_argument
-    add("--problems", type=int, default=512, help="embedded task: number of held-out problems")
+    add("--problems", type=int, default=512, help="without --data: number of embedded ones")
     add("--samples", type=int, default=4, help="samples a problem (k of average@k)")
-    add("--context", nargs="*", default=[], choices=list(CONTEXTS), help="prompt-only rows")
+    add("--context", nargs="+", default=[], choices=list(CONTEXTS), help="prompt-only rows")
     rollout.add_context_flags(add)
     args = parser.parse_args(argv)
     if "sibling" in args.context and args.samples == 1:
         fail("--context sibling: a response has siblings only with --samples 2 or more")
+    if not args.temperature and args.samples > 1:
+        fail(f"--samples {args.samples}: at --temperature 0 all are equal; give --samples 1")
+    paths = [os.path.realpath(path) for path in args.model]
+    if len(set(paths)) < len(paths):
+        fail(f"--model {' '.join(args.model)}: the same checkpoint twice")
     return args
 
 
@@ -59,6 +64,17 @@ def load_benchmarks(args):
     return dict(zip(names, files, strict=True))
 
 
+def check_tokenizers(paths, problems):
+    """Ends the program at a wrong one, before any model is evaluated, and where two differ in how
+    they cut these problems: lengths in tokens would not compare.
+    """
+    texts = [problem.question for problem in problems[:100]]
+    ids = [load_tokenizer(path)(texts).input_ids for path in paths]
+    for path, others in zip(paths, ids, strict=True):
+        if others != ids[0]:
+            fail(f"--model {path}: another tokenizer than {paths[0]}'s: lengths do not compare")
+
+
 def main(argv=None):
     args = parse_args(argv)
     check_out(args, directory=False)
@@ -68,8 +84,7 @@ def main(argv=None):
     for problems in benchmarks.values():
         for context in args.context:
             data.require_parts(problems, context)
-    for path in args.model:
-        load_tokenizer(path)  # a wrong one is found here, not after the first was evaluated
+    check_tokenizers(args.model, next(iter(benchmarks.values())))
     named = {benchmark: [] for benchmark in benchmarks}
     sampler = None
     with Verifier() as verifier:

@@ -80,14 +80,14 @@ def parse_args(argv=None):
     add("--resample", type=int, default=0, help="further draws until a step is full; 0 = none")
     add("--context", default="solution", choices=list(CONTEXTS), help="what the teacher reads too")
     rollout.add_context_flags(add)
-    add("--reinject", type=int, default=0, help="tokens between recalls (table 5: 2048); 0 = off")
+    add("--reinject", type=int, default=0, help="of --context: tokens between recalls; 0 = off")
     add("--teacher-thinking", choices=["on", "off"], help="of its prompt (else as --thinking)")
     add("--divergence", default="reverse_kl", choices=list(DIVERGENCES), help="formulas above")
-    add("--beta", type=float, default=0.5, help="of jsd: weight of the teacher, above 0, below 1")
+    add("--beta", type=float, default=0.5, help="of --divergence jsd: weight of the teacher")
     add("--gate", default="all", choices=list(GATES), help="tokens that count")
-    unit = f"of gate {', '.join(BOUNDED)}: nats, or tokens from 0"
-    add("--gate-above", type=float, help=f"{unit}; this and above count; none = no bound")
-    add("--gate-below", type=float, help="likewise; what is under this counts; none = no bound")
+    unit = f"of --gate {', '.join(BOUNDED)}: nats, or tokens from 0"
+    add("--gate-above", type=float, help=f"{unit}; from this on; none = no bound")
+    add("--gate-below", type=float, help=f"{unit}; below this count; none = no bound")
     add("--teacher", default="frozen", choices=list(TEACHERS), help="how it follows the student")
     add("--ema", type=float, default=0.99, help="of --teacher ema: share of the old one kept")
     add("--refresh", type=int, default=10, help="of --teacher every: updates between copies")
@@ -101,13 +101,12 @@ def parse_args(argv=None):
         fail("--context sibling: a response has siblings only with --group 2 or more")
     if args.divergence == "split" and args.filter in ("correct", "incorrect"):
         fail(f"--divergence split: --filter {args.filter} keeps one outcome only; use --filter all")
-    bounds = (args.gate_above, args.gate_below) != (None, None)
-    if args.gate in BOUNDED and not bounds:
+    if args.gate in BOUNDED and (args.gate_above, args.gate_below) == (None, None):
         fail(f"--gate {args.gate}: needs --gate-above or --gate-below")
-    if bounds and args.gate not in BOUNDED:
-        fail(f"--gate-above, --gate-below: not read by --gate {args.gate}")
     if args.lora and args.teacher != "frozen":
         fail(f"--teacher {args.teacher}: with --lora it is the student, adapters off: frozen only")
+    if args.gate_below is not None and (args.gate_above or 0) >= args.gate_below:
+        fail(f"--gate-below {args.gate_below}: nothing is left from {args.gate_above or 0} on")
     args.teacher_thinking = args.teacher_thinking or args.thinking
     return args
 

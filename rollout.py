@@ -6,7 +6,7 @@ from itertools import zip_longest
 
 import torch
 
-from data import CONTEXTS, Problem, chat_ids, plain, render_prompt
+from data import CONTEXTS, WRITTEN, Problem, chat_ids, plain, render_prompt
 from ranks import gather, rank_and_world, share
 from run import fail, peak_memory
 from verify import grade_responses
@@ -142,6 +142,8 @@ def drop_long(problems, tokenizer, args, limit, context="none"):
         Rollout(problem, [], siblings=[Rollout(problem, [], outcome="correct")])
         for problem in look_at
     ]
+    if context in WRITTEN:
+        room_to_write(limit, args)
     contexts = CONTEXTS[context](empty, lambda prompts: [""] * len(prompts), args)
     teacher_thinking = getattr(args, "teacher_thinking", args.thinking) == "on"
     long = set()
@@ -166,13 +168,20 @@ def drop_long(problems, tokenizer, args, limit, context="none"):
 
 
 def add_context_flags(add):
-    add("--context-first", action="store_true", help="the context stands before the question")
+    add("--context-first", action="store_true", help="of --context: it stands before the question")
     add(
         "--context-tokens",
         type=int,
         default=512,
-        help="cap of a context that the teacher writes; one that hits it has failed",
+        help=f"of --context {', '.join(WRITTEN)}: its cap; one that hits it has failed",
     )
+
+
+def room_to_write(limit, args):
+    """Tokens of the teacher's prompt that leave room for the context that it writes."""
+    if limit and args.context_tokens >= limit:
+        fail(f"--context-tokens {args.context_tokens}: the model's context is {limit} tokens")
+    return (limit or float("inf")) - args.context_tokens
 
 
 def make_writer(sampler, tokenizer, args, seed):
@@ -182,8 +191,8 @@ def make_writer(sampler, tokenizer, args, seed):
 
     def write(prompts):
         rows = [chat_ids(tokenizer, plain(tokenizer, p), False) for p in share(prompts)]
-        limit = (sampler.limit or float("inf")) - args.context_tokens
-        fits = [i for i, row in enumerate(rows) if len(row) <= limit]
+        room = room_to_write(sampler.limit, args)
+        fits = [i for i, row in enumerate(rows) if len(row) <= room]
         texts = [None] * len(rows)
         settings = args.context_tokens, args.temperature, args.top_p, rank_seed(seed)
         some = gather(fits)  # an engine is not asked for nothing

@@ -23,6 +23,7 @@ import transformers
 from tqdm import tqdm
 
 import ranks
+from flags import complaint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GIVE_UP = 10  # steps in a row without an update after which a run ends
@@ -56,23 +57,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(message.removeprefix("argument "))
 
-    def parse_args(self, argv=None):
-        """Numbers are within their flag's bounds: see POSITIVE, BELOW_1."""
-        args = super().parse_args(argv)
-        numbers = {k: v for k, v in vars(args).items() if type(v) in (int, float)}
-        for name, value in numbers.items():
-            least = "above 0" if name in POSITIVE else "0 or more"
-            most = " and below 1" if name in BELOW_1 else ""
-            if not (value > 0 or value == 0 and name not in POSITIVE) or most and value >= 1:
-                fail(f"--{name.replace('_', '-')} {value}: must be {least}{most}")
-        return args
-
-
-POSITIVE = {
-    *("steps", "batch", "lr", "micro_tokens", "max_new_tokens", "sample_batch", "context_tokens"),
-    *("group", "refresh", "problems", "samples", "beta", "vllm_memory"),
-}
-BELOW_1 = {"beta", "ema", "vllm_memory"}
+    def parse_known_args(self, argv=None, namespace=None):
+        """Ends the program at a flag that is given and wrong, or not read: see flags.py."""
+        argv = sys.argv[1:] if argv is None else argv
+        args, others = super().parse_known_args(argv, namespace)
+        given = {word.partition("=")[0] for word in argv}
+        for action in self._actions:
+            for flag in given.intersection(action.option_strings):
+                wrong = complaint(flag, getattr(args, action.dest), args, action.help or "")
+                if wrong:
+                    fail(wrong)
+        return args, others
 
 
 def tiny(name):
@@ -88,7 +83,7 @@ def add_run_flags(parser):
     dtypes = ["auto", "float32", "bfloat16"]  # of the computation: trained weights are float32
     add("--dtype", default="auto", choices=dtypes, help="to compute in; auto: bfloat16 on CUDA")
     add("--threads", type=int, default=0, help="CPU threads; 0 = torch's own choice")
-    add("--overwrite", action="store_true", help="replace an existing --out")
+    add("--overwrite", action="store_true", help="of --out: replace an existing one")
     return add
 
 

@@ -33,23 +33,22 @@ def add_sampling_flags(parser, max_new_tokens=160):
         default=1.0,
         help="0 = greedy; only 1 with top-p 1 samples the model's own distribution",
     )
-    add("--top-p", type=float, default=1.0, help="1 = off")
+    add("--top-p", type=float, default=1.0, help="of --temperature: mass sampled from; 1 = all")
     add("--thinking", default="on", choices=["on", "off"], help="the template's enable_thinking")
-    add("--sample-batch", type=int, default=256, help="rows sampled at once by transformers")
+    add("--sample-batch", type=int, default=256, help="of --backend auto, transformers: rows")
     add(
         "--backend",
         default="auto",
         choices=["auto", "transformers", "vllm"],
         help="auto: vllm if it is installed and the device is CUDA",
     )
-    add("--vllm-memory", type=float, default=0.5, help="share of the card while vLLM samples")
-    add("--vllm-eager", action="store_true", help="no CUDA graphs: starts quicker, samples slower")
+    vllm = "auto, vllm" if find_spec("vllm") else "vllm"
+    add("--vllm-memory", type=float, default=0.5, help=f"of --backend {vllm}: share of the card")
+    add("--vllm-eager", action="store_true", help=f"of --backend {vllm}: no CUDA graphs")
 
 
 def choose_backend(args, device):
     """Settles --backend auto in `args`; ends the program if vLLM is wanted and cannot run."""
-    if not 0 < args.top_p <= 1:
-        fail(f"--top-p {args.top_p}: above 0 and at most 1")
     if args.backend == "auto":
         cuda = device.type == "cuda" and find_spec("vllm")
         args.backend = "vllm" if cuda else "transformers"

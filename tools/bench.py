@@ -176,11 +176,16 @@ def parse_args(argv=None):
     add("--tokens", type=int, nargs="+", help="loss: of responses; step: of a micro-batch")
     add("--dtype", choices=["float32", "bfloat16"], help="of the computation")
     add("--variants", nargs="+", choices=list(LOSSES), help="loss: only these")
-    add("--vocabulary", type=int, default=151_936, help="loss: V")
+    add("--vocabulary", type=int, help="loss: V (else 151,936)")
     add("--model", choices=list(SHAPES), help="step: whose shape")
     add("--case", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
+    if args.what == "loss" and args.model:
+        fail("--model: of step, not of loss")
+    if args.what == "step" and (args.variants or args.vocabulary):
+        fail("--variants, --vocabulary: of loss, not of step")
+    args.vocabulary = args.vocabulary or 151_936
     if args.what == "step":
         sizes = [8192] if cuda else [2048]
     else:

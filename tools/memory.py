@@ -201,7 +201,7 @@ def parse_args(argv=None):
     help = "of a planned run, whose flags of opsd.py follow; 0 = the table"
     parser.add_argument("--gpus", type=int, default=0, help=help)
     args, flags = parser.parse_known_args(argv)
-    if args.gpus < 0 or flags and not args.gpus:
+    if flags and not args.gpus:
         fail(f"--gpus {args.gpus}: at least 1, with the flags of opsd.py")
     return args.gpus, opsd.parse_args(flags)
 

@@ -11,7 +11,7 @@ each context in turn. Every token is coloured by a measure (S student, T teacher
 2. With --run the model after OPSD answers them as well, measured against the same teacher.
 3. --jsonl writes the page's data, one line a response, arrays aligned with its tokens: measures
    and probabilities to 0.0001, of each distribution at most BEST tokens of at least 1%.
-4. All flags but those below are opsd.py's, with its defaults: model, data, sampling, gate.
+4. All other flags are opsd.py's, with its defaults: model, data, sampling, gate.
 
     python -m tools.show --out page.html                    # the embedded model and task
     python -m tools.show --model MODEL --run runs/mine --data heldout.jsonl --max-new-tokens 2048 \\
@@ -46,6 +46,12 @@ from verify import Verifier
 TEMPLATE = os.path.join(HERE, "tools", "show.html")
 BEST = 5  # tokens listed of each distribution
 SHOWN = ["none", "instruction", "other", "answer", "solution"]  # by what they give away
+UNREAD = {  # of opsd.py's flags
+    *("--filter", "--group", "--resample", "--context", "--reinject", "--teacher-thinking"),
+    *("--divergence", "--beta", "--teacher", "--ema", "--refresh", "--kl-by-position"),
+    *("--steps", "--batch", "--lr", "--micro-tokens", "--checkpointing", "--offload", "--resume"),
+    *("--state-every", "--save-every", "--eval-data", "--eval-problems", "--eval-every"),
+}
 EMBEDDED_NOTE = (
     "The problems are chains of sums; “-59?” is a smudged digit that a quick scan takes for 5 "
     "and a careful one for 9."
@@ -62,10 +68,14 @@ def parse_args(argv=None):
     add("--contexts", nargs="+", default=SHOWN, choices=list(data.CONTEXTS), help="in this order")
     add("--jsonl", help="file for the data, one line a response")
     own, flags = parser.parse_known_args(argv)
-    args = argparse.Namespace(**vars(opsd.parse_args(flags)) | vars(own))
-    if args.problems < 1:
-        fail(f"--problems {args.problems}: at least 1")
+    if unread := UNREAD.intersection(word.partition("=")[0] for word in flags):
+        fail(f"{min(unread)}: of opsd.py, not read here")
+    context = next((name for name in own.contexts if name in data.WRITTEN), own.contexts[-1])
+    settled = opsd.parse_args([*flags, "--out", own.out, "--context", context])
+    args = argparse.Namespace(**vars(settled) | vars(own))
     args.draw = args.draw or 4 * args.problems
+    if args.draw < args.problems:
+        fail(f"--problems {args.problems}: --draw {args.draw} are not as many")
     return args
 
 
@@ -79,6 +89,8 @@ def answer_problems(args, device):
         problems = data.load_file(args.data, args.fields)[: args.draw]
     else:
         problems = data.embedded_problems(args.draw, args.seed, held_out=True)
+    if len(problems) < args.problems:
+        fail(f"--problems {args.problems}: --data {args.data} has {len(problems)}")
     answers, texts = {}, {}
     with Verifier() as verifier:
         for path in filter(None, [args.model, args.run]):

@@ -1,0 +1,52 @@
+"""What is wrong with a flag that is given: its number, a value twice, or that nothing reads it."""
+
+import math
+import os
+import re
+
+POSITIVE = {
+    *("--steps", "--batch", "--lr", "--micro-tokens", "--max-new-tokens", "--sample-batch"),
+    *("--context-tokens", "--group", "--refresh", "--problems", "--samples", "--beta", "--top-p"),
+    *("--vllm-memory", "--rounds", "--tokens", "--vocabulary"),
+}
+BELOW = {"--beta": 1, "--ema": 1, "--vllm-memory": 1, "--seed": 2**63, "--threads": 1025}
+LAST = {  # flag: the one whose number is the last that it reaches
+    **dict.fromkeys(("--eval-every", "--save-every", "--refresh", "--warmup"), "--steps"),
+    "--reinject": "--max-new-tokens",
+}
+# When a flag is read stands at the beginning of its help, joined by "and":
+#     of --teacher ema, every: ...   with one of these values
+#     of --eval-problems: ...        with a value that is neither 0 nor none
+#     without --data: ...
+READ = re.compile(r"(of|without) (--[a-z-]+)(?: ([\w, -]+))?")
+
+
+def complaint(flag, value, args, help):
+    """What is wrong with the flag, "" if nothing is. args: the values of all flags."""
+    values = value if isinstance(value, list) else [value]
+    for number in values:
+        if type(number) in (int, float):
+            least, limit = "above 0" if flag in POSITIVE else "0 or more", BELOW.get(flag, math.inf)
+            if not 0 <= number < limit or number == 0 and flag in POSITIVE:
+                most = f"below {limit}" if flag in BELOW else "finite"
+                return f"{flag} {number}: must be {least} and {most}"
+    if flag in LAST and value > value_of(args, LAST[flag]):
+        return f"{flag} {value}: beyond {LAST[flag]} {value_of(args, LAST[flag])}"
+    if len({os.path.normpath(str(v)) for v in values}) < len(values):
+        return f"{flag} {' '.join(map(str, values))}: one of them stands there twice"
+    conditions = [READ.fullmatch(part) for part in help.partition(": ")[0].split(" and ")]
+    unmet = [c[0] for c in conditions if c and not is_met(args, *c.groups())]
+    return f"{flag}: read only {unmet[0].replace('of', 'with', 1)}" if unmet else ""
+
+
+def value_of(args, flag):
+    return vars(args)[flag[2:].replace("-", "_")]
+
+
+def is_met(args, how, flag, values):
+    """Whether the flag has one of `values`, or any; with "without", whether it has none."""
+    value = value_of(args, flag)
+    chosen = set(value if isinstance(value, list) else [value]) - {None, 0, "none"}
+    if values:
+        chosen &= set(values.split(", "))
+    return bool(chosen) == (how == "of")
