@@ -35,8 +35,12 @@ def complaint(flag, value, args, help):
     if len({os.path.normpath(str(v)) for v in values}) < len(values):
         return f"{flag} {' '.join(map(str, values))}: one of them stands there twice"
     conditions = [READ.fullmatch(part) for part in help.partition(": ")[0].split(" and ")]
-    unmet = [c[0] for c in conditions if c and not is_met(args, *c.groups())]
-    return f"{flag}: read only {unmet[0].replace('of', 'with', 1)}" if unmet else ""
+    for condition in filter(None, conditions):
+        how, other, _ = condition.groups()
+        if not is_met(args, *condition.groups()):
+            reader, now = condition[0].removeprefix("of "), value_of(args, other)
+            return f"{flag}: read only {'with ' if how == 'of' else ''}{reader} ({other} is {now})"
+    return ""
 
 
 def value_of(args, flag):

@@ -69,7 +69,7 @@ def test_divergence_and_gradient_equal_a_float64_loop(name, beta):
     logits = torch.randn(5, 7, generator=generator, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(5, 7, generator=generator, dtype=torch.float64).log_softmax(-1)
     tokens = tokens_of([0, 3, 6, 2, 2], [True, False, True, False, True])
-    args = opsd.parse_args(["--beta", str(beta)])
+    args = opsd.parse_args(["--divergence", "jsd", "--beta", str(beta)])
     values = opsd.DIVERGENCES[name](logits.log_softmax(-1), teacher, tokens, args)
     values.sum().backward()
 
@@ -243,7 +243,8 @@ def test_micro_batches_cover_every_row_once_within_the_budget():
 
 
 def test_teachers_move_as_named(model):
-    args = opsd.parse_args(["--ema", "0.9", "--refresh", "2"])
+    args = opsd.parse_args(["--teacher", "ema", "--ema", "0.9"])
+    args.refresh = 2
     for name, weight in [("frozen", 0.0), ("ema", 0.1), ("current", 1.0), ("every", 0.0)]:
         teacher, student = opsd.frozen_copy(model), opsd.frozen_copy(model)
         with torch.no_grad():

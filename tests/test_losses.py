@@ -127,7 +127,7 @@ def test_the_log_says_what_a_gate_lets_through(step):
     "flags, complaint",
     [
         ("--gate gap", "--gate gap: needs --gate-above or --gate-below"),
-        ("--gate-above 1", "--gate-above, --gate-below: not read by --gate all"),
+        ("--gate-above 1", "--gate-above: read only with --gate student-entropy"),
         ("--divergence split", "--divergence split: --filter correct keeps one outcome only"),
         ("--gate gap --gate-above -1", "--gate-above -1.0: must be 0 or more"),
         ("--context sibling", "--context sibling: a response has siblings only with --group 2"),

@@ -1,0 +1,118 @@
+"""Flags that cannot be meant: one line that names them, before anything is loaded."""
+
+import argparse
+import re
+
+import pytest
+
+import eval as evaluation
+import flags
+import opsd
+import rlvr
+import sft
+from run import Parser
+from tests.helpers import TINY
+from tools import bench, show
+
+EVAL, SHOW = f"--model {TINY} ", "--out page.html "
+REFUSED = [
+    # Nothing reads them.
+    (opsd, "--beta 0.3", "--beta: read only with --divergence jsd (--divergence is reverse_kl)"),
+    (opsd, "--beta=0.5", "--beta: read only with --divergence jsd"),  # the default, but typed
+    (opsd, "--teacher every --ema 0.9", "--ema: read only with --teacher ema"),
+    (opsd, "--refresh 5", "--refresh: read only with --teacher every (--teacher is frozen)"),
+    (opsd, "--gate-above 1", "--gate-above: read only with --gate student-entropy"),
+    (opsd, "--gate agreement --gate-below 1", "--gate-below: read only with --gate student"),
+    (opsd, "--context none --reinject 20", "--reinject: read only with --context"),
+    (opsd, "--context none --context-first", "--context-first: read only with --context"),
+    (opsd, "--context-tokens 99", "--context-tokens: read only with --context reflection"),
+    (opsd, "--eval-data a.jsonl", "--eval-data: read only with --data"),
+    (opsd, "--data a.jsonl --eval-data b.jsonl --eval-problems 0", "only with --eval-problems"),
+    (opsd, "--eval-every 2 --eval-problems 0", "--eval-every: read only with --eval-problems"),
+    (opsd, "--fields answer=gold", "--fields: read only with --data"),
+    (opsd, "--overwrite", "--overwrite: read only with --out"),
+    (opsd, "--temperature 0 --top-p 0.5", "--top-p: read only with --temperature"),
+    (opsd, "--backend vllm --sample-batch 9", "--sample-batch: read only with --backend auto"),
+    (opsd, "--backend transformers --vllm-memory 0.5", "--vllm-memory: read only with --backend"),
+    (rlvr, "--backend transformers --vllm-eager", "--vllm-eager: read only with --backend"),
+    (rlvr, "--eval-data a.jsonl", "--eval-data: read only with --data"),
+    (sft, "--fields answer=gold", "--fields: read only with --data"),
+    (evaluation, EVAL + "--data a.jsonl --problems 5", "--problems: read only without --data"),
+    (evaluation, EVAL + "--context-first", "--context-first: read only with --context"),
+    (evaluation, EVAL + "--context none solution --context-tokens 9", "--context-tokens: read"),
+    (evaluation, EVAL + "--context", "--context"),
+    (show, SHOW + "--lr 1e-5", "--lr: of opsd.py, not read here"),
+    (show, SHOW + "--context=solution", "--context: of opsd.py, not read here"),
+    (show, SHOW + "--context-tokens 9", "--context-tokens: read only with --context reflection"),
+    (bench, "loss --model tiny", "--model: of step, not of loss"),
+    (bench, "step --vocabulary 9", "--variants, --vocabulary: of loss, not of step"),
+    # Beyond the last.
+    (opsd, "--steps 2 --eval-every 3", "--eval-every 3: beyond --steps 2"),
+    (opsd, "--steps 2 --save-every 3", "--save-every 3: beyond --steps 2"),
+    (opsd, "--steps 2 --teacher every --refresh 3", "--refresh 3: beyond --steps 2"),
+    (opsd, "--reinject 2048", "--reinject 2048: beyond --max-new-tokens 160"),
+    (sft, "--steps 50 --warmup 51", "--warmup 51: beyond --steps 50"),
+    # Numbers.
+    (opsd, "--seed 99999999999999999999", "--seed 99999999999999999999: must be 0 or more and"),
+    (opsd, "--threads 100000", "--threads 100000: must be 0 or more and below 1025"),
+    (opsd, "--temperature inf", "--temperature inf: must be 0 or more and finite"),
+    (opsd, "--lr nan", "--lr nan: must be above 0 and finite"),
+    (opsd, "--gate gap --gate-above 10 --gate-below 5", "--gate-below 5.0: nothing is left from"),
+    (opsd, "--gate gap --gate-below 0", "--gate-below 0.0: nothing is left from 0 on"),
+    (bench, "loss --tokens 8 -1", "--tokens -1: must be above 0"),
+    # Twice, or equal anyhow.
+    (evaluation, f"--model {TINY} {TINY}/", "one of them stands there twice"),
+    (evaluation, EVAL + "--context answer answer", "--context answer answer: one of them"),
+    (evaluation, EVAL + "--temperature 0", "--samples 4: at --temperature 0 all are equal"),
+    (show, SHOW + "--problems 500 --draw 4", "--problems 500: --draw 4 are not as many"),
+]
+
+
+@pytest.mark.parametrize("script, line, complaint", REFUSED)
+def test_a_flag_that_cannot_be_meant_is_named(script, line, complaint, refused):
+    assert complaint in refused(script.parse_args, line.split())
+
+
+READ = [
+    (opsd, "--divergence jsd --beta 0.3 --teacher ema --ema 0.9 --context none"),
+    (opsd, "--gate gap --gate-above 1 --gate-below 2 --reinject 20 --context-first"),
+    (opsd, "--context two-line --context-tokens 99 --out x --overwrite"),
+    (opsd, "--data a.jsonl --eval-data b.jsonl --fields answer=gold --eval-every 40"),
+    (opsd, "--backend vllm --vllm-memory 0.5 --top-p 0.5 --seed 9223372036854775807"),
+    (evaluation, EVAL + "--context answer reflection --context-tokens 9 --problems 5"),
+    (show, SHOW + "--contexts answer reflection --context-tokens 9 --overwrite"),
+    (sft, "--steps 50 --warmup 50"),
+]
+
+
+@pytest.mark.parametrize("script, line", READ)
+def test_a_flag_that_is_read_is_taken(script, line):
+    script.parse_args(line.split())
+
+
+def test_what_helps_say_of_reading_names_flags_and_choices(monkeypatch):
+    parsers = []
+    monkeypatch.setattr(Parser, "parse_known_args", lambda self, *argv: parsers.append(self) or 1)
+    for script in (opsd, rlvr, sft, evaluation):
+        with pytest.raises(TypeError):  # the parser is made, nothing is parsed
+            script.parse_args([])
+    conditions = 0
+    for parser in parsers:
+        actions = {flag: a for a in parser._actions for flag in a.option_strings}
+        for action in parser._actions:
+            for part in str(action.help).partition(": ")[0].split(" and "):
+                if not re.match("(of|without) -", part):
+                    continue
+                _, other, values = flags.READ.fullmatch(part).groups()
+                assert set((values or "").split(", ")) - {""} <= set(actions[other].choices or ())
+                conditions += 1
+    assert len(parsers) == 4 and conditions > 30
+
+
+def test_a_new_flag_is_checked_by_its_help(refused):
+    parser = Parser("")
+    parser.add_argument("--way", choices=["one", "two"], default="one")
+    parser.add_argument("--size", type=int, default=3, help="of --way two: of something")
+    assert parser.parse_args([]) == argparse.Namespace(way="one", size=3)
+    assert parser.parse_args("--way two --size 4".split()).size == 4
+    assert "--size: read only with --way two" in refused(parser.parse_args, ["--size", "3"])
