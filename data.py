@@ -181,22 +181,22 @@ def read_json(path):
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         fail(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8")
-    if text.lstrip().startswith("["):
+    is_array, lines = text.lstrip().startswith("["), text.split("\n")  # U+2028: in a string
+    for number, part in enumerate([text] if is_array else lines, 1):
+        where = path if is_array else f"{path}, line {number}"
         try:
-            rows = [(f"{path}, row {i}", row) for i, row in enumerate(json.loads(text), 1)]
-        except ValueError as error:
-            fail(f"{path}: begins like a JSON array, but is not JSON ({error})")
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):  # U+2028 may stand in a string
-            try:
-                rows += [(f"{path}, line {number}", json.loads(line))] if line.strip() else []
-            except ValueError as error:
-                fail(f"{path}, line {number}: not JSON ({error})")
-    for where, row in rows:
-        if not isinstance(row, dict):
-            fail(f"{where}: not a JSON object")
-        yield where, row
+            rows = json.loads(part) if part.strip() else []
+            json.dumps(rows, ensure_ascii=False).encode()  # no half of a character
+        except (ValueError, RecursionError) as error:
+            begins = "begins like a JSON array, but is " if is_array else ""
+            fail(f"{where}: {begins}not JSON ({error})")
+        if not is_array and part.strip():
+            rows = [rows]
+        for place, row in enumerate(rows, 1):
+            here = f"{path}, row {place}" if is_array else where
+            if not isinstance(row, dict):
+                fail(f"{here}: not a JSON object")
+            yield here, row
 
 
 def read_parquet(path):

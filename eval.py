@@ -68,7 +68,7 @@ def check_tokenizers(paths, problems):
     """Ends the program at a wrong one, before any model is evaluated, and where two differ in how
     they cut these problems: lengths in tokens would not compare.
     """
-    texts = [problem.question for problem in problems[:100]]
+    texts = [problem.question + problem.solution for problem in problems[:100]]
     ids = [load_tokenizer(path)(texts).input_ids for path in paths]
     for path, others in zip(paths, ids, strict=True):
         if others != ids[0]:

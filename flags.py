@@ -26,10 +26,13 @@ def complaint(flag, value, args, help):
     values = value if isinstance(value, list) else [value]
     for number in values:
         if type(number) in (int, float):
-            least, limit = "above 0" if flag in POSITIVE else "0 or more", BELOW.get(flag, math.inf)
+            least = "above 0" if flag in POSITIVE else "0 or more"
+            limit = BELOW.get(flag, 2**31 if type(number) is int else math.inf)
             if not 0 <= number < limit or number == 0 and flag in POSITIVE:
-                most = f"below {limit}" if flag in BELOW else "finite"
+                most = f"below {limit}" if limit < math.inf else "finite"
                 return f"{flag} {number}: must be {least} and {most}"
+        if number == "":
+            return f"{flag}: is empty"
     if flag in LAST and value > value_of(args, LAST[flag]):
         return f"{flag} {value}: beyond {LAST[flag]} {value_of(args, LAST[flag])}"
     if len({os.path.normpath(str(v)) for v in values}) < len(values):

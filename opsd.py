@@ -409,7 +409,7 @@ def main(argv=None):
             follows = None if args.teacher == "frozen" else ranks.full_state(teacher)
             run.save_state(step + 1, model, optimizer, drawn=drawn, teacher=follows, kls=kls)
         if not run.updates:
-            fail(f"--filter {args.filter}: no step was taken, the model is unchanged")
+            fail(f"--filter {args.filter}, --context {args.context}: no step was taken")
         held_out.evaluate(run, args.steps, last=True)
         save_model(run.path, model, tokenizer)
         run.finish(metrics.settled(kls))

@@ -124,6 +124,8 @@ def set_up(args):
     except Exception as error:
         fail(f"--device {args.device}: {one_line(error)}")
     device = torch.device(name)
+    if device.type not in ("cpu", "cuda") or name.startswith("cpu:"):
+        fail(f"--device {args.device}: cpu, cuda or cuda:NUMBER")
     if device.type == "cpu" and not args.threads and os.getloadavg()[0] > os.cpu_count():
         print("this machine is busy: --threads 1 may be many times faster")
     if args.dtype == "auto":
@@ -199,20 +201,20 @@ def write_json(path, record):
         write_file(path, gzip.compress(text) if path.endswith(".gz") else text)
 
 
-def check_out(args, directory=True):
+def check_out(args, directory=True, name="out"):
     """Ends the program where --out cannot be written, or exists. Nothing is created yet."""
-    out = args.out
+    out = vars(args)[name]
     if not out:
         return
     if os.path.lexists(out) and not args.overwrite:
-        fail(f"--out {out}: exists already; choose another or add --overwrite")
-    if not directory and os.path.isdir(out):
-        fail(f"--out {out}: is a directory, not a file")
+        fail(f"--{name} {out}: exists already; choose another or add --overwrite")
+    if not directory and (os.path.isdir(out) or out.endswith("/")):
+        fail(f"--{name} {out}: is a directory, not a file")
     above = os.path.abspath(out if directory else os.path.join(out, ".."))
     while not os.path.lexists(above):
         above = os.path.dirname(above)
     if not os.path.isdir(above) or not os.access(above, os.W_OK):
-        fail(f"--out {out}: {above} is not a directory that can be written to")
+        fail(f"--{name} {out}: {above} is not a directory that can be written to")
 
 
 def check_run_directory(args):

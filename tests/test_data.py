@@ -117,7 +117,7 @@ def test_a_wrong_embedded_reference_reads_one_digit_wrong_and_adds_up():
 
 
 def test_writer_counts_truncated_and_oversized_contexts_as_failed(tiny, tokenizer):
-    args = opsd.parse_args("--context-tokens 150 --dtype float32".split())
+    args = opsd.parse_args("--context resolve --context-tokens 150 --dtype float32".split())
     sampler = make_sampler(tiny[0], tokenizer, args)
     problem = embedded_problems(1, 1)[0]
     prompts = [problem.question + "\n\n" + data.INSTRUCTION, "long " * 3000]

@@ -204,7 +204,7 @@ def main(argv=None):
     cuda = args.device == "cuda"
     if cuda and not torch.cuda.is_available():
         fail("--device cuda: there is none here")
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     if args.case:
         print(json.dumps(MEASURES[args.what](**json.loads(args.case))))
         return

@@ -70,7 +70,7 @@ def parse_args(argv=None):
     own, flags = parser.parse_known_args(argv)
     if unread := UNREAD.intersection(word.partition("=")[0] for word in flags):
         fail(f"{min(unread)}: of opsd.py, not read here")
-    context = next((name for name in own.contexts if name in data.WRITTEN), own.contexts[-1])
+    context = next((name for name in own.contexts if name in data.WRITTEN), "solution")
     settled = opsd.parse_args([*flags, "--out", own.out, "--context", context])
     args = argparse.Namespace(**vars(settled) | vars(own))
     args.draw = args.draw or 4 * args.problems
@@ -224,6 +224,9 @@ def render(page):
 def main(argv=None):
     args = parse_args(argv)
     check_out(args, directory=False)
+    check_out(args, directory=False, name="jsonl")
+    if args.jsonl and os.path.realpath(args.jsonl) == os.path.realpath(args.out):
+        fail(f"--jsonl {args.jsonl}: is --out as well")
     device = set_up(args)
     samplers.choose_backend(args, device)
     tokenizer, answers, texts, limit = answer_problems(args, device)
