@@ -40,7 +40,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("evaluation").add_argument
     add("--problems", type=int, default=512, help="without --data: number of embedded ones")
     add("--samples", type=int, default=4, help="samples a problem (k of average@k)")
-    add("--context", nargs="+", default=[], choices=list(CONTEXTS), help="prompt-only rows")
+    add("--context", nargs="+", default=[], choices=list(CONTEXTS)[1:], help="prompt-only rows")
     rollout.add_context_flags(add)
     args = parser.parse_args(argv)
     if "sibling" in args.context and args.samples == 1:

@@ -97,6 +97,10 @@ def load_model(path, device, dtype="float32"):
     # The file decides, not the configuration, which all copies are built from.
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = head.weight is embedding.weight
+    ends = model.generation_config.eos_token_id
+    for token in ends if isinstance(ends, list) else [ends]:
+        if token is not None and token not in range(len(embedding.weight)):
+            fail(f"--model {path}: the eos_token_id {token!r} is none of its tokens")
     stop = stop_ids(model, tokenizer)
     if not stop:
         fail(f"--model {path}: generation config and tokenizer name no end-of-sequence token")

@@ -279,8 +279,8 @@ def load_state(path):
 def first_args(path):
     """The settings in line 0 of the metrics; none where that line is not whole."""
     file = os.path.join(path, "metrics.jsonl")
-    with suppress(ValueError, KeyError), open(file) as stream:
-        return json.loads(stream.readline())["args"]
+    with suppress(ValueError, KeyError, TypeError), open(file) as stream:
+        return dict(json.loads(stream.readline())["args"])
     return {}
 
 

@@ -1,6 +1,7 @@
 """Flags that cannot be meant: one line that names them, before anything is loaded."""
 
 import argparse
+import json
 import re
 
 import pytest
@@ -10,8 +11,8 @@ import flags
 import opsd
 import rlvr
 import sft
-from run import Parser
-from tests.helpers import TINY
+from run import Parser, first_args
+from tests.helpers import TINY, changed_model, write
 from tools import bench, show
 
 EVAL, SHOW = f"--model {TINY} ", "--out page.html "
@@ -39,7 +40,7 @@ REFUSED = [
     (sft, "--fields answer=gold", "--fields: read only with --data"),
     (evaluation, EVAL + "--data a.jsonl --problems 5", "--problems: read only without --data"),
     (evaluation, EVAL + "--context-first", "--context-first: read only with --context"),
-    (evaluation, EVAL + "--context none solution --context-tokens 9", "--context-tokens: read"),
+    (evaluation, EVAL + "--context solution --context-tokens 9", "--context-tokens: read"),
     (evaluation, EVAL + "--context", "--context"),
     (show, SHOW + "--lr 1e-5", "--lr: of opsd.py, not read here"),
     (show, SHOW + "--context=solution", "--context: of opsd.py, not read here"),
@@ -116,3 +117,50 @@ def test_a_new_flag_is_checked_by_its_help(refused):
     assert parser.parse_args([]) == argparse.Namespace(way="one", size=3)
     assert parser.parse_args("--way two --size 4".split()).size == 4
     assert "--size: read only with --way two" in refused(parser.parse_args, ["--size", "3"])
+
+
+def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    row = '{"question": "1+1?", "answer": "2", "solution": "2"}'
+    half = row.replace("1+1?", "\\ud800")
+    write(tmp_path / "good.jsonl", row)
+    write(tmp_path / "half.jsonl", row, half)
+    write(tmp_path / "deep.json", "[" * 5000)
+    (tmp_path / "dir.jsonl").mkdir()
+    for name, text in (("list", "[1]"), ("number", '{"args": 3}')):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "metrics.jsonl", text)
+    other = changed_model(tmp_path / "other")
+    words = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    words["model"]["merges"] = words["model"]["merges"][:50]
+    write(tmp_path / "other" / "tokenizer.json", json.dumps(words))
+    ends = changed_model(tmp_path / "ends")
+    write(tmp_path / "ends" / "generation_config.json", '{"eos_token_id": [3, 99999]}')
+    bare = "--threads 1 --batch 1 --steps 1 --filter all --eval-problems 0".split()
+    cases = (
+        ("--data half.jsonl", "half.jsonl, line 2: not JSON ("),
+        ("--data deep.json", "deep.json: begins like a JSON array, but is not JSON ("),
+        ("--data dir.jsonl", "--data dir.jsonl: a directory"),
+        ("--data good.jsonl --fields answer=answer answer=gold", "--fields answer=gold: PART="),
+        ("--data good.jsonl --eval-problems 8 --eval-every 1", "without --eval-data"),
+        ("--context resolve --context-tokens 9999", "--context-tokens 9999: the model's"),
+        ("--device meta", "--device meta: cpu, cuda or cuda:NUMBER"),
+        ("--device cpu:7", "--device cpu:7: cpu, cuda or cuda:NUMBER"),
+        (f"--model {ends}", "the eos_token_id 99999 is none of its tokens"),
+    )
+    for line, complaint in cases:
+        assert complaint in refused(opsd.main, [*bare, *line.split()]), line
+    monkeypatch.setattr(evaluation.samplers, "make_sampler", None)  # before anything is sampled
+    for line, complaint in (
+        (f"--model {TINY} {other}", f"--model {other}: another tokenizer than {TINY}'s"),
+        (f"--model {TINY} --out page/", "--out page/: is a directory, not a file"),
+    ):
+        assert complaint in refused(evaluation.main, [*line.split(), *"--problems 4".split()])
+    for line, complaint in (
+        ("--jsonl good.jsonl", "--jsonl good.jsonl: exists already"),
+        ("--jsonl page.html", "--jsonl page.html: is --out as well"),
+        ("--data good.jsonl", "--problems 12: --data good.jsonl has 1"),
+    ):
+        assert complaint in refused(show.main, [*SHOW.split(), *line.split()])
+    for out in ("list", "number"):  # no settings in line 0
+        assert first_args(out) == {}
