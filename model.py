@@ -97,13 +97,9 @@ def load_model(path, device, dtype="float32"):
     # The file decides, not the configuration, which all copies are built from.
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = head.weight is embedding.weight
-    ends = model.generation_config.eos_token_id
-    for token in ends if isinstance(ends, list) else [ends]:
-        if token is not None and token not in range(len(embedding.weight)):
-            fail(f"--model {path}: the eos_token_id {token!r} is none of its tokens")
     stop = stop_ids(model, tokenizer)
-    if not stop:
-        fail(f"--model {path}: generation config and tokenizer name no end-of-sequence token")
+    if not stop or stop[-1] >= len(embedding.weight):
+        fail(f"--model {path}: its end-of-sequence tokens {stop} are none, or none of the model's")
     end = data.turn_end(tokenizer)
     if end not in (None, *stop):
         token = tokenizer.decode([end])

@@ -105,8 +105,9 @@ def parse_args(argv=None):
         fail(f"--gate {args.gate}: needs --gate-above or --gate-below")
     if args.lora and args.teacher != "frozen":
         fail(f"--teacher {args.teacher}: with --lora it is the student, adapters off: frozen only")
-    if args.gate_below is not None and (args.gate_above or 0) >= args.gate_below:
-        fail(f"--gate-below {args.gate_below}: nothing is left from {args.gate_above or 0} on")
+    most = args.max_new_tokens if args.gate == "position" else math.inf
+    if (args.gate_above or 0) >= (most if args.gate_below is None else args.gate_below):
+        fail(f"--gate-above {args.gate_above}, --gate-below {args.gate_below}: no token is between")
     args.teacher_thinking = args.teacher_thinking or args.thinking
     return args
 

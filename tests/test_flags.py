@@ -58,8 +58,13 @@ REFUSED = [
     (opsd, "--threads 100000", "--threads 100000: must be 0 or more and below 1025"),
     (opsd, "--temperature inf", "--temperature inf: must be 0 or more and finite"),
     (opsd, "--lr nan", "--lr nan: must be above 0 and finite"),
-    (opsd, "--gate gap --gate-above 10 --gate-below 5", "--gate-below 5.0: nothing is left from"),
-    (opsd, "--gate gap --gate-below 0", "--gate-below 0.0: nothing is left from 0 on"),
+    (
+        opsd,
+        "--gate gap --gate-above 10 --gate-below 5",
+        "--gate-above 10.0, --gate-below 5.0: no token",
+    ),
+    (opsd, "--gate gap --gate-below 0", "--gate-below 0.0: no token is between"),
+    (opsd, "--gate position --gate-above 160", "--gate-above 160.0, --gate-below None: no token"),
     (bench, "loss --tokens 8 -1", "--tokens -1: must be above 0"),
     # Twice, or equal anyhow.
     (evaluation, f"--model {TINY} {TINY}/", "one of them stands there twice"),
@@ -146,7 +151,7 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
         ("--context resolve --context-tokens 9999", "--context-tokens 9999: the model's"),
         ("--device meta", "--device meta: cpu, cuda or cuda:NUMBER"),
         ("--device cpu:7", "--device cpu:7: cpu, cuda or cuda:NUMBER"),
-        (f"--model {ends}", "the eos_token_id 99999 is none of its tokens"),
+        (f"--model {ends}", "99999] are none, or none of the model's"),
     )
     for line, complaint in cases:
         assert complaint in refused(opsd.main, [*bare, *line.split()]), line
