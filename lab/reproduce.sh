@@ -109,7 +109,7 @@ real() {
     local opsd="$task $sample --context-first --batch 16 --resample 3 --steps 10 --lr 1e-5"
     opsd="$opsd --state-every 0"
     local way="--eval-data runs/real/dev.jsonl --eval-problems 100 --eval-every 5"
-    local test="--data runs/real/test.jsonl --dtype bfloat16 $sample --context-first"
+    local test="--data runs/real/test.jsonl --dtype bfloat16 $sample"
     local contexts="solution answer instruction other"
     local short="--state-every 0 --batch 8"
     run sft real-sft "$1" --model runs/real/model $task $short --fields solution=trace --steps 20 \
@@ -120,7 +120,8 @@ real() {
         run opsd real-$filter "$1" --model $start $opsd $way --filter $filter --kl-by-position 8
     done
     keep "runs/table/real-all-$1/kl_by_position.jsonl" "kl_by_position/real-all-$1.jsonl"
-    evaluate real "$1" "real-rlvr real-correct real-incorrect real-all" $test --context $contexts
+    evaluate real "$1" "real-rlvr real-correct real-incorrect real-all" $test --context-first \
+        --context $contexts
 
     for filter in correct incorrect; do
         run opsd real-long-$filter "$1" --model $start $opsd --filter $filter --steps 24
@@ -141,7 +142,7 @@ real() {
         run opsd real-sft-$filter "$1" --model "runs/table/real-sft-$1" $opsd --filter $filter
     done
     evaluate real-order "$1" "real-sft real-rlvr real-sft-correct real-sft-incorrect" $test \
-        --context $contexts
+        --context-first --context $contexts
 }
 export -f keep run evaluate pipeline real
 
