@@ -291,7 +291,7 @@ HARMLESS = {
     *("model", "data", "eval_data", "fields", "out", "overwrite", "resume"),
     *("steps", "state_every", "save_every", "eval_every"),
     *("threads", "device", "micro_tokens", "sample_batch", "checkpointing", "offload"),
-    *("vllm_memory", "vllm_eager"),
+    *("vllm_memory", "vllm_eager", "skip_unreadable", "unreadable"),
 }
 
 
