@@ -49,10 +49,8 @@ FIELDS = {
 
 def add_data_flags(parser, several=False):
     add = parser.add_argument_group("data").add_argument
-    source = (
-        "JSONL or parquet file, directory of parquet files, or Hugging Face data set, "
-        "owner/name[:configuration][@split]; without it the embedded task"
-    )
+    source = "JSONL, parquet, a directory of parquet, or a Hugging Face data set, "
+    source += "owner/name[:configuration][@split]; without it the embedded task"
     add("--data", nargs="+" if several else None, help=source)
     known = "; ".join(f"{part}: {', '.join(names)}" for part, names in FIELDS.items())
     other = f"other names of a row's fields than these: {known}"
@@ -76,7 +74,7 @@ def load_problems(args, count):
     """The problems of `--data`, or `count` problems of the embedded task."""
     if args.data is None:
         return embedded_problems(count, args.seed)
-    return load(args, args.data)
+    return load_file(args, args.data)
 
 
 def load_held_out(args, problems):
@@ -88,7 +86,7 @@ def load_held_out(args, problems):
     if not args.eval_problems or (args.data and not args.eval_data):
         return problems, []
     if args.eval_data:
-        held_out = load(args, args.eval_data, "--eval-data")[: args.eval_problems]
+        held_out = load_file(args, args.eval_data, "--eval-data")[: args.eval_problems]
     else:
         held_out = embedded_problems(args.eval_problems, args.seed, held_out=True)
     questions = {p.question for p in held_out}
@@ -116,22 +114,13 @@ def fields_of(pairs):
     return {**others, **given}, {"question", "answer", *given}
 
 
-def load(args, path, flag="--data"):
-    """`load_file`; what was dropped is noted in args, which every run and evaluation logs."""
-    skipped = []
-    problems = load_file(path, args.fields, flag, skipped if args.skip_unreadable else None)
-    if skipped:
-        args.unreadable = {**getattr(args, "unreadable", {}), path: skipped}
-    return problems
+def load_file(args, path, flag="--data"):
+    """Problems of a JSON(L) or parquet file or a Hugging Face data set.
 
-
-def load_file(path, pairs=(), flag="--data", skipped=None):
-    """Problems of a JSON(L) or parquet file or a Hugging Face data set; `pairs` is --fields.
-
-    Ends the program at a bad file or row, which it names, and at a gold that no rule reads, unless
-    there is a list for the numbers of such rows, which are then dropped.
+    Ends the program at a bad file or row, and at a gold that no rule reads. With --skip-unreadable
+    such rows are dropped, and their numbers noted in args, which runs and evaluations log.
     """
-    problems, places, (fields, required) = [], [], fields_of(pairs)
+    problems, places, (fields, required) = [], [], fields_of(args.fields)
     for where, row in read_rows(path, flag):
         parts = {part: pick(row, part, fields, where, part in required) for part in fields}
         solution, marked, answer = parts["answer"].rpartition("####")  # gsm8k's
@@ -149,11 +138,12 @@ def load_file(path, pairs=(), flag="--data", skipped=None):
     bad = [i for i, complaint in enumerate(complaints) if complaint]
     texts = [f"{places[i]}: gold answer {problems[i].answer[:80]!r}: {complaints[i]}" for i in bad]
     count = f"{len(bad)} of {len(problems)} rows"
-    if bad and (skipped is None or len(bad) == len(problems)):
+    if bad and (not args.skip_unreadable or len(bad) == len(problems)):
         fail(f"{texts[0]} ({count} are so; --skip-unreadable drops them)")
     if bad:
         print(f"{path}: dropped {count}, whose golds no rule reads:", *texts[:3], sep="\n")
-        skipped += [int(places[i].split()[-1]) for i in bad]
+        numbers = [int(places[i].split()[-1]) for i in bad]
+        args.unreadable = {**getattr(args, "unreadable", {}), path: numbers}
     problems = [p for p, complaint in zip(problems, complaints, strict=True) if not complaint]
     units = [p.answer for p in problems if normal(p.answer)[1]]
     if units:
@@ -175,12 +165,7 @@ def read_rows(path, flag="--data"):
     if not is_parquet and (os.path.exists(path) or path.count("/") != 1):
         fail(f"{flag} {path}: not a .jsonl or .parquet file, nor a data set id (owner/name)")
     try:
-        if is_parquet:
-            import pyarrow.parquet
-
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        else:
-            rows = read_data_set(path)
+        rows = read_parquet(path) if is_parquet else read_data_set(path)
     except Exception as error:  # a hub out of reach, a wrong id, a broken file: one line is enough
         fail(f"{flag} {path}: {type(error).__name__}: {one_line(error)}")
     for number, row in enumerate(rows, 1):
@@ -211,6 +196,12 @@ def read_json(path):
         if not isinstance(row, dict):
             fail(f"{where}: not a JSON object")
         yield where, row
+
+
+def read_parquet(path):
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).to_pylist()
 
 
 def read_data_set(path):

@@ -33,14 +33,14 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import lru_cache
 from multiprocessing.connection import wait
 
 from answers import TEXT, extract, normal, units_agree
 
-VERDICTS = ("correct", "wrong", "no_answer", "timeout")
+USAGE = 'usage: python verify.py "response with \\boxed{answer}" "gold answer"'
 MAX_CHARS = 500  # rule 5
 CACHE_PAIRS = 50_000  # about 20 MB of short answers
 START_SECONDS = 120.0  # importing sympy takes 1 to 2 s, more from a cold network disk
@@ -69,7 +69,7 @@ def grade_responses(
     return [(outcomes.get(reason, "incorrect"), reason) for reason in reasons]
 
 
-class Verifier:
+class Verifier(AbstractContextManager):
     """Grades answers in worker processes that can be killed.
 
     workers: processes, each started when first needed. seconds: wall-clock limit of one answer,
@@ -83,12 +83,8 @@ class Verifier:
             raise ValueError(f"Verifier needs workers >= 1, seconds > 0, memory_mb >= 1; got {got}")
         self.seconds, self.memory_mb = seconds, memory_mb
         self._workers = [_Worker(seconds, memory_mb) for _ in range(workers)]
-        self._idle = list(self._workers)
         self._cache: dict[tuple[str, str], str] = {}
-        self._lock, self._closed = threading.Lock(), False
-
-    def __enter__(self):
-        return self
+        self._lock, self._count, self._closed = threading.Lock(), workers, False
 
     def __exit__(self, *exception):
         self.close()
@@ -107,7 +103,7 @@ class Verifier:
         """
         verdicts = self._grade(pairs)
         for verdict, (_, gold) in zip(verdicts, pairs, strict=True):
-            if verdict not in VERDICTS:
+            if verdict not in ("correct", "wrong", "no_answer", "timeout"):
                 raise ValueError(f"gold answer {gold!r}: {verdict}")
         return verdicts
 
@@ -141,15 +137,15 @@ class Verifier:
 
     def _ask_workers(self, todo):
         def ask(pair):
-            worker = self._idle.pop()  # never empty: there are no more threads than workers
+            worker = self._workers.pop()  # never empty: there are no more threads than workers
             try:
                 return worker.ask(pair)
             finally:
-                self._idle.append(worker)
+                self._workers.append(worker)
 
         if self._closed:
             raise RuntimeError("this Verifier is closed")
-        with ThreadPoolExecutor(len(self._workers)) as threads:
+        with ThreadPoolExecutor(self._count) as threads:
             return list(threads.map(ask, todo))
 
 
@@ -348,55 +344,43 @@ def _make_grader():
     return guarded
 
 
-def responses_of(node):
-    """Yields the responses in what eval.py --out holds: dicts with these keys, however deep."""
-    if isinstance(node, dict) and {"response", "gold", "verdict"} <= node.keys():
-        yield node
-        return
-    for part in node.values() if isinstance(node, dict) else node if isinstance(node, list) else []:
-        yield from responses_of(part)
-
-
-def disagreements(verifier: Verifier, out) -> list[tuple[dict, str]]:
-    """(response, what plain math-verify says) where that is not the verdict; out: eval.py's."""
-    rows = list(responses_of(out))
-    verdicts = verifier.plain([(row["response"], row["gold"]) for row in rows])
-    pairs = zip(rows, verdicts, strict=True)
-    return [(row, v) for row, v in pairs if (v == "correct") != (row["verdict"] == "correct")]
+def disagreements(path: str) -> list[dict]:
+    """Of what eval.py --out holds: the responses of which plain math-verify says otherwise."""
+    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+        benchmarks = json.load(file)["responses"]
+    rows = []
+    for models in benchmarks.values():
+        for responses in models.values():
+            rows += responses
+    with Verifier(seconds=10) as verifier:
+        verdicts = verifier.plain([(row["response"], row["gold"]) for row in rows])
+    both = [{**row, "math-verify": plain} for row, plain in zip(rows, verdicts, strict=True)]
+    return [r for r in both if (r["math-verify"] == "correct") != (r["verdict"] == "correct")]
 
 
 def main(argv):
     if argv[:1] == ["--worker"]:
-        _serve(float(argv[1]), int(argv[2]))
-        return 0
-    if argv in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
+        return _serve(float(argv[1]), int(argv[2]))
     if len(argv) != 2:  # no argparse: answers begin with a minus sign
-        usage = 'usage: python verify.py "response with \\boxed{answer}" "gold answer"'
-        print(usage, file=sys.stderr)
-        return 2
+        asked = argv in (["-h"], ["--help"])
+        print(__doc__ if asked else USAGE, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     sys.stdout.reconfigure(errors="backslashreplace")
     text, gold = argv
-    with Verifier(workers=1, seconds=10) as verifier:
+    try:
         if text == "--disagreements":
-            try:
-                with gzip.open(gold) if gold.endswith(".gz") else open(gold, "rb") as file:
-                    found = disagreements(verifier, json.load(file))
-            except (OSError, ValueError) as error:
-                print(f"--disagreements {gold}: {error}", file=sys.stderr)
-                return 2
-            for row, plain in found:
-                print(json.dumps({**row, "math-verify": plain}, ensure_ascii=False))
+            found = disagreements(gold)
+            print(*(json.dumps(row, ensure_ascii=False) for row in found), sep="\n")
             print(f"math-verify says otherwise of {len(found)} responses")
             return 0
-        problem = verifier.check_golds([gold])[0]
-        if problem:
-            print(f"gold answer {gold!r}: {problem}", file=sys.stderr)
-            return 2
-        answer = extract(text)
-        verdict = verifier.grade([(answer, gold)])[0]
-    print(f"answer:  {answer}\nverdict: {verdict}")
+        with Verifier(workers=1, seconds=10) as verifier:
+            if problem := verifier.check_golds([gold])[0]:
+                raise ValueError(problem)
+            verdict = verifier.grade([(extract(text), gold)])[0]
+    except (OSError, KeyError, ValueError) as error:
+        print(f"{gold}: {error}", file=sys.stderr)
+        return 2
+    print(f"answer:  {extract(text)}\nverdict: {verdict}")
     return 0 if verdict == "correct" else 1
 
 

@@ -106,7 +106,7 @@ def page_contexts(args):
 def answer_problems(args, device):
     """(tokenizer, {path: (model, its rollouts)}, contexts: {name: a text a problem}, limit)."""
     if args.data:
-        problems = data.load(args, args.data)[: args.draw]
+        problems = data.load_file(args, args.data)[: args.draw]
     else:
         problems = data.embedded_problems(args.draw, args.seed, held_out=True)
     answers, texts = {}, {}
