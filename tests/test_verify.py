@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
@@ -87,41 +86,28 @@ def test_what_math_verify_says_of_them(verifier):
 
 # Mutants that pass: 7 with another bracket at infinity, 2 in a name (\det[A)=5), 5 of 2 is 5 of 3,
 # the n of `3^n for all n>=1`, and 4 in words (a unit, the sentence around a box).
-MUTANTS = {"order": 0, "bracket": 9, "letter": 4, "digit": 3, "sign": 0}
-OTHER = dict(zip("0123456789+-()[]", "1234567890-+[](" + ")", strict=True))
-KINDS = {
-    "digit": "[0-9]",
-    "sign": "[-+]",
-    "bracket": r"[()\[\]]",
-    "letter": "[A-Za-z]",
-    "order": r"(?<=[(\[])[^,(){}\[\]]+,[^,(){}\[\]]+(?=[)\],])",  # a list or set has none
-}
+KINDS = {"[0-9]": 3, "[-+]": 0, r"[()\[\]]": 9, "[A-Za-z]": 4}  # symbols: how many at most
+OTHER = dict(zip("9+-()[]zZ", "0-+[](" + ")aA", strict=True))
 
 
-def mutants(gold):
-    """(kind, gold, gold with one symbol changed): the first and the last of each kind."""
-    for kind, pattern in KINDS.items():
-        # Commands and words in braces stay.
-        words = r"\\[A-Za-z]+|(?:(?<=text)|(?<=mathrm))\{[^{}]*\}"
-        hits = [hit for hit in re.finditer(f"{words}|({pattern})", gold) if hit[1]]
-        for hit in hits[:1] + hits[1:][-1:]:
-            if kind == "order":
-                new = ",".join(reversed(hit[1].split(",")))
-            elif kind == "letter":
-                new = "a" if hit[1] in "zZ" else chr(ord(hit[1]) + 1)
-            else:
-                new = OTHER[hit[1]]
-            yield kind, gold, gold[: hit.start()] + new + gold[hit.end() :]
+def mutants(gold, symbols):
+    """The gold with another symbol, the first or the last; commands and words in braces stay."""
+    words = r"\\[A-Za-z]+|(?:(?<=text)|(?<=mathrm))\{[^{}]*\}"
+    hits = [hit for hit in re.finditer(f"{words}|({symbols})", gold) if hit[1]]
+    for hit in hits[:1] + hits[1:][-1:]:
+        new = OTHER.get(hit[1], chr(ord(hit[1]) + 1))
+        yield gold[: hit.start()] + new + gold[hit.end() :], gold
 
 
-def test_mutants_of_golds(verifier):
-    golds = dict.fromkeys(gold for _, gold, v, *_ in VERDICTS if v != "unusable")
-    changed = [mutant for gold in golds if len(gold) < 100 for mutant in mutants(gold)]
-    changed = [row for row in dict.fromkeys(changed) if row[1] != row[2]]
-    verdicts = verifier.grade([(mutant, gold) for _, gold, mutant in changed])
+@pytest.mark.parametrize("symbols", KINDS)
+def test_mutants_of_golds(verifier, symbols):
+    golds = dict.fromkeys(
+        gold for _, gold, v, *_ in VERDICTS if v != "unusable" and len(gold) < 100
+    )
+    changed = [mutant for gold in golds for mutant in mutants(gold, symbols)]
+    verdicts = verifier.grade(changed)
     passed = [row for row, verdict in zip(changed, verdicts, strict=True) if verdict == C]
-    counts = Counter(kind for kind, *_ in passed)
-    assert len(changed) > 800 and all(counts[kind] <= MUTANTS[kind] for kind in KINDS), passed
+    assert len(changed) > 60 and len(passed) <= KINDS[symbols], passed
 
 
 def notations(value, factor):
@@ -201,13 +187,16 @@ LONG_ANSWERS = ["-" * 449 + "5", "1" + "^1" * 41, "1" + "^1" * 200, "||1||" * 70
 LONG_ANSWERS += ["1," * 249 + "1", "5=" * 200 + "6", "5\\pm" * 90 + "5", "_" * 400, "\\\\" * 200]
 MANY = ["0" * 10**5 + "5", "5." + "0" * 10**5, "5" + "\u0660" * 10**5, "5" * 10**5, "5" * 501]
 ONES = ["1" * 399, "1" * 401, "1" * 399 + "2", "-" + "1" * 400, "1" * 200 + "." + "1" * 200]
-THOUSAND = "".join(f"\\boxed{{{i}}}" for i in range(1000))
 FAMILIES = {  # name: gold, verdict on every response, responses
     "long": ("5", W, box([*LONG_ANSWERS, *MANY, "10" * 50_000 + "/" + "2" * 50_000])),
     "spaces": ("5", C, box([" " * 10**5 + "5", "5" + "\n\u3000" * 10**5])),
     "400 digits, wrong": ("1" * 400, W, box([*ONES, "1" * 399 + "\u0661"])),
     "400 digits": ("1" * 400, C, box([a + "1" * 400 for a in ("", "0" * 90, "+")])),
-    "many boxes": ("999", C, [THOUSAND, "}{" * 10_000 + "\\boxed{999}" + "}" * 10_000]),
+    "many boxes": (
+        "999",
+        C,
+        ["\\boxed{4}" * 999 + "\\boxed{999}", "}{" * 10_000 + "\\boxed{999}" + "}" * 10_000],
+    ),
     "no box": ("5", "no_answer", ["\\boxed{5" + "\\}" * 99, "<think>" * 999 + "\\boxed{5}"]),
 }
 
@@ -253,37 +242,35 @@ def test_a_verifier_works_on_after_time_outs_interrupts_and_deaths():
         assert verifier.grade([("\\sqrt{16}", "4")]) == [C] and first.poll() is not None
 
 
-def open_files():
-    return len(os.listdir("/proc/self/fd"))
+FILES = "/proc/self/fd"
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
 def test_nothing_leaks_and_close_is_final(verifier):
     pairs = READABLE[::4]
-    expected, files = verifier.grade(pairs), open_files()
+    expected, files = verifier.grade(pairs), len(os.listdir(FILES))
     with Verifier(workers=2, seconds=5, memory_mb=1000) as other, ThreadPoolExecutor(2) as threads:
         assert other.grade([("9^{9^{9}}", "5"), ("8^{9^{10}}", "5")]) == ["timeout"] * 2
         # Backwards, in other company and from two threads: the same verdicts.
         halves = threads.map(other.grade, (pairs[1::2][::-1], pairs[::2][::-1]))
         assert [half[::-1] for half in halves] == [expected[1::2], expected[::2]]
-        workers, used = [worker.process for worker in other._workers], open_files()
+        workers, used = [worker.process for worker in other._workers], len(os.listdir(FILES))
         for i in range(100):
             assert other.grade([(f"\\frac{{{2 * i}\\pi}}{{14}}", f"{i}\\pi/7")]) == [C]
-        assert [worker.process for worker in other._workers] == workers and open_files() == used
+        assert [worker.process for worker in other._workers] == workers and len(
+            os.listdir(FILES)
+        ) == used
         assert str(1000 << 20) in Path(f"/proc/{workers[0].pid}/limits").read_text()
     other.close()
-    assert open_files() == files and all(worker.returncode for worker in workers)
+    assert len(os.listdir(FILES)) == files and all(worker.returncode for worker in workers)
     with pytest.raises(RuntimeError, match="closed"):
         other.grade([("5", "5")])
 
 
-def alive(pid):
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-
-
 # No `if __name__` guard and never closed: both must be harmless.
 PARENT = """
+import sys, verify
+assert not {"torch", "sympy", "math_verify"} & sys.modules.keys()
 from verify import Verifier
 verifier = Verifier(workers=1, seconds=2)
 verifier.grade([("x", "1x")])
@@ -301,7 +288,8 @@ def test_workers_do_not_outlive_their_parent(tmp_path, hang):
         if hang:
             parent.kill()
         assert (parent.wait(20) == 0) != bool(hang)
-    while alive(worker):  # at most 3 seconds
+    stat = Path(f"/proc/{worker}/stat")
+    while stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z":  # 3 s at most
         time.sleep(0.1)
 
 
@@ -356,12 +344,6 @@ def test_command_line(arguments, code, stdout, stderr):
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (code, stdout)
     assert result.stderr.startswith(stderr) and result.stderr.count("\n") == (code == 2)
-
-
-def test_import_is_light():
-    code = "import sys, verify; print({'torch', 'sympy', 'math_verify'} & sys.modules.keys())"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
-    assert result.stdout == "set()\n"
 
 
 @pytest.mark.parametrize("name", ["out.json", "out.json.gz"])
