@@ -313,35 +313,33 @@ def _make_grader():
                     return True
         return equal(side, other)
 
-    def grade(answer, gold):
+    def plain(response, gold):
+        gold = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
+        gold, answer = (search(text, parsing_timeout=None) for text in (gold, response))
+        return verify(gold, answer, timeout_seconds=None)
+
+    def grade(answer, gold, alone=False):
+        seed(0)  # sympy tests some identities at random points: same answer, same verdict
+        failure = "wrong" if alone else "math-verify cannot parse it"
         # As in math_verify.parser, but for both, or a real x is not a complex x. Equations without
         # real solutions would all be the same: they are solved in complex numbers.
         equations = all("=" in text and not re.search("[<>]", text) for text in (answer, gold))
         strange = any("(I)" in t or grader.should_treat_as_complex(t) for t in (answer, gold))
         real = None if equations or strange else True
         try:
-            gold = parse(gold, real)
-        except Exception:
-            return "math-verify cannot parse it"
-        answer, known = claim(parse(answer, real))
-        right = equal(claim(gold)[0], answer) and all(agree(side, known[-1]) for side in known)
-        return "correct" if right else "wrong"
-
-    def plain(response, gold):
-        gold = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
-        gold, answer = (search(text, parsing_timeout=None) for text in (gold, response))
-        return "correct" if verify(gold, answer, timeout_seconds=None) else "wrong"
-
-    def guarded(answer, gold, alone=False):
-        seed(0)  # sympy tests some identities at random points: same answer, same verdict
-        try:
-            return plain(answer, gold) if alone else grade(answer, gold)
+            if alone:
+                return "correct" if plain(answer, gold) else "wrong"
+            gold = claim(parse(gold, real))[0]
+            failure = "wrong"
+            answer, known = claim(parse(answer, real))
+            right = equal(gold, answer) and all(agree(side, known[-1]) for side in known)
+            return "correct" if right else "wrong"
         except MemoryError:
             os._exit(1)  # counts as "timeout"
         except BaseException:  # math-verify's TimeoutException is no Exception
-            return "wrong"
+            return failure
 
-    return guarded
+    return grade
 
 
 def disagreements(path: str) -> list[dict]:

@@ -1,7 +1,6 @@
 """Tests of verify.py and answers.py. What is right and what is wrong stands in verdicts.tsv: a user
-adds a line, gold, answer, verdict and why between tabs.
-
-`VERIFY_LONG=1 pytest tests/test_verify.py`: all that hangs, and ten times the random answers.
+adds a line, gold, answer, verdict and why between tabs. With VERIFY_LONG=1 in the environment: all
+that hangs, and ten times the random answers.
 """
 
 import json
@@ -29,7 +28,7 @@ from verify import Verifier, extract, grade_responses
 
 C, W = "correct", "wrong"
 HERE = os.path.dirname(os.path.abspath(verify.__file__))
-LONG = "VERIFY_LONG" in os.environ
+FILES, LONG = "/proc/self/fd", "VERIFY_LONG" in os.environ
 
 
 def box(texts):
@@ -81,7 +80,6 @@ def test_what_math_verify_says_of_them(verifier):
     plain = verifier.plain([(response, gold) for _, gold, _, response, _ in rows])
     for row, verdict in zip(rows, plain, strict=True):
         assert row[4] == ("agrees" if (verdict == C) == (row[2] == C) else "differs"), row
-    assert len(rows) > 90
 
 
 # Mutants that pass: 7 with another bracket at infinity, 2 in a name (\det[A)=5), 5 of 2 is 5 of 3,
@@ -124,10 +122,9 @@ def fuzz(examples):
     return settings(derandomize=True, suppress_health_check=list(HealthCheck), **few)
 
 
-VALUES = st.fractions(-(10**6), 10**6, max_denominator=1000)
+VALUES = st.fractions(-(10**6), 10**6, max_denominator=1000) | st.integers().map(Fraction)
 VALUES |= st.fractions(-(10**6), 10**6).map(lambda value: round(value, 3))
-VALUES |= st.integers(-(10**20), 10**20).map(Fraction)
-NUDGES = st.sampled_from([Fraction(nudge) for nudge in "0 0 0 1 -1 1/3 1/10 -1/1000".split()])
+NUDGES = st.sampled_from([*map(Fraction, "0 0 0 1 -1 1/3 1/10 -1/1000".split())])
 KIND = st.integers(0, 99)
 
 
@@ -149,9 +146,7 @@ PIECE, STRANGE = st.sampled_from(PIECES), "\\frac{271828}{314159}"
 
 @fuzz(200)
 @given(st.lists(PIECE, max_size=12), st.sampled_from(READABLE), KIND, KIND, PIECE)
-def test_garbage_is_never_correct_and_an_edited_answer_gets_a_verdict(
-    hasty, pieces, pair, start, length, piece
-):
+def test_garbage_and_edited_answers(hasty, pieces, pair, start, length, piece):
     garbage, (answer, gold) = "".join(pieces), pair
     edited = answer[:start] + piece + answer[start + length % 3 :]
     verdicts = hasty.grade([(garbage, STRANGE), (edited, gold)])
@@ -193,9 +188,9 @@ FAMILIES = {  # name: gold, verdict on every response, responses
     "400 digits, wrong": ("1" * 400, W, box([*ONES, "1" * 399 + "\u0661"])),
     "400 digits": ("1" * 400, C, box([a + "1" * 400 for a in ("", "0" * 90, "+")])),
     "many boxes": (
-        "999",
+        "9",
         C,
-        ["\\boxed{4}" * 999 + "\\boxed{999}", "}{" * 10_000 + "\\boxed{999}" + "}" * 10_000],
+        ["\\boxed{4}" * 999 + "\\boxed9", "}{" * 10_000 + "\\boxed{9}" + "}" * 999],
     ),
     "no box": ("5", "no_answer", ["\\boxed{5" + "\\}" * 99, "<think>" * 999 + "\\boxed{5}"]),
 }
@@ -240,9 +235,6 @@ def test_a_verifier_works_on_after_time_outs_interrupts_and_deaths():
         first = verifier._workers[0].process
         first.kill()  # as the system does when memory runs out
         assert verifier.grade([("\\sqrt{16}", "4")]) == [C] and first.poll() is not None
-
-
-FILES = "/proc/self/fd"
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
@@ -310,7 +302,7 @@ def test_limits_golds_and_workers_that_cannot_be(verifier, monkeypatch):
         verifier.grade([("\\sqrt4", "2")])
 
 
-def test_grade_responses(verifier):
+def test_grade_responses_and_the_cache_of_normal_forms(monkeypatch):
     texts = ["\\boxed{5}", "\\boxed{6}", "5", "\\boxed{5}", "\\boxed{9^{9^9}}"]
     reasons = [C, W, "no_answer", "truncated", "timeout"]
     outcomes = [C, "incorrect", "incorrect", "truncated", "incorrect"]
@@ -319,11 +311,7 @@ def test_grade_responses(verifier):
         assert graded == list(zip(outcomes, reasons, strict=True))
         with pytest.raises(ValueError):
             grade_responses(verifier, ["\\boxed{5}"], [True, True], ["5"])
-
-
-def test_cache_holds_normal_forms_and_is_bounded(monkeypatch):
-    monkeypatch.setattr(verify, "CACHE_PAIRS", 2)
-    with Verifier(workers=1) as verifier:
+        monkeypatch.setattr(verify, "CACHE_PAIRS", 2)
         pairs = [("\\sqrt4", "2"), ("\\sqrt5", "2"), ("\\sqrt9", "3"), ("\\sqrt4\\text{ cm}", "2")]
         assert verifier.grade(pairs) == [C, W, C, C]
         assert list(verifier._cache) == [("\\sqrt{5}", "2"), ("\\sqrt{9}", "3")]
@@ -356,9 +344,6 @@ def test_disagreements(tmp_path, name, capsys):
     found = [(row["gold"], row["math-verify"]) for row in map(json.loads, found)]
     assert found == [("5", C), ("0.5", W)]
     assert last == "math-verify says otherwise of 2 responses"
-
-
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys):
     missing = str(tmp_path / "missing.json")
     for path in (
         missing,
