@@ -169,10 +169,9 @@ def test_integers_are_compared_as_math_verify_does(verifier, monkeypatch):
 def test_reading_is_linear():  # a square of these lengths would not end
     for text in ("\\boxed{" * 10**5, "<think>" * 10**5, "\\boxed" + " " * 10**6, "\\" * 10**6):
         assert extract(text) is None
-    nested = "{" * 10_000 + "1" + "}" * 10_000
-    assert extract("\\boxed{" + nested + "}") == nested
-    for text in ("\\boxed{1}" * 10**5, "\\boxed{1}," * 10**5, "</think>" * 10**5 + "\\boxed{1}"):
-        assert extract(text) == "1"
+    ones = ["\\boxed{1}" * 10**5, "\\boxed{1}," * 10**5, "</think>" * 10**5 + "\\boxed{1}"]
+    assert {extract(text) for text in [*ones, "\\boxed{0\\boxed{1}0}"]} == {"1"}
+    assert len(extract("\\boxed{" + "{" * 10_000 + "1" + "}" * 10_001)) == 20_001
     for piece in [*PIECES, "{1}", "1 000", "5/", "x<1 or ", "k ", "1e", "x, for all n ", "4k("]:
         with suppress(ValueError):
             answers.normal(piece * (500 // len(piece)))
@@ -187,11 +186,7 @@ FAMILIES = {  # name: gold, verdict on every response, responses
     "spaces": ("5", C, box([" " * 10**5 + "5", "5" + "\n\u3000" * 10**5])),
     "400 digits, wrong": ("1" * 400, W, box([*ONES, "1" * 399 + "\u0661"])),
     "400 digits": ("1" * 400, C, box([a + "1" * 400 for a in ("", "0" * 90, "+")])),
-    "many boxes": (
-        "9",
-        C,
-        ["\\boxed{4}" * 999 + "\\boxed9", "}{" * 10_000 + "\\boxed{9}" + "}" * 999],
-    ),
+    "many boxes": ("9", C, ["\\boxed{4}" * 999 + "\\boxed9", "}{" * 999 + "\\boxed{9}" + "}" * 99]),
     "no box": ("5", "no_answer", ["\\boxed{5" + "\\}" * 99, "<think>" * 999 + "\\boxed{5}"]),
 }
 
