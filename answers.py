@@ -32,26 +32,15 @@ TABLE = r"""
 \\!|\\color ?\{[^{}]*\}|\\[bB]igg?[lrm]?(?![A-Za-z])|(?<=\()[ ]   NOTHING   \color{red}\big( 5
 \\(?:displaystyle|textstyle|small|[lL]arge|LARGE|[hH]uge|bf|rm)(?![A-Za-z])   NOTHING   \large 5
 \\(?:mathbf|boldsymbol|bm|underline|textcolor ?\{[^{}]*\}) ?(?=\{)   NOTHING   \mathbf{5}
-∞   \infty   (-∞,2)
-±   \pm   ±2
-∓   \mp   2∓1
-∈   \in   x∈A
-≈   \approx   π≈3
-°   ^\circ   90°
-√   \sqrt   √5
-π   \pi   π/3
-∛   \sqrt[3]   ∛5
-[·⋅∙]   \cdot   2·3
-∅|\\varnothing(?![A-Za-z])   \emptyset   ∅
-<=   \le   x<=5
->=   \ge   x>=5
+\\varnothing(?![A-Za-z])   \emptyset   \varnothing
 (?<=[0-9)}])!=   ! =   3!=6
 (?<![A-Za-z\\])(?=(?:pi|sqrt)(?![A-Za-z]))   \   pi/3
 \\mathbb ([A-Z])   \mathbb{\1}   \mathbb Z
 (?<![0-9])(?:\\[lc]?dots[cbm]?(?![A-Za-z])|…|\.\.\.)   \wp   1,2,\dots
 \\\\ ?\[[0-9.]+ ?[a-z]+\]   \\   1\\[4pt]2
 ([0-9]*\.[0-9]+|\b1)E10(\{)?([+-]?[0-9]+)(?(2)\})(?![\w.])   \1\times10^{\3}   7.2e-6
-\b([0-9]+)E10(\{)?([0-9]+|[+-][0-9][0-9]+)(?(2)\})(?![\w.])   \1\times10^{\3}   3e8, but not 2e+1
+\b([0-9]+)E10(\{)?([0-9]+|[+-][0-9][0-9]+)(?(2)\})(?![\w.])   \1\times10^{\3}   3e8, not 2e-1/3
+((?:^|[=,(\[]) ?-?[0-9]+)E10([+-][0-9])(?= ?(?:$|[,)\]]|\\text|\\mathrm))   \1\times10^{\2}   5e-6
 \\(?:text|mathrm) ?\{ ?([ei]) ?\}   \1   5\mathrm{i}
 (\\sqrt(?: ?\[[^\]]*\])?) ?\(([^()]*)\)   \1{\2}   \sqrt(x+1)
 (\\sqrt(?: ?\[[^\]]*\])?) ?([0-9]+(?:\.[0-9]+)?|ONE)   \1{\2}   \sqrt[3]5
@@ -59,7 +48,6 @@ TABLE = r"""
 (\\(?:[dtc]?frac|binom) ?GROUP) ?ONE   \1{\3}   \frac{5}8
 (\\(?:sin|cos|tan|cot|sec|csc)) ?(\(?) ?([0-9.]+)DEGREE   \1\2(\3\pi/180)   \sin 60^\circ
 ([0-9]+) ?: ?([0-9]+) ?: ?([0-9]+)   (\1,\2,\3)   1:2:3
-(?<![A-Za-z0-9}\\])([A-Za-z]) ?\\approx(?![A-Za-z])   \1=   x \approx 3
 (?<![\w./] )\b([0-9]+) ([1-9][0-9]?)/([0-9]+)   \1\frac{\2}{\3}   3 1/2
 ^TEXTANSWER\}|^(TEXT)?ANSWER   \1   The answer is 5
 """
@@ -101,7 +89,15 @@ def spelling(row: str) -> tuple[re.Pattern, str]:
     return re.compile(pattern), re.sub(r"\\(?![0-9])", r"\\\\", new)
 
 
+CHARACTERS = dict(
+    zip(
+        "∞±∓∈≈°√π∛∅·⋅∙",
+        r"\infty \pm \mp \in \approx ^\circ \sqrt \pi \sqrt[3] \emptyset \cdot \cdot \cdot".split(),
+        strict=True,
+    )
+)
 SPELLINGS = [
+    (re.compile("[" + "".join(CHARACTERS) + "]"), lambda m: CHARACTERS[m[0]] + " "),
     (re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+"), lambda m: "^{" + ascii_of(m) + "}"),  # x²
     (re.compile("[₀-₉]+"), lambda m: "_{" + ascii_of(m) + "}"),  # x₁
     (re.compile("[¼-¾⅐-⅞]"), lambda m: r"\frac{" + ascii_of(m).replace("⁄", "}{") + "}"),  # ½
@@ -112,13 +108,13 @@ SPELLINGS = [
 ]
 # , k\in\mathbb{Z} or \text{ for all } n\ge0 or , where k is an integer, at the end
 FILL = (
-    r"(?:[ ,(){}$]|\\(?:text|mathrm|mbox)\{|\\forall|(?:a(?:ll|ny|n)?|every|each|some|where|with"
-    r"|for|real|is|numbers?)(?![A-Za-z]))*"
+    r"(?:[ ,(){}$]|\\(?:text|mathrm|mbox)\{|\\forall|(?:a|an|all|any|every|each|some|where|with|for"
+    r"|real|is|numbers?|integers?)(?![A-Za-z]))*"
 )
 DOMAIN = re.compile(
-    rf"(?=[ ,(\\]){FILL}(integers?{FILL})?([A-Za-z]) ?(?:\\in ?\\mathbb\{{([A-Z])\}}"
-    r"|(?:[<>≤≥]|\\n?eq?|\\[lg]eq?) ?-?[0-9]+|= ?[0-9][0-9, ]*\\wp)?"
-    rf"(?![A-Za-z=+*/^_-]){FILL}(integers?)?{FILL}$"
+    rf"(?=[ ,(\\]){FILL}([A-Za-z]) ?(?:\\in ?\\mathbb\{{([A-Z])\}}"
+    r"|(?:[<>≤≥]|\\n?eq?|\\[lg]eq?) ?-?[0-9]+)?"
+    rf"(?![A-Za-z=+*/^_-]){FILL}$"
 )
 SIGN = re.compile(r"[<>≤≥]|\\in(?![a-z])|\\[lg]e")
 # i is not the imaginary unit where it counts: x_i or \sum_{i=1} or i=3 or i \in
@@ -235,8 +231,8 @@ def extract(text: str) -> str | None:
 
 
 @lru_cache(4096)
-def normal(text: str) -> tuple[str, str] | None:
-    """(value, unit or "") of an answer or gold of some hundred characters. None by rule f."""
+def normal(text: str) -> tuple[str, str]:
+    """(value, unit or "") of an answer or gold of some hundred characters. ValueError by rule f."""
     if "\\boxed" in text:
         text = extract(text) or text
     if text.count("$") % 2 == 0:
@@ -249,17 +245,17 @@ def normal(text: str) -> tuple[str, str] | None:
         around = AROUND.fullmatch(text)
         if around:
             text = next(filter(None, around.groups()), "")
-    exact, approx, rounded = text.partition("\\approx")
-    if approx:
-        sides = normal(exact), normal(rounded)
-        if None in sides:
-            return None
-        return " \\approx ".join(side[0] for side in sides), sides[1][1] or sides[0][1]
-    exact, stands = split_domain(CLOCK.sub(clock, exact))
-    text, unit = split_unit(DEGREES.sub(r"\\text{ degree \1}", PERCENT.sub(r"\\%", exact)))
+    exact, approx, decimal = text.partition("\\approx")
+    if approx:  # B=A, whose A is the answer; 6.0 as what other sides have to round to
+        (value, unit), (decimal, other) = normal(exact), normal(decimal)
+        return re.sub("^([+-]?[0-9]+)$", r"\1.0", decimal) + "=" + value, other or unit
+    text, stands = split_domain(CLOCK.sub(clock, text))
+    text, unit = split_unit(DEGREES.sub(r"\\text{ degree \1}", PERCENT.sub(r"\\%", text)))
     text = THOUSANDS.sub(lambda match: re.sub("[ ,{}]", "", match[0]), text)
-    if UNREAD.search(text) or PROSE.search(re.sub(rf"{TEXT}|[{{}}]", "", text.rpartition("=")[2])):
-        return None
+    if PROSE.search(re.sub(rf"{TEXT}|[{{}}]", "", text.rpartition("=")[2])):
+        raise ValueError("is prose")
+    if UNREAD.search(text):
+        raise ValueError("has words or numbers beside a number that are no unit (answers.py)")
     if not COUNTS.search(text):
         text = IMAGINARY.sub("(I)", text)  # in brackets, or the grammar drops a power
     if (PM.search(text) or MP.search(text)) and "\\{" not in text and len(PM.findall(text)) < 4:
@@ -270,15 +266,14 @@ def normal(text: str) -> tuple[str, str] | None:
 def split_domain(text: str) -> tuple[str, str]:
     r"""Rule d: (4k, kZ) of `4k, k\in\mathbb Z`."""
     found = DOMAIN.search(text)
-    if not found:
+    value = text[: found.start()] if found else ""
+    if not found or SIGN.search(value) or value.count("(") != value.count(")"):
         return text, ""
-    value, letter = text[: found.start()], found[2]
-    named = re.search(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", value)
-    if not named or SIGN.search(value) or value.count("(") != value.count(")"):
+    letter, of = found[1], found[2] or ("Z" if "integer" in found[0] else "")
+    stated = of or re.search(r"for|where|[<>≤≥=]|\\[nlg]e", found[0])
+    if not stated or not re.search(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", value):
         return text, ""
-    if found[1] or found[4] or found[3]:
-        return value, letter + (found[3] or "Z")
-    return (value, "") if re.search(r"for|where|[<>≤≥=]|\\[nlg]e", found[0]) else (text, "")
+    return value, letter + of if of else ""
 
 
 def ways(text: str) -> list[str]:
@@ -291,8 +286,7 @@ def ways(text: str) -> list[str]:
 
 def split_unit(text: str) -> tuple[str, str]:
     """Rules c and d: (what stands before the unit, the unit's name or "")."""
-    base = BASE.fullmatch(text)
-    if base:
+    if base := BASE.fullmatch(text):
         named = NAMED_BASES.index(base[2]) if base[2] in NAMED_BASES else base[2]
         return base[1], f"base {named}"
     money = MONEY.match(text)
@@ -304,11 +298,11 @@ def split_unit(text: str) -> tuple[str, str]:
     value, _, bare, *_ = match.groups()
     unit = next(filter(None, match.groups()[1:]))
     words = re.findall("[a-z]+", re.sub(TEXT, "", unit).lower())
-    words += [word.removesuffix("s") for word in words]
+    known = NOT_UNITS.isdisjoint([*words, *(word.removesuffix("s") for word in words)])
     variables = re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+|^[A-Za-z] ?=", "", value))
-    if NOT_UNITS.intersection(words) or not re.search("[0-9]", value) or (bare and variables):
-        return rest, unit_name(sign)
-    return value, unit_name(f"{sign} {unit}")
+    if known and re.search("[0-9]", value) and not (bare and variables):
+        return value, unit_name(f"{sign} {unit}")
+    return rest, unit_name(sign)
 
 
 def unit_name(text: str) -> str:

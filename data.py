@@ -51,19 +51,16 @@ FIELDS = {
 
 def add_data_flags(parser, several=False):
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        nargs="+" if several else None,
-        help="JSONL or parquet file, directory of parquet files, or Hugging Face data set, "
-        "owner/name[:configuration][@split]; without it the embedded task",
-    )
+    source = "JSONL, parquet, a directory of parquet, or a Hugging Face data set, "
+    source += "owner/name[:configuration][@split]; without it the embedded task"
+    add("--data", nargs="+" if several else None, help=source)
     known = "; ".join(f"{part}: {', '.join(names)}" for part, names in FIELDS.items())
+    other = f"of --data: other names of a row's fields than these: {known}"
+    add("--fields", nargs="+", default=[], metavar="PART=NAME[,NAME]", help=other)
     add(
-        "--fields",
-        nargs="+",
-        default=[],
-        metavar="PART=NAME[,NAME]",
-        help=f"of --data: other names of a row's fields than these: {known}",
+        "--skip-unreadable",
+        action="store_true",
+        help="of --data: drop rows whose gold no rule reads",
     )
 
 
@@ -82,7 +79,7 @@ def load_problems(args, count):
     """The problems of `--data`, or `count` problems of the embedded task."""
     if args.data is None:
         return embedded_problems(count, args.seed)
-    return load_file(args.data, args.fields)
+    return load_file(args, args.data)
 
 
 def load_held_out(args, problems):
@@ -96,7 +93,7 @@ def load_held_out(args, problems):
     if not args.eval_problems or (args.data and not args.eval_data):
         return problems, []
     if args.eval_data:
-        held_out = load_file(args.eval_data, args.fields, "--eval-data")[: args.eval_problems]
+        held_out = load_file(args, args.eval_data, "--eval-data")[: args.eval_problems]
     else:
         held_out = embedded_problems(args.eval_problems, args.seed, held_out=True)
     questions = {p.question for p in held_out}
@@ -123,12 +120,13 @@ def fields_of(pairs):
     return {**others, **given}, {"question", "answer", *given}
 
 
-def load_file(path, pairs=(), flag="--data"):
-    """Problems of a JSON(L) or parquet file or a Hugging Face data set; `pairs` is --fields.
+def load_file(args, path, flag="--data"):
+    """Problems of a JSON(L) or parquet file or a Hugging Face data set.
 
-    Ends the program at a bad file or row, which it names, and at a gold that no rule reads.
+    Ends the program at a bad file or row, and at a gold that no rule reads. With --skip-unreadable
+    such rows are dropped, and their numbers noted in args, which runs and evaluations log.
     """
-    problems, places, (fields, required) = [], [], fields_of(pairs)
+    problems, places, (fields, required) = [], [], fields_of(args.fields)
     for where, row in read_rows(path, flag):
         parts = {part: pick(row, part, fields, where, part in required) for part in fields}
         solution, marked, answer = parts["answer"].rpartition("####")  # gsm8k's
@@ -142,11 +140,16 @@ def load_file(path, pairs=(), flag="--data"):
         print(f"{path}: {repeated} of {len(problems)} rows repeat an earlier question; all count")
     with Verifier() as verifier:
         complaints = verifier.check_golds([p.answer for p in problems])
-    for where, problem, complaint in zip(places, problems, complaints, strict=True):
-        if complaint:
-            count = sum(map(bool, complaints))
-            more = f" (the first of {count} such rows)" if count > 1 else ""
-            fail(f"{where}: gold answer {problem.answer[:80]!r}: {complaint}{more}")
+    bad = [i for i, complaint in enumerate(complaints) if complaint]
+    texts = [f"{places[i]}: gold answer {problems[i].answer[:80]!r}: {complaints[i]}" for i in bad]
+    count = f"{len(bad)} of {len(problems)} rows"
+    if bad and (not args.skip_unreadable or len(bad) == len(problems)):
+        fail(f"{texts[0]} ({count} are so; --skip-unreadable drops them)")
+    if bad:
+        print(f"{path}: dropped {count}, whose golds no rule reads:", *texts[:3], sep="\n")
+        numbers = [int(places[i].split()[-1]) for i in bad]
+        args.unreadable = {**getattr(args, "unreadable", {}), path: numbers}
+    problems = [p for p, complaint in zip(problems, complaints, strict=True) if not complaint]
     if units := [p.answer for p in problems if normal(p.answer)[1]]:
         print(f"{path}: {len(units)} golds have a unit, which a response may leave out: {units[0]}")
     return problems
@@ -166,7 +169,7 @@ def read_rows(path, flag="--data"):
     if not is_parquet and (os.path.exists(path) or path.count("/") != 1):
         fail(f"{flag} {path}: not a .jsonl or .parquet file, nor a data set id (owner/name)")
     try:
-        rows = read_parquet(path) if is_parquet else read_data_set(path)
+        rows = read_table(path, is_parquet)
     except Exception as error:  # a hub out of reach, a wrong id, a broken file: one line is enough
         fail(f"{flag} {path}: {type(error).__name__}: {one_line(error)}")
     for number, row in enumerate(rows, 1):
@@ -199,21 +202,18 @@ def read_json(path):
             yield here, row
 
 
-def read_parquet(path):
-    import pyarrow.parquet
+def read_table(path, is_parquet):
+    if is_parquet:
+        import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(path).to_pylist()
-
-
-def read_data_set(path):
+        return pyarrow.parquet.read_table(path).to_pylist()
     import datasets
 
     name, _, split = path.partition("@")
     rows = datasets.load_dataset(*name.split(":", 1), split=split or None)
     if split:
         return rows
-    names = list(rows)
-    return rows["train" if "train" in names or len(names) > 1 else names[0]]
+    return rows["train" if "train" in rows or len(rows) > 1 else next(iter(rows))]
 
 
 def pick(row, part, fields, where, required):

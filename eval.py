@@ -60,7 +60,7 @@ def load_benchmarks(args):
     names = [os.path.splitext(os.path.basename(path))[0] for path in args.data]
     if len(set(names)) < len(names):
         fail(f"--data {' '.join(args.data)}: two benchmarks of one name")
-    files = [data.load_file(path, args.fields) for path in args.data]
+    files = [data.load_file(args, path) for path in args.data]
     return dict(zip(names, files, strict=True))
 
 

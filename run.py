@@ -249,12 +249,12 @@ def check_run_directory(args):
 
 # ------------------------------------------------------------------------------------------------
 # States: all that --resume needs in one file, state-STEP.pt, torch.save's zip with its checksums.
-
 # Flags that may differ then; model and problems are told by their content, not by their names.
 HARMLESS = {
     *("model", "data", "eval_data", "fields", "out", "overwrite", "resume"),
     *("steps", "state_every", "save_every", "eval_every", "vllm_memory", "vllm_eager"),
     *("threads", "device", "micro_tokens", "sample_batch", "checkpointing", "offload"),
+    *("skip_unreadable", "unreadable"),
 }
 
 

@@ -17,6 +17,11 @@ from samplers import make_sampler
 from tests.helpers import SMALL, TINY, write
 from verify import Verifier
 
+
+def load_file(path, *fields, skip=False):
+    return data.load_file(SimpleNamespace(fields=fields, skip_unreadable=skip), path)
+
+
 # ------------------------------------------------------------------------------------------------
 # Prompts and contexts
 
@@ -212,14 +217,14 @@ def test_loading_recognises_field_names(tmp_path):
         '{"problem": "x?", "ground_truth": "\\\\frac{1}{2}"}',
     )
     first, second = Problem("1+1?", "2", "1+1=2", "easy"), Problem("x?", "\\frac{1}{2}")
-    assert data.load_file(path) == [first, second]
+    assert load_file(path) == [first, second]
     import pyarrow.parquet
 
     rows = pyarrow.table({"problem": ["1+1?"], "ground_truth": [2.0], "solution": [None]})
     pyarrow.parquet.write_table(rows, tmp_path / "c.parquet")
-    assert data.load_file(str(tmp_path / "c.parquet")) == [Problem("1+1?", "2.0")]
+    assert load_file(str(tmp_path / "c.parquet")) == [Problem("1+1?", "2.0")]
     path = write(tmp_path / "b.jsonl", '{"q": "1+1?", "a": "2"}')
-    assert data.load_file(path, ["question=q", "answer=a"]) == [Problem("1+1?", "2")]
+    assert load_file(path, "question=q", "answer=a") == [Problem("1+1?", "2")]
 
 
 @pytest.mark.parametrize(
@@ -274,11 +279,11 @@ def test_hugging_face_data_sets_of_the_papers_shapes(
         return found[split] if split else found
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    problems = data.load_file(identity, flags.split()[1:])
+    problems = load_file(identity, *flags.split()[1:])
     names = [identity.split(":")[0]] + ([configuration] if configuration else [])
     assert asked == [(tuple(names), None)]
     with pytest.raises(SystemExit):  # a split that is not there
-        data.load_file(f"{identity}@x", flags.split()[1:])
+        load_file(f"{identity}@x", *flags.split()[1:])
     assert asked[1:] == [(tuple(names), "x")]
     assert (problems[0].question, float(problems[0].answer)) == ("1+1?", 2)
     assert problems[0].solution == (row.get("solution", "") if "answer" in row else "")
@@ -320,8 +325,8 @@ def test_rows_of_the_fields_data_sets_load(row, problem, tmp_path):
     path, fields = write(tmp_path / "d.jsonl", json.dumps(row)), []
     if problem is None:  # DAPO's: the answer is called a solution
         fields, problem = ["answer=solution"], Problem("1+1?", "2")
-    assert data.load_file(path, fields) == [problem]
-    assert data.load_file(str(tmp_path / "shards"), fields) == [problem] * 2
+    assert load_file(path, *fields) == [problem]
+    assert load_file(str(tmp_path / "shards"), *fields) == [problem] * 2
 
 
 def test_oversized_and_repeated_rows_are_named_and_control_tokens_in_them_stay_text(
@@ -363,3 +368,96 @@ def test_a_long_prompt_among_others_is_dropped_with_a_word(tokenizer, capsys):
     assert drop_long(problems, tokenizer, args, room + 4, "sibling") == problems
     with pytest.raises(SystemExit):
         drop_long(problems, tokenizer, args, room - 4, "sibling")
+
+
+# ------------------------------------------------------------------------------------------------
+# What a row's gold may be, and files that cannot be read
+
+ROW = '{"question": "How many?", "answer": %s}'
+FIVE = ROW % 5
+
+
+def load(tmp_path, content, name="a.jsonl", skip=False):
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / name).write_bytes(content)
+    return [p.answer for p in load_file(str(tmp_path / name), skip=skip)]
+
+
+def test_numbers_in_data_become_decimal_text_and_units_are_reported(tmp_path, capsys):
+    numbers = "2 2.50 0.00001 1e16 1e-7 -1.5e3 1E2".split()
+    texts = "2 2.5 0.00001 10000000000000000 0.0000001 -1500.0 100.0".split()
+    assert load(tmp_path, "\n".join(ROW % number for number in numbers)) == texts
+    assert "unit" not in capsys.readouterr().out
+    # What a context shows is the text of the data.
+    golds = ["15 balls", "5 m", "9 (apples)"]
+    assert load(tmp_path, "\n".join(ROW % json.dumps(gold) for gold in golds)) == golds
+    said = capsys.readouterr().out
+    assert "2 golds have a unit, which a response may leave out: 15 balls" in said
+
+
+MISSING = [*'NaN Infinity -Infinity 1e999 null "" "nan"'.split(), '" "']
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_missing_golds_are_refused_by_row(tmp_path, missing, capsys):
+    with pytest.raises(SystemExit):
+        load(tmp_path, FIVE + "\n" + ROW % missing)
+    assert re.fullmatch(r"error: \S+, line 2: no answer .*\n", capsys.readouterr().err)
+
+
+def test_forms_of_json_files(tmp_path):
+    forms = ["\ufeff" + FIVE, FIVE + "\r\n", f"[{FIVE}]", f"\n [\n{FIVE}\n]\n"]
+    for form in [*forms, "\n" + FIVE.replace("many", "m\u2028\u00e9ny")]:
+        for name in ("a.json", "a.jsonl"):
+            assert load(tmp_path, form, name) == ["5"]
+
+
+NOT_UTF8 = "not UTF-8 (invalid %s byte); save the file as UTF-8"
+ARRAY = "a.jsonl: begins like a JSON array, but is not JSON "
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (FIVE.encode("utf-16"), "a.jsonl, line 1: " + NOT_UTF8 % "start"),
+        (FIVE.encode("utf-16-le"), "a.jsonl, line 1: not JSON"),
+        (f"{FIVE}\n\u00e9".encode("latin-1"), "a.jsonl, line 2: not UTF-8"),
+        (f"[{FIVE}, 5]", "a.jsonl, row 2: not a JSON object"),
+        ("[" + FIVE, ARRAY + "(Expecting ',' delimiter"),
+        ("[1]\n[2]", ARRAY + "(Extra data"),
+        (FIVE + "\n5", "a.jsonl, line 2: not a JSON object"),
+        ("", "no rows"),
+        ("[]", "no rows"),
+    ],
+)
+def test_unreadable_data_is_one_line(tmp_path, content, message, capsys):
+    with pytest.raises(SystemExit):
+        load(tmp_path, content)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_rows_whose_gold_no_rule_reads_end_the_run_or_are_dropped(tmp_path, capsys):
+    golds = ["5", "5 million", "There are 5 of them", "\\foo", "7", "10 80"]
+    rows = "\n".join(ROW.replace("How", str(i)) % json.dumps(g) for i, g in enumerate(golds))
+    with pytest.raises(SystemExit):
+        load(tmp_path, rows)
+    error = capsys.readouterr().err
+    says = "line 2: gold answer '5 million': it has words or numbers beside a number that are no"
+    assert says in error and "(4 of 6 rows are so; --skip-unreadable drops them)" in error
+    assert load(tmp_path, rows, skip=True) == ["5", "7"]
+    said = capsys.readouterr().out.splitlines()
+    assert "dropped 4 of 6 rows" in said[0] and len(said) == 4 and says in said[1]
+    assert "'There are 5 of them': it is prose" in said[2] and "cannot parse" in said[3]
+    with pytest.raises(SystemExit):  # none is left
+        load(tmp_path, ROW % '"5 million"', skip=True)
+
+
+def test_dropped_rows_are_noted_beside_the_run(tmp_path):
+    rows = [ROW % 5, ROW % '"5 million"', (ROW % 4).replace("How", "So")]
+    path, held_out = write(tmp_path / "d.jsonl", *rows), write(tmp_path / "e.jsonl", *rows[::-1])
+    args = opsd.parse_args(["--data", path, "--eval-data", held_out, "--skip-unreadable"])
+    problems = data.load_problems(args, 1)
+    assert len(problems) == 2
+    data.load_held_out(args, [*problems, Problem("x?", "1")])
+    assert json.loads(json.dumps(vars(args)))["unreadable"] == {path: [2], held_out: [2]}

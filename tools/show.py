@@ -86,7 +86,7 @@ def parse_args(argv=None):
 def answer_problems(args, device):
     """(tokenizer, {path: (model, its rollouts)}, contexts: {name: a text a problem}, limit)."""
     if args.data:
-        problems = data.load_file(args.data, args.fields)[: args.draw]
+        problems = data.load_file(args, args.data)[: args.draw]
     else:
         problems = data.embedded_problems(args.draw, args.seed, held_out=True)
     if len(problems) < args.problems:
