@@ -128,7 +128,9 @@ def test_writer_counts_truncated_and_oversized_contexts_as_failed(tiny, tokenize
     sampler.sample = None  # an engine is not asked for nothing
     assert make_writer(sampler, tokenizer, args, seed=0)(prompts[1:]) == [None]
     assert make_writer(sampler, tokenizer, args, seed=0)([]) == []
-    rollouts = [Rollout(problem, [], [1] * length) for length in (10, 2100, 10, 2100)]
+    args.reinject = 1000  # what is recalled makes the row too long
+    long = sampler.limit - len(render_prompt(tokenizer, problem, "a"))
+    rollouts = [Rollout(problem, [], [1] * length) for length in (10, long, 10, long)]
     contexts = ["a", "a", None, None]
     kept, failed = opsd.add_teacher_rows(rollouts, contexts, tokenizer, args, sampler.limit)
     assert len(kept) == 1 and kept[0] is rollouts[0] and failed == 3
