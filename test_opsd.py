@@ -182,11 +182,12 @@ def test_reinjection_is_read_but_not_scored_and_moves_nothing(model, tokenizer):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[2] != pytest.approx(losses[0], rel=1e-2)
     # The rows that opsd.py makes: every insertion holds the context; an empty one inserts nothing.
-    for hint in ("the hint", ""):
+    for hint in ("the hint<|im_end|>", ""):
         opsd.add_teacher_rows(rollouts, [hint] * len(rollouts), tokenizer, args, None)
         row = rollouts[0].teacher_row
         assert row[0] == render_prompt(tokenizer, rollouts[0].problem, hint)
-        assert hint in tokenizer.decode(row[2]) if hint else row[2] == []
+        assert "the hint" in tokenizer.decode(row[2]) if hint else row[2] == []
+        assert tokenizer.eos_token_id not in row[2]  # it stays text
 
 
 def test_masks_come_from_lengths_so_a_final_eos_counts_even_if_pad_is_eos(

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 SMALL = "--batch 6 --max-new-tokens 90 --eval-problems 8 --threads 1".split()
 STAGES = [
     (opsd, "--filter all --teacher every --refresh 3 --kl-by-position 8 --eval-every 2".split() + SMALL),
-    (rlvr, SMALL),
+    (rlvr, "--group 4 --eval-every 2".split() + SMALL),
     (sft, ["--batch", "4", "--threads", "1"]),
 ]
 

@@ -54,7 +54,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
 ):
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     # In bfloat16 the sampler has a copy of the weights, which must follow.
-    argv = argv + "--steps 6 --state-every 2 --lr 1e-3 --dtype bfloat16".split()
+    argv = argv + "--steps 6 --state-every 2 --save-every 4 --lr 1e-3 --dtype bfloat16".split()
     with pytest.raises(crash):
         script.main(argv + ["--out", cut])
     assert find_states(cut) == ["state-0000004.pt", "state-0000002.pt"]
@@ -69,6 +69,9 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     assert torch.equal(weights(cut), weights(whole))
     assert lines_without_times(cut) == lines_without_times(whole)
     assert names_in(cut) == names_in(whole)
+    assert [name for name in names_in(whole) if "step" in name] == ["step-4"]
+    evaluated = [row["step"] for row in metrics(whole) if "evaluation" in row]
+    assert evaluated == ([] if script is sft else [2, 4, 6])
     assert find_states(cut) == ["state-0000006.pt"]  # to go on from, with more --steps
     assert not any(name.startswith(".saving") for name in names_in(cut))
     assert "is finished" in refused(script.main, argv + ["--out", cut, "--resume"])

@@ -640,4 +640,8 @@ def test_the_defaults_are_those_of_the_documents():
     args = opsd.parse_args([])
     assert (args.filter, args.context, args.divergence) == ("correct", "solution", "reverse_kl")
     assert (args.teacher, args.temperature, args.max_new_tokens) == ("frozen", 1, 160)
-    assert rlvr.parse_args([]).group == 8
+    assert (args.ema, args.refresh, args.beta, args.top_p) == (0.99, 10, 0.5, 1)
+    args = rlvr.parse_args([])
+    assert (args.group, args.length_penalty, args.kl) == (8, 0, 0)
+    args = evaluation.parse_args(["--model", "x"])
+    assert (args.problems, args.samples) == (512, 4)
