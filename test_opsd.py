@@ -387,6 +387,8 @@ def test_script_trains(script, flags, first, tmp_path, capsys):
 
 def test_sft_trains_the_embedded_model_and_a_given_one(tmp_path):
     sft.main(["--steps", "2", "--batch", "4", "--out", str(tmp_path / "a")])
+    first = [next(sft.build_tiny(seed)[0].parameters()) for seed in (0, 1)]
+    assert not torch.equal(*first)
     steps = metrics(tmp_path / "a")[1:]
     assert [s["loss_tokens"] > 0 and math.isfinite(s["loss"]) for s in steps] == [True, True]
     path = write(

@@ -108,6 +108,7 @@ def test_resume_skips_damaged_states_and_refuses_another_experiment(
         ("--lr 1e-5", "--lr 0.0001 then, 1e-05 now"),
         ("--temperature 0.6", "--temperature 1.0 then, 0.6 now"),
         ("--filter correct", "--filter all then, correct now"),
+        ("--seed 1", "--seed 0 then, 1 now"),
     )
     for other, complaint in others:
         assert complaint in refused(opsd.main, [*argv, *other.split(), "--resume"])
@@ -298,6 +299,7 @@ def test_one_seed_fixes_everything_and_a_card_has_the_command_and_table(
         (["--model", "nowhere"], "--model nowhere"),
         (["--beta", "1"], "--beta"),
         (["--data", "good.jsonl"], "--context solution: needs a solution"),
+        (["--data", "good.jsonl", "--context", "wrong"], "--context wrong: needs a solution"),
         (["--steps", "0"], "--steps"),
         (["--seed", "-1"], "--seed -1"),
         (["--top-p", "1.5"], "--top-p 1.5"),
@@ -381,10 +383,10 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, monkeypatch, refuse
         write(out / name, "x")
     argv = [*BARE, "--overwrite", "--out", str(out)]
     assert "not the directory of a run" in refused(opsd.main, argv) and len(names_in(out)) == 3
-    write(out / "metrics.jsonl", "{}")
-    write(out / "model.safetensors", "x")
+    for name in ("metrics.jsonl", "kl_by_position.jsonl", "model.safetensors"):
+        write(out / name, "{}")
     error = refused(opsd.main, [*argv, "--model", os.path.join(out, "")])
-    assert "is --model as well" in error and len(names_in(out)) == 5
+    assert "is --model as well" in error and len(names_in(out)) == 6
     monkeypatch.setattr(opsd, "accumulate_gradients", lambda *args: fail("stop"))
     refused(opsd.main, argv)
     # No model of another run beside this one's log.

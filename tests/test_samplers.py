@@ -81,7 +81,8 @@ def test_rows_that_finish_leave_the_batch_and_the_others_do_not_notice(
 def test_eos_stays_and_truncated_responses_get_none(tiny, tokenizer):
     sampler, eos = sampler_of(tiny[0], tokenizer), tokenizer.eos_token_id
     prompts = [render_prompt(tokenizer, p) for p in embedded_problems(8, 1)]
-    long, short = sampler.sample(prompts, 160, seed=0), sampler.sample(prompts, 5, seed=0)
+    long, sampler.limit = sampler.sample(prompts, 160, seed=0), max(map(len, prompts)) + 5
+    short = sampler.sample(prompts, 5, seed=0)  # there is just room
     assert ends_right(long, eos)
     assert any(finished for _, finished in long)
     assert all(not finished and len(ids) == 5 and eos not in ids for ids, finished in short)
