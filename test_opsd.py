@@ -385,17 +385,20 @@ def test_script_trains(script, flags, first, tmp_path, capsys):
     assert any("outcome" in line for line in read_lines(os.path.join(out, "samples.jsonl")))
 
 
-def test_sft_trains_the_embedded_model_and_a_given_one(tmp_path):
+def test_sft_trains_the_embedded_model_and_a_given_one(tmp_path, refused):
     sft.main(["--steps", "2", "--batch", "4", "--out", str(tmp_path / "a")])
     first = [next(sft.build_tiny(seed)[0].parameters()) for seed in (0, 1)]
     assert not torch.equal(*first)
     steps = metrics(tmp_path / "a")[1:]
     assert [s["loss_tokens"] > 0 and math.isfinite(s["loss"]) for s in steps] == [True, True]
-    path = write(
-        tmp_path / "d.jsonl",
+    rows = [
         '{"question": "1+1?", "answer": "2", "solution": "1+1=2"}',
         '{"question": "2+1?", "answer": "3", "solution": "2+1=3"}',
-    )
+    ]
+    path = write(tmp_path / "d.jsonl", *rows, '{"question": "3+1?", "answer": "4"}')
+    error = refused(sft.main, ["--model", TINY, "--data", path, "--out", str(tmp_path / "b")])
+    assert "sft.py needs a solution in every row" in error
+    write(tmp_path / "d.jsonl", *rows)
     flags = "--steps 3 --batch 2 --lr 1e-3 --warmup 0".split()
     sft.main(["--model", TINY, "--data", path, *flags, "--out", str(tmp_path / "b")])
     losses = [s["loss"] for s in metrics(tmp_path / "b")[1:]]

@@ -116,6 +116,8 @@ def test_summary_keeps_the_groups_apart():
         row("truncated", "truncated", 40),
         row("incorrect", "timeout", 25),
     ]
+    unfinished = Rollout(Problem("q", "1"), [], [0], False, "\\boxed{1}")
+    assert evaluation.response_of(unfinished)["answer"] is None
     s = summarise(rows)
     assert (s["accuracy"], s["wrong"], s["no_answer"], s["truncated"]) == (20, 40, 20, 20)
     assert (s["length"], s["length_correct"], s["markers"]) == (25, 10, pytest.approx(16))
