@@ -209,7 +209,7 @@ def test_problem_batches_visit_every_problem_once_an_epoch():
 def test_loading_recognises_field_names(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
-        '{"problem": "1+1?", "ground_truth": 2, "cot": "1+1=2", "level": "easy"}',
+        '{"prompt": "Solve 1+1?", "problem": "1+1?", "ground_truth": 2, "cot": "1+1=2", "level": "easy"}',
         "",
         '{"problem": "x?", "ground_truth": "\\\\frac{1}{2}"}',
     )
