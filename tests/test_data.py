@@ -209,11 +209,11 @@ def test_problem_batches_visit_every_problem_once_an_epoch():
 def test_loading_recognises_field_names(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
-        '{"prompt": "Solve 1+1?", "problem": "1+1?", "ground_truth": 2, "cot": "1+1=2", "level": "easy"}',
+        '{"prompt": "Solve!", "problem": "1+1?", "ground_truth": 2, "cot": "1+1=2", "level": 1}',
         "",
         '{"problem": "x?", "ground_truth": "\\\\frac{1}{2}"}',
     )
-    first, second = Problem("1+1?", "2", "1+1=2", "easy"), Problem("x?", "\\frac{1}{2}")
+    first, second = Problem("1+1?", "2", "1+1=2", "1"), Problem("x?", "\\frac{1}{2}")
     assert data.load_file(path) == [first, second]
     import pyarrow.parquet
 

@@ -170,7 +170,7 @@ def test_a_run_on_real_data_is_evaluated_on_its_held_out_problems(tmp_path, caps
     others = [json.dumps(dict(json.loads(row), solution="by heart")) for row in rows[:6]]
     held_out = write(tmp_path / "held-out.jsonl", *others)
     out = str(tmp_path / "run")
-    files = ["--data", train, "--eval-data", held_out, "--out", out]
-    opsd.main(["--model", TINY, *files, *SMALL, *"--steps 1 --filter all --eval-problems 4".split()])
+    files = ["--model", TINY, "--data", train, "--eval-data", held_out, "--out", out]
+    opsd.main([*files, *SMALL, *"--steps 1 --filter all --eval-problems 4".split()])
     assert ["evaluation" in row for row in metrics(out)] == [False, False, True]
     assert "dropped 4 of 12 training problems" in capsys.readouterr().out
