@@ -76,7 +76,7 @@ def events(monkeypatch, tokenizer):
         settings = max_new_tokens, temperature, top_p, seed, logps
         event.results, event.done = own_sample(self, prompts, *settings), True
         if event.writes:
-            texts = [f"7 +{i}, the answer is {10 + i}" for i in range(len(prompts))]
+            texts = [f"so</think>7 +{i}, the answer is {10 + i}" for i in range(len(prompts))]
             memos = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
             event.results = [(ids + [2], i != 1) for i, ids in enumerate(memos)]
         return event.results
@@ -236,7 +236,7 @@ def prompts_shown(samples):
 def memos_of(event, tokenizer, frame):
     """The contexts that come of what the teacher wrote; None of a truncated one."""
     texts = [tokenizer.decode(ids[:-1]) if end else None for ids, end in event.results]
-    return [text and f"{frame}\n{text}" for text in texts]
+    return [text and f"{frame}\n{text.split('</think>')[1]}" for text in texts]
 
 
 # ------------------------------------------------------------------------------------------------
