@@ -396,7 +396,8 @@ def test_sft_trains_the_embedded_model_and_a_given_one(tmp_path, refused):
         '{"question": "2+1?", "answer": "3", "solution": "2+1=3"}',
     ]
     path = write(tmp_path / "d.jsonl", *rows, '{"question": "3+1?", "answer": "4"}')
-    error = refused(sft.main, ["--model", TINY, "--data", path, "--out", str(tmp_path / "b")])
+    argv = ["--model", TINY, "--data", path, "--steps", "1", "--out", str(tmp_path / "b")]
+    error = refused(sft.main, argv)
     assert "sft.py needs a solution in every row" in error
     write(tmp_path / "d.jsonl", *rows)
     flags = "--steps 3 --batch 2 --lr 1e-3 --warmup 0".split()
