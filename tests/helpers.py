@@ -25,7 +25,7 @@ SMALL = "--batch 6 --max-new-tokens 90 --eval-problems 8 --threads 1".split()
 WATCHED = ["--eval-every", "2", *SMALL]
 STAGES = [
     (opsd, "--filter all --teacher every --refresh 3 --kl-by-position 8".split() + WATCHED),
-    (rlvr, ["--group", "4", *WATCHED]),
+    (rlvr, WATCHED),
     (sft, ["--batch", "4", "--threads", "1"]),
 ]
 
