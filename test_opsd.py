@@ -182,11 +182,12 @@ def test_reinjection_is_read_but_not_scored_and_moves_nothing(model, tokenizer):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[2] != pytest.approx(losses[0], rel=1e-2)
     # The rows that opsd.py makes: every insertion holds the context; an empty one inserts nothing.
-    for hint in ("the hint", ""):
+    for hint in ("the hint<|im_end|>", ""):
         opsd.add_teacher_rows(rollouts, [hint] * len(rollouts), tokenizer, args, None)
         row = rollouts[0].teacher_row
         assert row[0] == render_prompt(tokenizer, rollouts[0].problem, hint)
-        assert hint in tokenizer.decode(row[2]) if hint else row[2] == []
+        assert "the hint" in tokenizer.decode(row[2]) if hint else row[2] == []
+        assert tokenizer.eos_token_id not in row[2]  # it stays text
 
 
 def test_masks_come_from_lengths_so_a_final_eos_counts_even_if_pad_is_eos(
@@ -384,15 +385,21 @@ def test_script_trains(script, flags, first, tmp_path, capsys):
     assert any("outcome" in line for line in read_lines(os.path.join(out, "samples.jsonl")))
 
 
-def test_sft_trains_the_embedded_model_and_a_given_one(tmp_path):
+def test_sft_trains_the_embedded_model_and_a_given_one(tmp_path, refused):
     sft.main(["--steps", "2", "--batch", "4", "--out", str(tmp_path / "a")])
+    first = [next(sft.build_tiny(seed)[0].parameters()) for seed in (0, 1)]
+    assert not torch.equal(*first)
     steps = metrics(tmp_path / "a")[1:]
     assert [s["loss_tokens"] > 0 and math.isfinite(s["loss"]) for s in steps] == [True, True]
-    path = write(
-        tmp_path / "d.jsonl",
+    rows = [
         '{"question": "1+1?", "answer": "2", "solution": "1+1=2"}',
         '{"question": "2+1?", "answer": "3", "solution": "2+1=3"}',
-    )
+    ]
+    path = write(tmp_path / "d.jsonl", *rows, '{"question": "3+1?", "answer": "4"}')
+    argv = ["--model", TINY, "--data", path, "--steps", "1", "--out", str(tmp_path / "b")]
+    error = refused(sft.main, argv)
+    assert "sft.py needs a solution in every row" in error
+    write(tmp_path / "d.jsonl", *rows)
     flags = "--steps 3 --batch 2 --lr 1e-3 --warmup 0".split()
     sft.main(["--model", TINY, "--data", path, *flags, "--out", str(tmp_path / "b")])
     losses = [s["loss"] for s in metrics(tmp_path / "b")[1:]]
@@ -418,12 +425,15 @@ def test_sft_without_one_update_fails(tmp_path, monkeypatch, capsys):
 
 
 def test_a_filter_that_keeps_nothing_is_logged_and_then_ends_the_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(opsd.FILTERS, "correct", lambda rollouts, args: [])
+    counts = iter([0, 6, 0, 0])
+    monkeypatch.setitem(opsd.FILTERS, "correct", lambda rollouts, args: rollouts[: next(counts)])
     monkeypatch.setattr(run, "GIVE_UP", 2)
     with pytest.raises(SystemExit) as stop:
         opsd.main(["--steps", "5", "--out", str(tmp_path / "run"), *SMALL])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "--filter correct kept nothing" in error
     assert "2 steps in a row" in error and error.count("\n") == 1
-    assert [step["kept"] for step in metrics(tmp_path / "run")[1:]] == [0, 0]
+    assert [step["kept"] for step in metrics(tmp_path / "run")[1:]] == [0, 6, 0, 0]
+    samples = read_lines(tmp_path / "run" / "samples.jsonl")
+    assert [row["step"] for row in samples if "teacher_prompt" in row] == [2]
     assert not os.path.exists(tmp_path / "run" / "model.safetensors")

@@ -22,9 +22,10 @@ TINY = os.path.join(HERE, "tiny", "rlvr")
 CPU = torch.device("cpu")
 
 SMALL = "--batch 6 --max-new-tokens 90 --eval-problems 8 --threads 1".split()
+WATCHED = ["--eval-every", "2", *SMALL]
 STAGES = [
-    (opsd, "--filter all --teacher ema --kl-by-position 8 --eval-every 2".split() + SMALL),
-    (rlvr, SMALL),
+    (opsd, "--filter all --teacher every --refresh 3 --kl-by-position 8".split() + WATCHED),
+    (rlvr, WATCHED),
     (sft, ["--batch", "4", "--threads", "1"]),
 ]
 

@@ -133,7 +133,9 @@ def test_writer_counts_truncated_and_oversized_contexts_as_failed(tiny, tokenize
     sampler.sample = None  # an engine is not asked for nothing
     assert make_writer(sampler, tokenizer, args, seed=0)(prompts[1:]) == [None]
     assert make_writer(sampler, tokenizer, args, seed=0)([]) == []
-    rollouts = [Rollout(problem, [], [1] * length) for length in (10, 2100, 10, 2100)]
+    args.reinject = 1000  # what is recalled makes the row too long
+    long = sampler.limit - len(render_prompt(tokenizer, problem, "a"))
+    rollouts = [Rollout(problem, [], [1] * length) for length in (10, long, 10, long)]
     contexts = ["a", "a", None, None]
     kept, failed = opsd.add_teacher_rows(rollouts, contexts, tokenizer, args, sampler.limit)
     assert len(kept) == 1 and kept[0] is rollouts[0] and failed == 3
@@ -212,11 +214,11 @@ def test_problem_batches_visit_every_problem_once_an_epoch():
 def test_loading_recognises_field_names(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
-        '{"problem": "1+1?", "ground_truth": 2, "cot": "1+1=2", "level": "easy"}',
+        '{"prompt": "Solve!", "problem": "1+1?", "ground_truth": 2, "cot": "1+1=2", "level": 1}',
         "",
         '{"problem": "x?", "ground_truth": "\\\\frac{1}{2}"}',
     )
-    first, second = Problem("1+1?", "2", "1+1=2", "easy"), Problem("x?", "\\frac{1}{2}")
+    first, second = Problem("1+1?", "2", "1+1=2", "1"), Problem("x?", "\\frac{1}{2}")
     assert load_file(path) == [first, second]
     import pyarrow.parquet
 
@@ -363,11 +365,11 @@ def test_a_long_prompt_among_others_is_dropped_with_a_word(tokenizer, capsys):
     problems = [Problem("1+1?", "2", context="long " * 3000), Problem("1+2?", "3")]
     assert drop_long(problems, tokenizer, args, 2048, "given") == problems[1:]
     # Of a sibling only the frame is known.
-    frame = len(tokenizer(data.REFERENCE.format(solution="", answer=3)).input_ids)
-    room = len(render_prompt(tokenizer, problems[1])) + args.max_new_tokens + frame
-    assert drop_long(problems, tokenizer, args, room + 4, "sibling") == problems
+    frame = data.REFERENCE.format(solution="", answer=3)
+    room = len(render_prompt(tokenizer, problems[1], frame)) + args.max_new_tokens
+    assert drop_long(problems, tokenizer, args, room, "sibling") == problems
     with pytest.raises(SystemExit):
-        drop_long(problems, tokenizer, args, room - 4, "sibling")
+        drop_long(problems, tokenizer, args, room - 1, "sibling")
 
 
 # ------------------------------------------------------------------------------------------------

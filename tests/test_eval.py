@@ -24,7 +24,7 @@ from metrics import (
 )
 from rollout import Rollout
 from run import HERE
-from tests.helpers import SMALL, TINY, graded, metrics, weights, write
+from tests.helpers import SMALL, TINY, graded, metrics, write
 
 SFT = os.path.join(HERE, "tiny", "sft")
 
@@ -77,7 +77,8 @@ def test_a_repeated_question_is_one_problem_and_weighs_as_its_responses():
     for rows, right, longest in ((one, 0.5, 90), (two, 0.8, 50)):
         for question in range(60):
             for r in graded(rng.choice(["incorrect", "correct"], 4, p=[1 - right, right]), 0):
-                r.problem = Problem(str(question // 20 * question), "1")  # 20 rows are one question
+                text = str(question // 20 * question)  # 20 rows are one question
+                r.problem = Problem(text, "1", difficulty="easy")
                 r.response_ids = [0] * rng.integers(10, longest + question)
                 rows.append(r)
     before, after = compare([("a", one), ("b", two)])
@@ -113,10 +114,13 @@ def test_summary_keeps_the_groups_apart():
         row("incorrect", "wrong", 20),
         row("incorrect", "no_answer", 30),
         row("truncated", "truncated", 40),
+        row("incorrect", "timeout", 25),
     ]
+    unfinished = Rollout(Problem("q", "1"), [], [0], False, "\\boxed{1}")
+    assert evaluation.response_of(unfinished)["answer"] is None
     s = summarise(rows)
-    assert (s["accuracy"], s["wrong"], s["no_answer"], s["truncated"]) == (25, 25, 25, 25)
-    assert (s["length"], s["length_correct"], s["markers"]) == (25, 10, pytest.approx(20))
+    assert (s["accuracy"], s["wrong"], s["no_answer"], s["truncated"]) == (20, 40, 20, 20)
+    assert (s["length"], s["length_correct"], s["markers"]) == (25, 10, pytest.approx(16))
 
 
 def test_a_rate_that_is_zero_everywhere_is_a_line_below_the_table():
@@ -156,21 +160,17 @@ def test_eval_averages_several_files_of_the_shapes_that_benchmarks_have(tmp_path
                 assert (row["verdict"] == "correct") == right
 
 
-def test_a_run_on_real_data_is_evaluated_on_held_out_problems_on_its_way(tmp_path, capsys):
+def test_a_run_on_real_data_is_evaluated_on_its_held_out_problems(tmp_path, capsys):
     rows = [
         json.dumps(dict(prompt=p.question, answer=p.answer, solution=p.solution))
         for p in embedded_problems(12, 7)
     ]
     train = write(tmp_path / "train.jsonl", *rows)
     # A question with another solution is the same question.
-    others = [json.dumps(dict(json.loads(row), solution="by heart")) for row in rows[:4]]
+    others = [json.dumps(dict(json.loads(row), solution="by heart")) for row in rows[:6]]
     held_out = write(tmp_path / "held-out.jsonl", *others)
     out = str(tmp_path / "run")
-    flags = "--eval-every 1 --save-every 2 --steps 3 --filter all".split()
-    files = ["--data", train, "--eval-data", held_out, "--out", out]
-    opsd.main(["--model", TINY, *files, *flags, *SMALL])
-    lines = [(row["step"], "evaluation" in row) for row in metrics(out)[1:]]
-    assert lines == [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
+    files = ["--model", TINY, "--data", train, "--eval-data", held_out, "--out", out]
+    opsd.main([*files, *SMALL, *"--steps 1 --filter all --eval-problems 4".split()])
+    assert ["evaluation" in row for row in metrics(out)] == [False, False, True]
     assert "dropped 4 of 12 training problems" in capsys.readouterr().out
-    assert sorted(name for name in os.listdir(out) if name.startswith("step")) == ["step-2"]
-    assert len(weights(os.path.join(out, "step-2")))

@@ -40,7 +40,7 @@ def shortest_first(draw, problem):
     return sorted(right, key=lambda r: len(r.response_ids))
 
 
-@pytest.mark.parametrize("resample, keeps", [(0, "all"), (3, "correct")])
+@pytest.mark.parametrize("resample, keeps", [(1, "all"), (3, "correct")])
 def test_the_shortest_sibling_is_read(resample, keeps, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "worked", lambda trace: f"({trace})")  # else siblings read alike
     flags = f"--group 3 --filter {keeps} --resample {resample} --context sibling"
@@ -66,7 +66,7 @@ def test_the_shortest_sibling_is_read(resample, keeps, tokenizer, tmp_path, monk
         assert (line["sampled"], line["kept"]) == (15 * len(draws), len(kept))
         assert line["context_failed"] == len(passed) - len(kept)
         failed += line["context_failed"]
-    assert failed > 0 and (cut > 0) == (resample > 0)
+    assert failed > 0 and (cut > 0) == (keeps == "correct")
 
 
 def test_the_shortest_correct_response_of_each_problem_is_kept(tmp_path, monkeypatch):

@@ -132,6 +132,8 @@ def test_the_log_says_what_a_gate_lets_through(step):
         ("--gate gap --gate-above -1", "--gate-above -1.0: must be 0 or more"),
         ("--context sibling", "--context sibling: a response has siblings only with --group 2"),
         ("--group 0", "--group 0: must be above 0"),
+        ("--refresh 0", "--refresh 0: must be above 0"),
+        ("--ema 1", "--ema 1.0: must be 0 or more and below 1"),
     ],
 )
 def test_flags_that_cannot_work_are_one_line(flags, complaint, capsys):

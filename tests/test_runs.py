@@ -17,6 +17,7 @@ import torch
 
 import eval as evaluation
 import opsd
+import rlvr
 import run
 import sft
 from data import embedded_problems
@@ -52,7 +53,8 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     script, argv, tmp_path, crash, monkeypatch, capsys, refused
 ):
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
-    argv = argv + "--steps 6 --state-every 2".split()
+    # In bfloat16 the sampler has a copy of the weights, which must follow.
+    argv = argv + "--steps 6 --state-every 2 --save-every 4 --lr 1e-3 --dtype bfloat16".split()
     with pytest.raises(crash):
         script.main(argv + ["--out", cut])
     assert find_states(cut) == ["state-0000004.pt", "state-0000002.pt"]
@@ -67,6 +69,9 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     assert torch.equal(weights(cut), weights(whole))
     assert lines_without_times(cut) == lines_without_times(whole)
     assert names_in(cut) == names_in(whole)
+    assert [name for name in names_in(whole) if "step" in name] == ["step-4"]
+    evaluated = [row["step"] for row in metrics(whole) if "evaluation" in row]
+    assert evaluated == ([] if script is sft else [2, 4, 6])
     assert find_states(cut) == ["state-0000006.pt"]  # to go on from, with more --steps
     assert not any(name.startswith(".saving") for name in names_in(cut))
     assert "is finished" in refused(script.main, argv + ["--out", cut, "--resume"])
@@ -103,6 +108,7 @@ def test_resume_skips_damaged_states_and_refuses_another_experiment(
         ("--lr 1e-5", "--lr 0.0001 then, 1e-05 now"),
         ("--temperature 0.6", "--temperature 1.0 then, 0.6 now"),
         ("--filter correct", "--filter all then, correct now"),
+        ("--seed 1", "--seed 0 then, 1 now"),
     )
     for other, complaint in others:
         assert complaint in refused(opsd.main, [*argv, *other.split(), "--resume"])
@@ -293,6 +299,7 @@ def test_one_seed_fixes_everything_and_a_card_has_the_command_and_table(
         (["--model", "nowhere"], "--model nowhere"),
         (["--beta", "1"], "--beta"),
         (["--data", "good.jsonl"], "--context solution: needs a solution"),
+        (["--data", "good.jsonl", "--context", "wrong"], "--context wrong: needs a solution"),
         (["--steps", "0"], "--steps"),
         (["--seed", "-1"], "--seed -1"),
         (["--top-p", "1.5"], "--top-p 1.5"),
@@ -376,10 +383,10 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, monkeypatch, refuse
         write(out / name, "x")
     argv = [*BARE, "--overwrite", "--out", str(out)]
     assert "not the directory of a run" in refused(opsd.main, argv) and len(names_in(out)) == 3
-    write(out / "metrics.jsonl", "{}")
-    write(out / "model.safetensors", "x")
+    for name in ("metrics.jsonl", "kl_by_position.jsonl", "model.safetensors"):
+        write(out / name, "{}")
     error = refused(opsd.main, [*argv, "--model", os.path.join(out, "")])
-    assert "is --model as well" in error and len(names_in(out)) == 5
+    assert "is --model as well" in error and len(names_in(out)) == 6
     monkeypatch.setattr(opsd, "accumulate_gradients", lambda *args: fail("stop"))
     refused(opsd.main, argv)
     # No model of another run beside this one's log.
@@ -406,18 +413,19 @@ def test_a_tokenizer_without_eos_or_pad_trains_and_one_without_thinking_is_told(
 
 
 def test_a_finished_run_goes_on_with_more_steps_and_the_same_problems(tmp_path, refused):
-    out, whole, other = (str(tmp_path / name) for name in ("run", "whole", "sft"))
-    argv = [*BARE, "--out", out]
-    opsd.main([*argv, "--steps", "2"])
     finished = "is finished; with its state and more --steps it goes on"
-    assert finished in refused(opsd.main, [*argv, "--steps", "2", "--resume"])
-    opsd.main([*argv, "--steps", "3", "--resume"])
-    opsd.main([*BARE, "--out", whole, "--steps", "2"])
-    assert steps_in(out) == [1, 2, 3] and metrics(whole)[2]["loss"] == metrics(out)[2]["loss"]
-    for name in find_states(out):
-        os.remove(os.path.join(out, name))
-    assert finished in refused(opsd.main, [*argv, "--steps", "4", "--resume"])
-    argv = ["--batch", "2", "--threads", "1", "--out", other, "--steps"]
+    for script, flags in ((opsd, "--filter all"), (rlvr, "--group 4 --batch 2")):
+        out = str(tmp_path / script.__name__)
+        argv = [*SMALL, *flags.split(), "--eval-problems", "0", "--out", out, "--steps"]
+        script.main([*argv, "2"])
+        assert finished in refused(script.main, [*argv, "2", "--resume"])
+        script.main([*argv, "3", "--resume"])
+        script.main([*argv, "4", "--resume"])  # those of the first 2 steps still
+        assert steps_in(out) == [1, 2, 3, 4]
+        for name in find_states(out):
+            os.remove(os.path.join(out, name))
+        assert finished in refused(script.main, [*argv, "5", "--resume"])
+    argv = ["--batch", "2", "--threads", "1", "--out", str(tmp_path / "sft"), "--steps"]
     sft.main([*argv, "2"])
     assert "--steps 2 then, 3 now" in refused(sft.main, [*argv, "3", "--resume"])
 

@@ -58,6 +58,8 @@ def test_sampling_is_greedy_at_zero_repeats_with_the_seed_and_ignores_the_genera
             row.append(token)
     first = sampler.sample(prompts, 30, seed=1)
     assert first == sampler.sample(prompts, 30, seed=1) != sampler.sample(prompts, 30, seed=2)
+    twice = sampler.sample(prompts[:1] * 6, 30, temperature=3.0, seed=1)
+    assert twice[:3] != twice[3:]  # two batches of one stream
     # The model's own settings are left as they were.
     assert model.generation_config.repetition_penalty == 5.0
 
@@ -79,7 +81,8 @@ def test_rows_that_finish_leave_the_batch_and_the_others_do_not_notice(
 def test_eos_stays_and_truncated_responses_get_none(tiny, tokenizer):
     sampler, eos = sampler_of(tiny[0], tokenizer), tokenizer.eos_token_id
     prompts = [render_prompt(tokenizer, p) for p in embedded_problems(8, 1)]
-    long, short = sampler.sample(prompts, 160, seed=0), sampler.sample(prompts, 5, seed=0)
+    long, sampler.limit = sampler.sample(prompts, 160, seed=0), max(map(len, prompts)) + 5
+    short = sampler.sample(prompts, 5, seed=0)  # there is just room
     assert ends_right(long, eos)
     assert any(finished for _, finished in long)
     assert all(not finished and len(ids) == 5 and eos not in ids for ids, finished in short)
@@ -87,7 +90,7 @@ def test_eos_stays_and_truncated_responses_get_none(tiny, tokenizer):
     assert until_stop([4, 5], [2]) == ([4, 5], False)
     # Every stop id ends a response.
     model, newline = opsd.frozen_copy(tiny[0]), tokenizer("\n").input_ids[0]
-    model.generation_config.eos_token_id = [newline, eos]
+    model.generation_config.eos_token_id = [eos, newline]
     ids, finished = sampler_of(model, tokenizer).sample(prompts[:1], 60, temperature=0)[0]
     assert finished and ids.index(newline) == len(ids) - 1
 

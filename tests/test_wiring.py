@@ -76,7 +76,7 @@ def events(monkeypatch, tokenizer):
         settings = max_new_tokens, temperature, top_p, seed, logps
         event.results, event.done = own_sample(self, prompts, *settings), True
         if event.writes:
-            texts = [f"7 +{i}, the answer is {10 + i}" for i in range(len(prompts))]
+            texts = [f"so</think>7 +{i}, the answer is {10 + i}" for i in range(len(prompts))]
             memos = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
             event.results = [(ids + [2], i != 1) for i, ids in enumerate(memos)]
         return event.results
@@ -172,6 +172,8 @@ def check_sampling(events, seed):
         assert all(len(ids) <= CAP for ids, _ in event.results)
     first, *between, last = draws
     assert first.seed == last.seed == EVALUATION_SEED + seed
+    writers = [event.seed for event in between if event.writes]
+    assert len(set(writers)) == len(writers)
     return [event.seed for event in between if not event.writes] + [first.seed]
 
 
@@ -234,7 +236,7 @@ def prompts_shown(samples):
 def memos_of(event, tokenizer, frame):
     """The contexts that come of what the teacher wrote; None of a truncated one."""
     texts = [tokenizer.decode(ids[:-1]) if end else None for ids, end in event.results]
-    return [text and f"{frame}\n{text}" for text in texts]
+    return [text and f"{frame}\n{text.split('</think>')[1]}" for text in texts]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -515,9 +517,10 @@ def test_rlvr_takes_no_step_where_all_groups_are_equal(events, tmp_path, monkeyp
 def test_sft_does_what_its_flags_say(given, model, tokenizer, events, tmp_path, monkeypatch):
     flags, out = "--steps 5 --batch 4 --warmup 2 --lr 2e-3 --threads 1", str(tmp_path / "run")
     flags, rows, problems = [*flags.split(), "--micro-tokens", "150", "--seed", "3"], [], []
-    own = sft.embedded_row
+    own, streams = sft.embedded_row, set()
 
     def embedded_row(tokenizer, problem, rng):
+        streams.add(str(rng.bit_generator.state))
         rows.append(own(tokenizer, problem, rng))
         problems.append(problem)
         return rows[-1]
@@ -534,7 +537,7 @@ def test_sft_does_what_its_flags_say(given, model, tokenizer, events, tmp_path, 
             rows.append((prompt_of(tokenizer, p), response))
     sft.main(["--model", TINY, *flags, "--out", out])
     if not given:
-        assert problems == embedded_problems(20, 3) and len({str(r) for _, r in rows}) == 20
+        assert problems == embedded_problems(20, 3) and len(streams) == 20
     assert [event.kind for event in events] == ["update"] * 5
     student_weights, lines = flat(model), metrics(out)[1:]
     rates = [1e-3, 2e-3, 2e-3]
@@ -637,4 +640,8 @@ def test_the_defaults_are_those_of_the_documents():
     args = opsd.parse_args([])
     assert (args.filter, args.context, args.divergence) == ("correct", "solution", "reverse_kl")
     assert (args.teacher, args.temperature, args.max_new_tokens) == ("frozen", 1, 160)
-    assert rlvr.parse_args([]).group == 8
+    assert (args.ema, args.refresh, args.beta, args.top_p) == (0.99, 10, 0.5, 1)
+    args = rlvr.parse_args([])
+    assert (args.group, args.length_penalty, args.kl) == (8, 0, 0)
+    args = evaluation.parse_args(["--model", "x"])
+    assert (args.problems, args.samples) == (512, 4)
