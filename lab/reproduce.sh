@@ -63,13 +63,13 @@ pipeline() {
     run sft sft "$1"
     run rlvr rlvr "$1" --model "runs/table/sft-$1" $end
     run $first $steps
-    if grep -q "not settled" "runs/table/settled-correct-$1.log"; then
+    if [ -d "runs/table/settled-correct-$1/step-160" ]; then
         steps=240
-        if [ ! -d "runs/table/settled-correct-$1/step-240" ]; then
-            rm "runs/table/settled-correct-$1/model.safetensors"
-        fi
-        run $first $steps
+    elif grep -q "not settled" "runs/table/settled-correct-$1.log"; then
+        steps=240
+        rm "runs/table/settled-correct-$1/model.safetensors"
     fi
+    run $first $steps
     local long="--save-every 40 --steps $steps" names="settled-correct/step-40 settled-correct"
     for filter in incorrect all; do
         run opsd settled-$filter "$1" $from $way $long --filter $filter
@@ -87,19 +87,6 @@ pipeline() {
         done
     done
     evaluate settled-contexts "$1" "rlvr $names" --context wrong instruction
-
-    names=
-    for filter in all incorrect; do
-        run opsd settled-other-$filter "$1" $from $end $long --filter $filter --context other
-        run opsd settled-agreement-$filter "$1" $from $end $long --filter $filter --gate agreement
-        names="$names settled-other-$filter settled-agreement-$filter"
-        for context in other wrong instruction; do
-            run opsd settled-agreement-$context-$filter "$1" $from $end $long --filter $filter \
-                --context $context --gate agreement
-            names="$names settled-agreement-$context-$filter"
-        done
-    done
-    evaluate settled-agreement "$1" "rlvr $names"
 }
 
 # Seed: the three stages with a pretrained model; longer; controls; and OPSD before RLVR.

@@ -50,7 +50,6 @@ class Part(NamedTuple):
 PARTS = {
     "settled": Part("Filters, after 40 steps and settled", "new"),
     "settled-contexts": Part("A wrong solution, an instruction: after 40 steps and settled", "new"),
-    "settled-agreement": Part("Counting only the tokens that the teacher agrees with", "new"),
     "filters": Part("Filters and divergences after RLVR, 40 steps"),
     "contexts": Part("Contexts, 40 steps"),
     "order": Part("RLVR, and OPSD before it: changes against SFT"),

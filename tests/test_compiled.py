@@ -12,7 +12,7 @@ import model as modelling
 import opsd
 import rlvr
 import sft
-from tests.helpers import apart, flat_gradient, some_rollouts, teacher_prompts, with_teacher_rows
+from tests.helpers import apart, flat_gradient, read_rollouts
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "split", "rft")
 GATES = ("all", "student-entropy", "teacher-entropy", "gap", "position", "agreement")
@@ -131,8 +131,7 @@ def losses_and_gradients(model, rollouts):
 
 
 def test_the_three_stages_train_as_without(compile_by, model, tokenizer, monkeypatch):
-    rollouts = some_rollouts(tokenizer)
-    with_teacher_rows(rollouts, teacher_prompts(tokenizer, rollouts))
+    rollouts = read_rollouts(tokenizer)
     monkeypatch.setitem(modelling.CHUNK, "cpu", 5e4)  # several, the last one smaller
     monkeypatch.setitem(modelling.PIECE, "cpu", 1e4)
     compile_by(None)
