@@ -9,8 +9,8 @@ Grading rules (1 to 3 are answers.py's):
     A unit (`15 balls`, `5\\text{ cm}`, `\\$18`) may be left out, but two units must agree.
  4. Values are compared by math-verify: LaTeX grammar to sympy, then `verify(gold, prediction)`
     (strict; floats equal to 6 decimals, small ones to 5 digits; 15 digits; `x<2` is an interval),
-    its own dropping of units off. Plain integers are compared here, with the same result, so that
-    the embedded task needs no worker. Of `A=B`, B is the answer, and sides that are numbers have to
+    its own dropping of units off. Plain numbers are compared here, with the same result, which
+    needs no worker and no time. Of `A=B`, B is the answer, and sides that are numbers have to
     agree; an A that the grammar lacks is a name. math_verify.parse is not used: it *searches* a
     text (in `3}+` it finds the 3), compares strings, and passes digits to sympy's eval.
  5. An answer of more than 500 characters, with brackets 13 deep or more than 40 of `^_|` is wrong
@@ -35,6 +35,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
+from fractions import Fraction
 from functools import lru_cache
 from multiprocessing.connection import wait
 
@@ -44,7 +45,8 @@ USAGE = 'usage: python verify.py "response with \\boxed{answer}" "gold answer"'
 MAX_CHARS = 500  # rule 5
 CACHE_PAIRS = 50_000  # about 20 MB of short answers
 START_SECONDS = 120.0  # importing sympy takes 1 to 2 s, more from a cold network disk
-INTEGER = re.compile("[+-]?[0-9]{1,18}")
+NUMBER = re.compile("[+-]?([0-9]{1,6}[.][0-9]{1,6}|[0-9]{1,12}/0*[1-9][0-9]{0,11}|[0-9]{1,18})")
+FRACTION = re.compile(r"^([+-]?)\\[dt]?frac *\{([0-9]+)\}\{([0-9]+)\}$")  # -\dfrac{1}{2}
 # x_{\max}=, \det(A)= or P(X>2)=: a left side that the grammar lacks and that can be a name
 NAMED = re.compile(
     r"(?![0-9 ])((?:[A-Za-z0-9_{}()\[\]|,'<> ]|\\(?:det|dim|deg|rank|max|min|lim|angle|triangle"
@@ -165,8 +167,12 @@ def _quick_verdict(answer, gold):
         return "wrong"
     if not answer or not units_agree(unit, gold_unit):
         return "wrong"
-    if INTEGER.fullmatch(answer) and INTEGER.fullmatch(gold):
-        return "correct" if int(answer) == int(gold) else "wrong"
+    plain = [FRACTION.sub(r"\1\2/\3", text) for text in (answer, gold)]
+    if all(map(NUMBER.fullmatch, plain)):
+        ours, theirs = map(Fraction, plain)
+        # Numbers that near each other may be equal to math-verify, which rounds.
+        if ours == theirs or abs(ours - theirs) >= 2e-6:
+            return "correct" if ours == theirs else "wrong"
     return answer, gold
 
 

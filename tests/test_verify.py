@@ -156,13 +156,14 @@ def test_garbage_and_edited_answers(hasty, pieces, pair, start, length, piece):
         assert answers.units_agree(unit, unit)  # a gold agrees with itself
 
 
-def test_integers_are_compared_as_math_verify_does(verifier, monkeypatch):
+def test_plain_numbers_are_compared_as_math_verify_does(verifier, monkeypatch):
     texts = [*"0 -0 1 +7 07 -07 100 213".split(), "9" * 18, "-" + "9" * 18, "9" * 17 + "8"]
+    texts += [*"1/2 0.5 -2/4 1/3 7.0 14/2 0.07 21/300".split(), r"-\dfrac{1}{2}"]
     pairs = [(answer, gold) for answer in texts for gold in texts]
     with Verifier(workers=1) as exact:
         verdicts = exact.grade(pairs)
         assert not exact._workers[0].process  # they need no worker
-    monkeypatch.setattr(verify, "INTEGER", re.compile("never"))
+    monkeypatch.setattr(verify, "NUMBER", re.compile("never"))
     assert verifier.grade(pairs) == verdicts and set(verdicts) == {C, W}
 
 
