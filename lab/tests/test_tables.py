@@ -233,27 +233,26 @@ def test_shift_is_a_bar_a_branch_whatever_the_seeds(results):
     assert list(found)[0] == "rlvr reading solution" and {len(v) for v in found.values()} == {2}
 
 
-def test_pairs_are_a_line_a_pipeline_and_means_with_their_interval(monkeypatch):
-    """Pipelines in which wrong references cost correct rollouts 10 and 30 points, and no other
-    context anything.
+def test_pairs_are_a_row_a_reference_and_outcome(monkeypatch):
+    """Pipelines in which wrong references cost correct responses 10 and 30 points, and nothing else
+    does; all are half as long.
     """
 
     def found(files):
-        values = {}
-        for context in sum(plot.PANELS, ())[:-1]:  # none of `part`
-            for outcome in ("correct", "incorrect"):
-                name = outcome if context == "solution" else f"{context}-{outcome}"
-                costs = (10, 30) if name == "wrong-correct" else (0, 0)
-                values[name] = [dict(change=dict(accuracy=[-cost])) for cost in costs]
-        return values
+        costs = {"settled-wrong-correct": (10, 30)}
+        return {
+            name: [dict(change=dict(accuracy=[-c], length=[-50])) for c in costs.get(name, (0, 0))]
+            for name in plot.ROWS
+        }
 
     monkeypatch.setattr(plot, "changes", found)
     with figure(os.devnull) as axes:
         monkeypatch.setattr(axes.figure, "savefig", lambda *args, **kwargs: None)
         plot.pairs(axes, [])
-        panel = axes.child_axes[0]
-        lines = [line.get_ydata() for line in panel.get_lines() if line.get_linestyle() == "-"]
-        assert [list(y) for y in lines if len(y) == 2 and min(y) < 0] == [[-10, 0], [-30, 0]]
-        (mean,) = [line for line in panel.get_lines() if list(line.get_ydata()) == [-20]]
-        assert mean.get_color() == COLOURS["correct"] and mean.get_xdata()[0] < 0
-        assert all(not any(line.get_ydata()) for line in axes.get_lines())
+        place = list(plot.ROWS).index("settled-wrong-correct")
+        dots = [line for line in axes.get_lines() if list(line.get_xdata()) == [-10, -30]]
+        (mean,) = [line for line in axes.get_lines() if list(line.get_xdata()) == [-20]]
+        assert len(dots) == 1 and list(mean.get_ydata()) == [place]
+        assert mean.get_color() == COLOURS["correct"]
+        lengths = [list(line.get_xdata()) for line in axes.child_axes[0].get_lines()]
+        assert lengths.count([-50, -50]) == 4 and [-50] in lengths
