@@ -31,6 +31,8 @@ def complaint(flag, value, args, help):
             if not 0 <= number < limit or number == 0 and flag in POSITIVE:
                 most = f"below {limit}" if limit < math.inf else "finite"
                 return f"{flag} {number}: must be {least} and {most}"
+            if flag == "--top-p" and number > 1:
+                return f"{flag} {number}: must be at most 1"
         if number == "":
             return f"{flag}: is empty"
     if flag in LAST and value > value_of(args, LAST[flag]):

@@ -90,7 +90,11 @@ def test_a_rows_own_text_is_read_as_it_is(tokenizer, tmp_path, monkeypatch):
         (opsd, "--context given", "--context given: needs a context, and problem 1 of "),
         (evaluation, f"--model {TINY} --context sibling --samples 1", "only with --samples 2"),
         (evaluation, f"--model {TINY} --context given", "--context given: needs a context, and"),
-        (show, "--contexts sibling --draw 2 --threads 1", "--contexts sibling: none of the 2 resp"),
+        (
+            show,
+            "--contexts sibling --problems 2 --draw 2 --threads 1",
+            "--contexts sibling: none of the 2 resp",
+        ),
     ],
 )
 def test_what_has_no_siblings_or_text_is_one_line(script, flags, complaint, tmp_path, capsys):
