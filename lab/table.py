@@ -251,7 +251,7 @@ FRONT = [
 def front_table(records):
     found = {(r["part"], r["branch"]): r for r in records if r["group"] == "all"}
     papers = {(e.part, e.branch): e.paper for e in EXPERIMENTS}
-    header = ["rollouts in the loss", "accuracy, points", "length, %"]
+    header = ["answers trained on", "accuracy, points", "length, %"]
     rows = []
     for part, branch, name in FRONT:
         r = found[part, f"settled-{branch}"]
