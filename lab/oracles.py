@@ -47,7 +47,8 @@ def tagging(keep):
 
     def filtered(rollouts, args):
         kept = keep(rollouts, args)
-        add_tags(kept, tokenizer_of(args.model))
+        if not args.data:
+            add_tags(kept, tokenizer_of(args.model))
         return kept
 
     return filtered
