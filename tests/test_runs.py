@@ -77,6 +77,18 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     assert "is finished" in refused(script.main, argv + ["--out", cut, "--resume"])
 
 
+def test_a_state_is_saved_when_its_step_is_in_the_log(tmp_path, monkeypatch):
+    seen, save = [], Run.save_state
+
+    def spy(run, step, *rest, **more):
+        seen.append((step, steps_in(run.path)))
+        save(run, step, *rest, **more)
+
+    monkeypatch.setattr(Run, "save_state", spy)
+    opsd.main([*BARE, "--steps", "2", "--out", str(tmp_path / "run")])
+    assert seen == [(1, [1]), (2, [1, 2])]
+
+
 def test_how_far_the_kl_has_fallen_is_logged_and_said(tmp_path, capsys):
     out = str(tmp_path / "run")
     opsd.main([*BARE, "--steps", "5", "--state-every", "5", "--out", out])
