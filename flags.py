@@ -10,6 +10,7 @@ POSITIVE = {
     *("--vllm-memory", "--rounds", "--tokens", "--vocabulary"),
 }
 BELOW = {"--beta": 1, "--ema": 1, "--vllm-memory": 1, "--seed": 2**63, "--threads": 1025}
+AT_MOST = {"--top-p": 1}
 LAST = {  # flag: the one whose number is the last that it reaches
     **dict.fromkeys(("--eval-every", "--save-every", "--refresh", "--warmup"), "--steps"),
     "--reinject": "--max-new-tokens",
@@ -26,13 +27,13 @@ def complaint(flag, value, args, help):
     values = value if isinstance(value, list) else [value]
     for number in values:
         if type(number) in (int, float):
-            least = "above 0" if flag in POSITIVE else "0 or more"
-            limit = BELOW.get(flag, 2**31 if type(number) is int else math.inf)
-            if not 0 <= number < limit or number == 0 and flag in POSITIVE:
-                most = f"below {limit}" if limit < math.inf else "finite"
-                return f"{flag} {number}: must be {least} and {most}"
-            if flag == "--top-p" and number > 1:
-                return f"{flag} {number}: must be at most 1"
+            below = BELOW.get(flag, 2**31 if type(number) is int else math.inf)
+            most = AT_MOST.get(flag, math.inf)
+            if not 0 <= number < below or number > most or number == 0 and flag in POSITIVE:
+                least = "above 0" if flag in POSITIVE else "0 or more"
+                bound = "finite" if below == math.inf else f"below {below}"
+                bound = f"at most {most}" if flag in AT_MOST else bound
+                return f"{flag} {number}: must be {least} and {bound}"
         if number == "":
             return f"{flag}: is empty"
     if flag in LAST and value > value_of(args, LAST[flag]):

@@ -7,8 +7,8 @@ tokens; the student moves towards it by a masked per-token KL (eq. 1):
     L = mean over kept y of 1/|y| sum_t KL( student(. | x, y_<t) || teacher(. | x, c, y_<t) )
 
 Where this code departs from the paper, or fills in what it left open:
-1. Truncated rollouts are a third group beside correct and incorrect: the filters `all` and
-   `not-correct` keep them.
+1. Truncated rollouts are a third group beside correct and incorrect: the filters `all`,
+   `not-correct` and `truncated` keep them.
 2. --group N samples N responses a problem, each other's siblings (1: the paper). --resample N
    draws again until --batch x --group rollouts are kept, so that filters are compared at equal
    update size; 0 is the paper's single draw.
