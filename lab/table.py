@@ -163,20 +163,20 @@ def mechanism_table(part, seeds):
     return markdown(["branch", *(f"{k}: {key.replace('_', ' ')}" for k, key in columns)], rows)
 
 
-def pipelines_table(part, columns, seeds):
+def pipelines_table(part, columns, pair, seeds):
     """A row a pipeline, changes with their 95% interval over problems; then the means over the
     pipelines, with the interval over pipelines and that over the problems of these pipelines.
 
-    columns: {(branch, accuracy or length): its header}.
+    columns: {(branch, accuracy or length): its header}. pair: the branches that the last column
+    compares, the accuracy of the first minus that of the second.
     """
-    prefix = "settled-" if part == "settled" else ""
     found = [
         {branch_of(r["name"], seed): r for r in evaluation["records"] if r["group"] == "all"}
         for seed, evaluation in zip(seeds, evaluations(part, seeds), strict=True)
     ]
     before = [pipeline["rlvr"]["accuracy"] for pipeline in found]
     changes = {(b, key): [pipeline[b]["change"][key] for pipeline in found] for b, key in columns}
-    pairs = [changes[f"{prefix}{name}", "accuracy"] for name in ("incorrect", "correct")]
+    pairs = [changes[branch, "accuracy"] for branch in pair]
     gaps = [incorrect[0] - correct[0] for incorrect, correct in zip(*pairs, strict=True)]
     rows = [
         [str(seed), f"{accuracy:.1f}", *map(change, cells), f"{gap:+.1f}"]
@@ -201,6 +201,7 @@ OLD_COLUMNS = READING | {
     for name in ("correct", "incorrect")
     for key, key_name in (("accuracy", "points"), ("length", "length, %"))
 }
+OLD_PAIR, SETTLED_PAIR = ("incorrect", "correct"), ("settled-incorrect", "settled-correct")
 SETTLED_COLUMNS = READING | {
     (f"settled-{name}{after}", key): f"{name}{after or ', settled'}: {unit}"
     for name in ("correct", "incorrect")
@@ -310,10 +311,10 @@ def main(argv=None):
                 add(f"{part}-seeds", title, seeds_table(part, seeds[part]))
         tables["brief-roles"] = brief_table(parts["roles"])
         tables["brief-off"] = brief_table(parts["off"])
-        table = pipelines_table("settled", SETTLED_COLUMNS, args.seeds)
+        table = pipelines_table("settled", SETTLED_COLUMNS, SETTLED_PAIR, args.seeds)
         add("settled-pipelines", "Pipeline by pipeline, settled", table)
         add("way", "The way there, correct rollouts", way_table(args.seeds))
-        table = pipelines_table("filters", OLD_COLUMNS, args.old_seeds)
+        table = pipelines_table("filters", OLD_COLUMNS, OLD_PAIR, args.old_seeds)
         add("pipelines", "Pipeline by pipeline, 40 steps", table)
         bench = read_json(os.path.join(results.RESULTS, "gates", "gates.json.gz"))
         add("gates", "Token gates", gates.make_table(bench["records"]))
