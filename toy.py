@@ -6,7 +6,7 @@ Easy problems add and subtract digits. In a hard one, one digit is smudged: the 
 scans of it, a quick one, right with probability QUICK_RIGHT, and a careful one, right with
 CAREFUL_RIGHT. A first look takes the quick scan; a check looks at both and settles on a digit.
 So checks are redundant on easy steps, pay on hard ones, and some failures are nobody's slip:
-only a reference could tell. docs/world.md has the story.
+only a reference could tell.
 
 A leaf: it imports no other file of the project. A problem here is anything with `question` and
 `solution`; data.py makes a Problem of each row, as it does of a line of JSONL.

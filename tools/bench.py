@@ -97,13 +97,14 @@ def loss_cases(tokens, args):
 
 
 def step_cases(tokens, args):
-    """As opsd.py prepares it, on one rank and under torchrun."""
+    """As opsd.py prepares it, on one rank, with adapters, and under torchrun."""
     case = dict(model=args.model, tokens=tokens, dtype=args.dtype)
-    cases = {}
-    for launcher in ("python", "torchrun"):
-        cases[launcher] = case
-        cases[f"{launcher} --checkpointing"] = dict(case, flags=["--checkpointing"])
-    return cases
+    names = [
+        name + flag
+        for name in ("python", "python --lora 16", "torchrun")
+        for flag in ("", " --checkpointing")
+    ]
+    return {name: dict(case, flags=name.split()[1:]) for name in names}
 
 
 CASES = dict(loss=loss_cases, step=step_cases)
@@ -212,7 +213,7 @@ def main(argv=None):
     shape = args.model if args.what == "step" else f"V = {args.vocabulary:,}, D = {WIDTH:,}"
     for tokens in args.tokens:
         results = measured(CASES[args.what](tokens, args), args)
-        norms = [r["gradient"] for r in results.values()]
+        norms = [r["gradient"] for name, r in results.items() if "--lora" not in name]
         if norms and max(norms) > min(norms) * (1.001 if args.dtype == "float32" else 1.05):
             print(f"the gradients differ: norms {norms}")
         title = f"{args.what} of {tokens:,} tokens, {shape}, {args.dtype}, {machine}"
