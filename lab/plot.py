@@ -1,15 +1,19 @@
 """Figures of our pipelines from evaluations, as eval.py writes them or results/ keeps them.
 
     python -m lab.plot pairs settled-2*.json.gz settled-contexts-*.json.gz --out pairs
+    python -m lab.plot gate settled-gate-*.json.gz --out gate
     python -m lab.plot shift evaluation.json --out figure4
 
-pairs: changes by what the teacher reads and which responses are trained on. shift: problems
-repaired and damaged, a bar a branch, figure 4 of the paper. Several files are seeds of one thing
-where a name differs in its trailing -SEED alone. Figures of a run's own logs: tools/plot.py.
+pairs: changes by what the teacher reads and which responses are trained on. gate: the same without
+and with the gate `agreement`. shift: problems repaired and damaged, a bar a branch, figure 4 of the
+paper. Several files are seeds of one thing where a name differs in its trailing -SEED alone.
+Figures of a run's own logs: tools/plot.py.
 """
 
 if __name__ == "__main__":
     from launch import start
+
+from itertools import product
 
 import numpy as np
 
@@ -42,34 +46,64 @@ def changes(files):
     return found
 
 
-# Branch and label, from the top.
-ROWS = {
-    "settled-correct": "right reference,\ncorrect responses",
-    "settled-incorrect": "right reference,\nincorrect responses",
-    "settled-wrong-incorrect": "wrong reference,\nincorrect responses",
-    "settled-wrong-correct": "wrong reference,\ncorrect responses",
+HOW = {"": "all tokens", "agreement-": "only those the teacher would have written"}
+# {label: its branches}, from the top.
+PAIRS = {
+    "right reference,\ncorrect responses": ["settled-correct"],
+    "right reference,\nincorrect responses": ["settled-incorrect"],
+    "wrong reference,\nincorrect responses": ["settled-wrong-incorrect"],
+    "wrong reference,\ncorrect responses": ["settled-wrong-correct"],
+}
+REFERENCES = {
+    "": "its solution",
+    "other-": "another problem's solution",
+    "wrong-": "a wrong solution",
+    "instruction-": "an instruction, no solution",
+}
+GATE = {
+    f"{outcome} responses,\n{reference}": [f"settled-{how}{name}{outcome}" for how in HOW]
+    for outcome in ("all", "incorrect")
+    for name, reference in REFERENCES.items()
 }
 
 
 def pairs(axes, files):
     """Change of accuracy (left) and of length (right) by what the teacher reads and which responses
-    are trained on: a small dot a pipeline, a large one their mean with its 95% interval.
+    are trained on.
     """
-    found = changes(files)
+    colours = [[COLOURS[branches[0].rpartition("-")[2]]] for branches in PAIRS.values()]
+    dots(axes, changes(files), PAIRS, colours)
+
+
+def gate(axes, files):
+    """The same of all tokens, and of those alone that the teacher would have written too."""
+    colours = ["black", "#2166ac"]
+    dots(axes, changes(files), GATE, [colours] * len(GATE))
+    for name, colour in zip(HOW.values(), colours, strict=True):
+        axes.plot([], [], "o", color=colour, label=name)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    axes.figure.set_figheight(6)
+
+
+def dots(axes, found, rows, colours):
+    """A row a label, of each of its branches a small dot a pipeline and a large one, their mean
+    with its 95% interval.
+    """
     panels = ("accuracy", axes), ("length", axes.inset_axes([1.06, 0, 0.6, 1], sharey=axes))
-    for key, panel in panels:
-        for place, branch in enumerate(ROWS):
+    for (key, panel), (place, branches) in product(panels, enumerate(rows.values())):
+        for number, (branch, colour) in enumerate(zip(branches, colours[place], strict=True)):
             values = [r["change"][key][0] for r in found[branch]]
             mean, low, high = mean_interval(values)
-            outcome = branch.rpartition("-")[2]
-            style = dict(fmt="o", markersize=7, capsize=4, color=COLOURS[outcome], zorder=3)
             bars = None if low is None else [[mean - low], [high - mean]]
-            panel.errorbar(mean, place, xerr=bars, **style)
-            panel.plot(values, [place + 0.22] * len(values), "o", markersize=3, color="#9a9a9a")
+            style = dict(fmt="o", markersize=7, capsize=4, color=colour, zorder=3)
+            y = place + 0.4 * number
+            panel.errorbar(mean, y, xerr=bars, **style)
+            panel.plot(values, [y + 0.17] * len(values), "o", markersize=3, color="#9a9a9a")
+    for _, panel in panels:
         panel.axvline(0, color="black", linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
-    axes.set_ylim(len(ROWS) - 0.5, -0.5)
-    axes.set_yticks(range(len(ROWS)), ROWS.values())
+    axes.set_ylim(len(rows) - 0.3, -0.5)
+    axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel("change of accuracy, points")
     panels[1][1].tick_params(labelleft=False)
     panels[1][1].set_xlabel("change of length, percent")
@@ -96,7 +130,7 @@ def shift(axes, files):
     axes.legend(frameon=False, fontsize=8)
 
 
-FIGURES = {"pairs": pairs, "shift": shift}
+FIGURES = {"pairs": pairs, "gate": gate, "shift": shift}
 
 
 def main(argv=None):
