@@ -1,4 +1,4 @@
-"""The paper's experiments: the command of each, our result beside the paper's. For lab.table."""
+"""Our results beside the paper's, with the command of each experiment. For lab.table."""
 
 from typing import NamedTuple
 
@@ -190,3 +190,45 @@ def experiments_table(records):
         ours = f"repaired {mean(shift['repaired'])}, damaged {mean(shift['damaged'])}, "
         rows.append([place, f"`{EVAL} {SHIFT}`", ours + f"net {change(shift['net'])}", paper])
     return markdown(header, rows)
+
+
+# The small tables of README and of lab's pages, a row each: part, branch, its name there.
+PICKS = {
+    "front": [
+        ("settled", "settled-correct", "correct"),
+        ("settled", "settled-incorrect", "incorrect"),
+        ("settled", "settled-all", "all"),
+        ("settled-contexts", "settled-instruction-incorrect", "incorrect, `--context instruction`"),
+        ("settled-contexts", "settled-wrong-correct", "correct, `--context wrong`"),
+        ("settled-contexts", "settled-wrong-incorrect", "incorrect, `--context wrong`"),
+    ],
+    "other-than-the-paper": [
+        ("filters", "split", "all, `--divergence split`"),
+        ("baselines", "reinject-correct", "correct, `--reinject 32`"),
+        ("baselines", "reinject-all", "all, `--reinject 32`"),
+        ("order", "sft-correct", "correct, before RLVR"),
+        ("order", "sft-incorrect", "incorrect, before RLVR"),
+    ],
+    "wrong-references": [
+        ("contexts", "other-correct", "correct, `--context other`"),
+        ("contexts", "other-incorrect", "incorrect, `--context other`"),
+        ("roles", "wrong-correct", "correct, `--context wrong`"),
+        ("roles", "wrong-contrast", "the same, `--gate contrast` (c922497)"),
+        ("roles", "wrong-agreement", "the same, `--gate agreement`"),
+    ],
+}
+
+
+def picked_table(records, picks):
+    """With the paper's results, if it has any of these."""
+    found = {(r["part"], r["branch"]): r for r in records if r["group"] == "all"}
+    papers = {(e.part, e.branch): e.paper for e in EXPERIMENTS}
+    header, rows = ["answers trained on", "accuracy, points", "length, %"], []
+    for part, branch, name in picks:
+        r = found[part, branch]
+        paper = "filters" if part == "settled" else part, branch.removeprefix("settled-")
+        ours = change(r["accuracy_change"]), change(r["length_change"])
+        rows.append([name, *ours, papers.get(paper, "not run")])
+    if all(row[-1] == "not run" for row in rows):
+        return markdown(header, [row[:-1] for row in rows])
+    return markdown([*header, "the paper: Qwen3-8B / AceReason-7B"], rows)

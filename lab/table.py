@@ -1,8 +1,8 @@
 """The documents' tables from what reproduce.sh left in lab/results/: means over pipelines, a seed
 each, and their 95% intervals (Student's t over the pipelines).
 
-    python -m lab.table            # prints table.md, and writes it and table.json into lab/results/
-    python -m lab.table --docs     # and the tables in README.md and lab/
+    python -m lab.table            # prints all tables in full, and writes lab/results/table.md
+    python -m lab.table --docs     # and the few that stand in README.md and lab/
     python -m lab.table --check    # writes nothing; names each table that is stale, and exits with
                                    # 1 if one is
 
@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from lab import gates, results
-from lab.paper import EXPERIMENTS, experiments_table
+from lab.paper import PICKS, experiments_table, picked_table
 from lab.results import (
     FEW,
     OLD_SEEDS,
@@ -35,7 +35,7 @@ from lab.results import (
     mean_interval,
 )
 from lab.seeds import seeds_table
-from run import HERE, Parser, fail, write_json
+from run import HERE, Parser, fail
 from tools import markdown, read_json
 from tools.plot import read_lines
 
@@ -54,12 +54,25 @@ PARTS = {
     "contexts": Part("Contexts, 40 steps"),
     "order": Part("RLVR, and OPSD before it: changes against SFT"),
     "baselines": Part("Baselines and reinjection", "few"),
-    "off": Part("Thinking off: the answer alone", "few"),
+    "off": Part("Thinking off, the answer alone", "few"),
     "roles": Part("Roles, outcomes, gates against a wrong reference", "few"),
+    "by-outcome": Part("Only correct rollouts are shown the reference (commit c922497)", "few"),
+    "sft400": Part("SFT of 400 steps (commit c922497)", "few"),
+    "sft700": Part("SFT of 700 steps (commit c922497)", "few"),
+    "dial-correct": Part("Models on the line from RLVR to correct (commit c922497)", "few"),
+    "dial-incorrect": Part("Models on the line from RLVR to incorrect (commit c922497)", "few"),
     "real": Part("A pretrained model: filters after RLVR", "real"),
     "real-contexts": Part("A pretrained model: contexts", "real"),
     "real-order": Part("A pretrained model: OPSD before RLVR, changes against SFT", "real"),
     "real-long": Part("A pretrained model: 24 steps instead of 10", "real"),
+}
+HEAD = "# Every table in full\n\n[How to read them](../README.md#the-tables).\n"
+NO_TRACES = ("off", "dial-correct", "dial-incorrect")
+BENCHES = {
+    "gates": "Token gates; contrast: commit c922497",
+    "gates-slow": "A quarter of the learning rate (commit c922497)",
+    "gates-frozen": "Adam with the second moments of the ungated run, held (commit c922497)",
+    "gates-anchored": "Agreeing tokens kept; the pipelines of all other tables (commit c922497)",
 }
 
 
@@ -96,8 +109,6 @@ def collect(part, seeds):
         if rows[0]["change"]:
             for key in ("accuracy", "length"):
                 record[f"{key}_change"] = mean_interval([row["change"][key][0] for row in rows])
-            # A seed each: is the order of branches the same?
-            record["accuracy_changes"] = [row["change"]["accuracy"][0] for row in rows]
             record["shift"] = {
                 key: mean_interval([row["shift"][key] for row in rows])
                 for key in ("repaired", "damaged", "net")
@@ -139,28 +150,25 @@ def part_table(records):
     return markdown(header, rows)
 
 
-def brief_table(records):
-    """Changes of accuracy (points) and length (percent) over all problems, a row a branch."""
-    rows = [
-        [r["branch"], change(r["accuracy_change"]), change(r["length_change"])]
-        for r in records
-        if r["group"] == "all" and "accuracy_change" in r and " reading " not in r["branch"]
-    ]
-    return markdown(["branch", "accuracy, points", "length, %"], rows)
+MECHANISMS = [("easy", "checked"), ("hard", "checked"), ("hard", "careful_in_conflict")]
+MECHANISMS += [("hard", "right_if_checked"), ("hard", "first_right"), ("hard", "right")]
+TRACES = ["branch", *(f"{kind}: {key.replace('_', ' ')}" for kind, key in MECHANISMS)]
+# The rows of them on experiments.md.
+TRACE_PICKS = ["rlvr", "rlvr reading solution", "settled-correct", "settled-incorrect"]
+TRACE_PICKS += ["settled-wrong-correct", "settled-wrong-incorrect"]
 
 
-def mechanism_table(part, seeds):
-    """What the traces do on easy and on hard steps, in percent of such steps, means over seeds (see
-    lab/traces.py).
+def mechanisms(part, seeds):
+    """{branch: row}: what the traces do on easy and on hard steps, in percent of such steps, means
+    over seeds (see lab/traces.py).
     """
-    columns = [("easy", "checked"), ("hard", "checked"), ("hard", "first_right")]
-    columns += [("hard", "right_if_checked"), ("hard", "careful_in_conflict"), ("hard", "right")]
-    files, rows = [file["traces"] for file in evaluations(part, seeds)], []
+    files, rows = [file["traces"] for file in evaluations(part, seeds)], {}
     for names in zip(*files, strict=True):
         tables = [file[name] for file, name in zip(files, names, strict=True)]
-        means = [np.mean([table[kind][key] for table in tables]) for kind, key in columns]
-        rows.append([branch_of(names[0], seeds[0]), *(f"{value:.1f}" for value in means)])
-    return markdown(["branch", *(f"{k}: {key.replace('_', ' ')}" for k, key in columns)], rows)
+        means = [np.mean([table[kind][key] for table in tables]) for kind, key in MECHANISMS]
+        branch = branch_of(names[0], seeds[0])
+        rows[branch] = [branch, *(f"{value:.1f}" for value in means)]
+    return rows
 
 
 def pipelines_table(part, columns, pair, seeds):
@@ -238,29 +246,6 @@ def way_table(seeds):
     return markdown(header, rows)
 
 
-# Rows of README's table: (part, branch, its name there).
-FRONT = [
-    ("settled", "correct", "correct"),
-    ("settled", "incorrect", "incorrect"),
-    ("settled", "all", "all"),
-    ("settled-contexts", "instruction-incorrect", "incorrect, `--context instruction`"),
-    ("settled-contexts", "wrong-correct", "correct, `--context wrong`"),
-    ("settled-contexts", "wrong-incorrect", "incorrect, `--context wrong`"),
-]
-
-
-def front_table(records):
-    found = {(r["part"], r["branch"]): r for r in records if r["group"] == "all"}
-    papers = {(e.part, e.branch): e.paper for e in EXPERIMENTS}
-    header = ["answers trained on", "accuracy, points", "length, %"]
-    rows = []
-    for part, branch, name in FRONT:
-        r = found[part, f"settled-{branch}"]
-        ours = change(r["accuracy_change"]), change(r["length_change"])
-        rows.append([name, *ours, papers.get(("filters", branch), "not run")])
-    return markdown([*header, "the paper: Qwen3-8B / AceReason-7B"], rows)
-
-
 # ------------------------------------------------------------------------------------------------
 # Writing
 
@@ -290,11 +275,11 @@ def main(argv=None):
     groups = dict(new=args.seeds, old=args.old_seeds, few=args.old_seeds[:FEW])
     groups["real"] = args.real_seeds
     seeds = {part: groups[PARTS[part].seeds] for part in PARTS}
-    tables, text = {}, []
+    tables, traces, text = {}, {}, [HEAD]
 
     def add(name, title, table):
         tables[name] = table
-        text.append(f"**{title}**\n\n{table}\n")
+        text.append(f"## {name}\n\n{title}.\n\n{table}\n")
 
     try:
         parts = {part: collect(part, seeds[part]) for part in PARTS}
@@ -302,27 +287,28 @@ def main(argv=None):
         for part, rows in parts.items():
             add(part, f"{PARTS[part].title}; pipelines: {len(seeds[part])}", part_table(rows))
         for part in PARTS:
-            real = PARTS[part].seeds == "real"
-            if part != "off" and not real:
-                title = f"What the traces do, percent of easy and of hard steps: {part}"
-                add(f"mechanism-{part}", title, mechanism_table(part, seeds[part]))
-            if real:
+            if PARTS[part].seeds == "real":
                 title = f"{PARTS[part].title}, seed by seed"
                 add(f"{part}-seeds", title, seeds_table(part, seeds[part]))
-        tables["brief-roles"] = brief_table(parts["roles"])
-        tables["brief-off"] = brief_table(parts["off"])
+            elif part not in NO_TRACES:
+                traces[part] = mechanisms(part, seeds[part])
+                table = markdown(TRACES, traces[part].values())
+                add(f"mechanism-{part}", f"What the traces do: {part}", table)
+        found = traces["settled-contexts"] | traces["settled"]
+        tables["traces"] = markdown(TRACES[:5], [found[branch][:5] for branch in TRACE_PICKS])
         table = pipelines_table("settled", SETTLED_COLUMNS, SETTLED_PAIR, args.seeds)
         add("settled-pipelines", "Pipeline by pipeline, settled", table)
-        add("way", "The way there, correct rollouts", way_table(args.seeds))
+        add("way", "The way there, correct rollouts (256 problems)", way_table(args.seeds))
         table = pipelines_table("filters", OLD_COLUMNS, OLD_PAIR, args.old_seeds)
         add("pipelines", "Pipeline by pipeline, 40 steps", table)
-        bench = read_json(os.path.join(results.RESULTS, "gates", "gates.json.gz"))
-        add("gates", "Token gates", gates.make_table(bench["records"]))
+        for name, title in BENCHES.items():
+            bench = read_json(os.path.join(results.RESULTS, "gates", f"{name}.json.gz"))
+            add(name, title, gates.make_table(bench["records"]))
     except OSError as error:
         fail(f"{error.filename}: no such file; run lab/reproduce.sh first")
     add("experiments", "The paper's experiments", experiments_table(records))
     text = "\n".join(text)
-    tables["front"] = front_table(records)
+    tables |= {name: picked_table(records, picks) for name, picks in PICKS.items()}
 
     documents = [os.path.join(HERE, "README.md"), *glob.glob(os.path.join(HERE, "lab", "*.md"))]
     updated = {path: update(path, tables) for path in sorted(documents)}
@@ -337,7 +323,6 @@ def main(argv=None):
         print("\n".join(f"stale: {name}" for name in stale) or "every table is as the results say")
         raise SystemExit(1 if stale else 0)
     write_text(os.path.join(results.RESULTS, "table.md"), text)
-    write_json(os.path.join(results.RESULTS, "table.json"), dict(seeds=args.seeds, records=records))
     for path, (content, _) in updated.items() if args.docs else ():
         write_text(path, content)
     print(text)

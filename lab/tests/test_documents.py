@@ -10,9 +10,10 @@ from run import HERE
 from tests.test_documents import commands, follow_links, parse_commands, text_of
 
 PAGES = sorted(glob.glob("lab/*.md", root_dir=HERE))
+RESULTS = sorted(glob.glob("lab/results/*.md", root_dir=HERE))
 
 
-@pytest.mark.parametrize("page", [*PAGES, "lab/reproduce.sh"])
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS, "lab/reproduce.sh"])
 def test_commands_parse_and_links_lead_somewhere(page):
     if page.endswith(".sh"):
         modules = [name for name, _ in commands(page)]

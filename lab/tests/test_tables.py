@@ -1,6 +1,7 @@
 """The laboratory's tables and figures; the pretrained model's problems."""
 
 import gzip
+import itertools
 import json
 import os
 
@@ -57,8 +58,9 @@ def test_pretrained_problems_end_right_and_traces_only_add_checks():
 BRANCHES = {part: [e.branch for e in paper.EXPERIMENTS if e.part == part] for part in table.PARTS}
 SETTLED = ["correct", "incorrect", "all"]
 BRANCHES["settled"] = [f"settled-{name}{after}" for name in SETTLED for after in (" after 40", "")]
-CONTROLS = ("instruction-incorrect", "wrong-correct", "wrong-incorrect")
-BRANCHES["settled-contexts"] = [f"settled-{name}" for name in CONTROLS]
+for picked, branch, _ in itertools.chain(*paper.PICKS.values()):
+    if branch not in BRANCHES[picked]:
+        BRANCHES[picked].append(branch)
 
 
 def pairs(part, seed):
@@ -118,10 +120,11 @@ def way():
 
 
 def write_bench(path):
-    """A bench with one gate."""
+    """Benches with one gate."""
     keys = ("accuracy", "length", "gate_mass", "gradient", *gates.KINDS)
     record = dict(gate="the-digit", filter="incorrect", **{key: (0.5, 0.25, 0.75) for key in keys})
-    write_gz(path / "gates" / "gates.json.gz", json.dumps(dict(records=[record])))
+    for name in table.BENCHES:
+        write_gz(path / "gates" / f"{name}.json.gz", json.dumps(dict(records=[record])))
 
 
 @pytest.fixture
@@ -133,7 +136,9 @@ def results(tmp_path, monkeypatch):
     for seed in (1, 2):
         write_results(tmp_path, seed)
     write_bench(tmp_path)
-    write(tmp_path / "README.md", "before", "<!-- experiments -->", "old", "<!-- end -->", "after")
+    names = "experiments", "other-than-the-paper", "wrong-references", "traces"
+    marks = [line for name in names for line in (f"<!-- {name} -->", "old", "<!-- end -->")]
+    write(tmp_path / "README.md", "before", *marks, "after")
     monkeypatch.setattr(table, "HERE", str(tmp_path))
     monkeypatch.setattr(results_module, "RESULTS", str(tmp_path))
     return tmp_path
@@ -151,6 +156,11 @@ def test_tables_from_the_runs_own_files(results, capsys):
         "-4.2 pp, -33%",
     ]
     assert f"| {' | '.join(row)} |" in readme
+    ours = "+25.0 [+25.0, +25.0] | -21.5 [-27.9, -15.1]"
+    assert f"\n| all, `--reinject 32` | {ours} | -4.2 pp, -33% |\n" in readme
+    assert f"\n| correct, `--context other` | {ours} |\n" in readme  # none of these is the paper's
+    traces = readme.split("<!-- traces -->\n")[1].split("\n")[2:-3]
+    assert [row.split(" | ")[0] for row in traces] == [f"| {name}" for name in table.TRACE_PICKS]
     printed = capsys.readouterr().out
     of_gate = "+0.5 [+0.2, +0.8]; +0%"
     assert f"| the-digit | 50.0 | 50.0 | 50.0 | 50.0 | 0.500 | {of_gate} |" in printed
@@ -216,7 +226,7 @@ def test_check_names_the_tables_that_are_stale_and_writes_nothing(results, capsy
         table.main("--seeds 1 2 --old-seeds 1 2 --real-seeds 1 2 --check".split())
     assert stop.value.code == 0 and "stale" not in capsys.readouterr().out
     readme = results / "README.md"
-    readme.write_text(readme.read_text().replace("+25.0", "+26.0"))
+    readme.write_text(readme.read_text().replace("+25.0", "+26.0", 1))
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stop:
         table.main("--seeds 1 2 --old-seeds 1 2 --real-seeds 1 2 --check".split())
