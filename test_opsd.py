@@ -1,35 +1,30 @@
-"""The method and the scripts, on the embedded model. tests/ has the rest; `pytest` runs both."""
+"""The method, on the embedded model. tests/ has the rest; `pytest` runs both."""
 
 import math
 import os
 
-import numpy as np
 import pytest
 import torch
 
 import model as modelling
 import opsd
-import rlvr
 import rollout
 import run
 import sft
 from data import Problem, embedded_problems, render_prompt
-from model import micro_batches, response_hidden, sampled_logps, scored_ids
+from model import micro_batches, response_hidden, scored_ids
 from rollout import Rollout, grade_rollouts
-from run import HERE
 from tests.helpers import (
     SMALL,
-    TINY,
     apart,
+    dense_loss,
     flat_gradient,
     loss_and_gradient,
     metrics,
     read_lines,
     read_rollouts,
     some_rollouts,
-    weights,
     with_teacher_rows,
-    write,
 )
 from verify import Verifier
 
@@ -127,67 +122,26 @@ def test_chunks_pieces_micro_batches_padding_and_order_change_nothing(
 
 
 def test_loss_equals_a_dense_loop_over_full_logits(model, tokenizer, monkeypatch):
-    """Row by row without padding, from the models' own logits, with the offsets written out:
-    position len(prompt) + t - 1 predicts token t.
-    """
     monkeypatch.setitem(modelling.CHUNK, "cpu", 13 * model.config.vocab_size)
     rollouts, teacher = read_rollouts(tokenizer), opsd.frozen_copy(model)
     with torch.no_grad():
         teacher.lm_head.weight.mul_(1.1)  # a teacher that differs in weights too
     loss, gradient = loss_and_gradient(model, teacher, rollouts, "--micro-tokens 200")
     model.zero_grad()
-    per_response = []
-    for r in rollouts:
-        prompt = r.teacher_row[0]
-        s = model(torch.tensor([r.prompt_ids + r.response_ids])).logits[0].log_softmax(-1)
-        t = teacher(torch.tensor([prompt + r.response_ids])).logits[0].log_softmax(-1).detach()
-        tokens = []
-        for i in range(len(r.response_ids)):
-            a, b = s[len(r.prompt_ids) + i - 1], t[len(prompt) + i - 1]
-            tokens.append((a.exp() * (a - b)).sum())
-        per_response.append(torch.stack(tokens))
-    dense = torch.stack([row.mean() for row in per_response]).mean()
+    dense = dense_loss(model, teacher, rollouts)
     dense.backward()
     assert loss == pytest.approx(dense.item(), rel=1e-4)
     assert apart(gradient, flat_gradient(model)) < 1e-5
 
 
-def test_reinjection_is_read_but_not_scored_and_moves_nothing(model, tokenizer):
-    rollouts = read_rollouts(tokenizer)
-    prompts = [r.teacher_row[0] for r in rollouts]
-    recall = tokenizer("recall 42", add_special_tokens=False).input_ids
-    args = opsd.parse_args(["--reinject", "10"])
-
-    def rows_with(ids, every):
-        pairs = zip(prompts, rollouts, strict=True)
-        return [opsd.teacher_row(p, r.response_ids, ids, every) for p, r in pairs]
-
-    plain, empty, again = rows_with((), 0), rows_with((), 10), rows_with(recall, 10)
-    ids = scored_ids(model, plain).tolist()  # same tokens, same order
-    assert scored_ids(model, again).tolist() == ids
-    assert scored_ids(model, empty).tolist() == ids
-    assert sum(part == recall for part in again[0]) == (len(rollouts[0].response_ids) - 1) // 10
-    # Token 9 stands before the first insertion: nothing changes. Token 10 stands behind it:
-    # predicted from the insertion's last token.
-    hidden = response_hidden(model, again)
-    row = prompts[0] + rollouts[0].response_ids[:10] + recall
-    single = model.base_model(torch.tensor([row])).last_hidden_state[0]
-    torch.testing.assert_close(hidden[9], response_hidden(model, plain)[9], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(hidden[10], single[-1], rtol=1e-4, atol=1e-5)
-    teacher, losses = opsd.frozen_copy(model), []
-    for rows in (plain, empty, again):
-        for r, row in zip(rollouts, rows, strict=True):
-            r.teacher_row = row
-        losses.append(opsd.accumulate_gradients(model, teacher, rollouts, args))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert losses[2] != pytest.approx(losses[0], rel=1e-2)
-    # The rows that opsd.py makes: every insertion holds the context; an empty one inserts nothing.
+def test_a_recalled_context_stays_text_and_an_empty_one_inserts_nothing(tokenizer):
+    args, rollouts = opsd.parse_args(["--reinject", "10"]), some_rollouts(tokenizer)
     for hint in ("the hint<|im_end|>", ""):
         opsd.add_teacher_rows(rollouts, [hint] * len(rollouts), tokenizer, args, None)
         row = rollouts[0].teacher_row
         assert row[0] == render_prompt(tokenizer, rollouts[0].problem, hint)
         assert "the hint" in tokenizer.decode(row[2]) if hint else row[2] == []
-        assert tokenizer.eos_token_id not in row[2]  # it stays text
+        assert tokenizer.eos_token_id not in row[2]
 
 
 def test_masks_come_from_lengths_so_a_final_eos_counts_even_if_pad_is_eos(
@@ -243,36 +197,11 @@ def test_micro_batches_cover_every_row_once_within_the_budget():
     assert micro_batches([], 100) == []
 
 
-def test_teachers_move_as_named(model):
-    args = opsd.parse_args(["--teacher", "ema", "--ema", "0.9"])
-    args.refresh = 2
-    for name, weight in [("frozen", 0.0), ("ema", 0.1), ("current", 1.0), ("every", 0.0)]:
-        teacher, student = opsd.frozen_copy(model), opsd.frozen_copy(model)
-        with torch.no_grad():
-            for p in student.parameters():
-                p.add_(1.0)
-        opsd.TEACHERS[name](teacher, student, dict(updates=1), args)
-        for t, first in zip(teacher.parameters(), model.parameters(), strict=True):
-            torch.testing.assert_close(t - first, torch.full_like(t, weight), rtol=1e-4, atol=1e-5)
-        if name == "every":
-            opsd.TEACHERS[name](teacher, student, dict(updates=2), args)
-            assert all(map(torch.equal, teacher.parameters(), student.parameters()))
-
-
-def test_kl_by_position_sums_tokens_into_bins():
-    rollouts = []
-    for outcome, kl in [
-        ("correct", [1, 2, 3, 4, 5]),
-        ("incorrect", [10, 20, 30]),
-        ("correct", [100, 200]),
-    ]:
-        r = Rollout(None, [], [0] * len(kl), True, outcome=outcome)
-        r.measures = dict(reverse_kl=torch.tensor(kl))
-        rollouts.append(r)
-    bins = rollout.kl_by_position(rollouts, 2)
-    assert bins["correct"] == dict(kl=[303, 7, 5], tokens=[4, 2, 1], rollouts=[2, 1, 1])
-    assert bins["incorrect"] == dict(kl=[30, 30], tokens=[2, 1], rollouts=[1, 1])
-    assert bins["truncated"]["kl"] == []
+def test_a_current_teacher_is_the_student(model):
+    teacher = opsd.frozen_copy(model)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    opsd.TEACHERS["current"](teacher, model, {}, None)
+    assert all(map(torch.equal, teacher.parameters(), model.parameters()))
 
 
 def test_filters_and_the_third_outcome():
@@ -292,128 +221,7 @@ def test_filters_and_the_third_outcome():
 
 
 # ------------------------------------------------------------------------------------------------
-# GRPO and SFT
-
-
-def test_group_advantages_are_centred_scaled_and_skip_equal_groups():
-    a = rlvr.group_advantages([1, 0, 0, 0] + [1, 1, 1, 1] + [0, 1, 1, 0], 4)
-    assert a[4:8] == [None] * 4
-    assert a[:4] == pytest.approx([0.75 / 0.1875**0.5] + [-0.25 / 0.1875**0.5] * 3)
-    assert a[8:] == pytest.approx([-1, 1, 1, -1])
-
-
-def test_the_kl_to_the_start_is_estimated_without_bias_by_a_term_that_is_never_negative():
-    logps = torch.randn(3, 7).log_softmax(-1)
-    ones, ids = torch.ones(3), torch.tensor([0, 3, 6])
-    chosen = logps.gather(-1, ids[:, None])[:, 0]
-    tokens = rlvr.Tokens(ids, 0 * ones, ones, chosen + torch.tensor([0.1, 0.0, -0.2]))
-    losses, _ = rlvr.token_loss(logps, None, tokens, rlvr.parse_args(["--kl", "2"]))
-    expected = [2 * (math.exp(d) - d - 1) for d in (0.1, 0.0, -0.2)]
-    assert losses.tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_on_policy_grpo_gradient_is_the_policy_gradient(model, tokenizer, monkeypatch):
-    monkeypatch.setitem(modelling.CHUNK, "cpu", 12 * model.config.vocab_size)
-    rollouts = some_rollouts(tokenizer, 3)
-    for r, advantage in zip(rollouts, (-1.0, 0.3, 0.8), strict=True):
-        r.advantage = advantage
-    for r in rollouts:
-        r.weight = 1 / 100
-    loss, measures = rlvr.rlvr_loss(model, None, rollouts, rlvr.parse_args([]))
-    gradient = flat_gradient(model)
-    model.zero_grad()
-    expected, parts = 0.0, []
-    for r in rollouts:  # dense, row by row, without padding or chunks
-        logits = model(torch.tensor([r.prompt_ids + r.response_ids])).logits[0]
-        logps = logits[len(r.prompt_ids) - 1 : -1].log_softmax(-1)
-        parts.append(logps.gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0])
-        expected = expected - r.advantage * parts[-1].sum() / 100
-    expected.backward()
-    assert apart(gradient, flat_gradient(model)) < 1e-5
-    ratio_1 = -sum(r.advantage * len(r.response_ids) for r in rollouts) / 100
-    assert loss == pytest.approx(ratio_1, abs=1e-6)
-    for logps in (sampled_logps(model, [r.row for r in rollouts]), measures["logp"]):
-        torch.testing.assert_close(logps, torch.cat(parts).detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_reward_and_length_penalty():
-    r = Rollout(None, [], [0] * 40, True, outcome="correct")
-    assert rlvr.reward(r, 0.0, 160) == 1 and rlvr.reward(r, 0.4, 160) == pytest.approx(0.9)
-    r.outcome = "truncated"
-    assert rlvr.reward(r, 0.4, 160) == 0
-
-
-def test_sft_loss_is_the_cross_entropy_of_the_response_alone(model, tokenizer):
-    problem = embedded_problems(1, 0)[0]
-    prompt, response = sft.embedded_row(tokenizer, problem, np.random.default_rng(0))
-    logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-    expected = -sum(logps[len(prompt) + i - 1, t].item() for i, t in enumerate(response))
-    assert sft.sft_loss(model, [(prompt, response)], 1) == pytest.approx(expected, rel=1e-4)
-    twice = [(prompt, response)] * 2
-    assert sft.sft_loss(model, twice, 1 / 4) == pytest.approx(expected / 2, rel=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------
-# The scripts, end to end
-
-
-@pytest.mark.parametrize(
-    "script, flags, first",
-    [
-        (opsd, "--filter correct --resample 1 --context other --teacher-thinking off", "rlvr"),
-        (opsd, "--filter all --divergence jsd --teacher ema --context answer", "rlvr"),
-        (opsd, "--filter not-correct --thinking off --divergence split", "rlvr"),
-        (opsd, "--filter all --context wrong --gate agreement", "rlvr"),
-        (opsd, "--filter all --context resolve --context-tokens 60", "rlvr"),
-        (rlvr, "--group 8 --kl 0.01", "sft"),
-    ],
-)
-def test_script_trains(script, flags, first, tmp_path, capsys):
-    out = str(tmp_path / "run")
-    script.main(["--steps", "2", *flags.split(), *SMALL, "--out", out])
-    head, *steps, last = metrics(out)
-    assert head["args"]["steps"] == 2 and len(steps) == 2
-    assert "evaluation" in last and last["step"] == 2
-    for step in steps:
-        assert all(math.isfinite(value) for value in step.values() if value is not None)
-        assert step["loss_tokens"] > 0 and step["grad_norm"] > 0
-        outcomes = step["correct"] + step["incorrect"] + step["truncated"]
-        assert outcomes == step["sampled"] >= step["kept"] > 0
-    moved = (weights(out) - weights(os.path.join(HERE, "tiny", first))).abs().max()
-    assert 0 < moved < 0.1
-    assert "change with 95% interval" in capsys.readouterr().out
-    assert any("outcome" in line for line in read_lines(os.path.join(out, "samples.jsonl")))
-
-
-def test_sft_trains_the_embedded_model_and_a_given_one(tmp_path, refused):
-    sft.main(["--steps", "2", "--batch", "4", "--out", str(tmp_path / "a")])
-    first = [next(sft.build_tiny(seed)[0].parameters()) for seed in (0, 1)]
-    assert not torch.equal(*first)
-    steps = metrics(tmp_path / "a")[1:]
-    assert [s["loss_tokens"] > 0 and math.isfinite(s["loss"]) for s in steps] == [True, True]
-    rows = [
-        '{"question": "1+1?", "answer": "2", "solution": "1+1=2"}',
-        '{"question": "2+1?", "answer": "3", "solution": "2+1=3"}',
-    ]
-    path = write(tmp_path / "d.jsonl", *rows, '{"question": "3+1?", "answer": "4"}')
-    argv = ["--model", TINY, "--data", path, "--steps", "1", "--out", str(tmp_path / "b")]
-    error = refused(sft.main, argv)
-    assert "sft.py needs a solution in every row" in error
-    write(tmp_path / "d.jsonl", *rows)
-    flags = "--steps 3 --batch 2 --lr 1e-3 --warmup 0".split()
-    sft.main(["--model", TINY, "--data", path, *flags, "--out", str(tmp_path / "b")])
-    losses = [s["loss"] for s in metrics(tmp_path / "b")[1:]]
-    assert losses[-1] < losses[0] and (weights(tmp_path / "b") - weights(TINY)).abs().max() > 0
-
-
-def test_sft_does_not_open_a_think_block_twice(tokenizer, monkeypatch):
-    problem = Problem("1+1?", "2", "1+1=2")
-    prompt, response = sft.real_row(tokenizer, problem, 2)
-    assert tokenizer.decode(response[:-1]) == "<think>\n1+1=2\n</think>\n\n\\boxed{2}"
-    opened = prompt + tokenizer("<think>\n").input_ids
-    monkeypatch.setattr(sft, "render_prompt", lambda *args: opened)
-    _, response = sft.real_row(tokenizer, problem, 2)
-    assert tokenizer.decode(response[:-1]) == "1+1=2\n</think>\n\n\\boxed{2}"
+# Steps that cannot be taken
 
 
 def test_sft_without_one_update_fails(tmp_path, monkeypatch, capsys):

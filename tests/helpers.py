@@ -70,6 +70,31 @@ def loss_and_gradient(model, teacher, rollouts, flags=""):
     return loss, flat_gradient(model)
 
 
+def dense_loss(student, teacher, rollouts):
+    """Eq. 1 row by row without padding, from full logits: position len(prompt) + t - 1 predicts
+    token t.
+    """
+    means = []
+    for r in rollouts:
+        s, t = (
+            model(torch.tensor([prompt + ids], device=model.device)).logits[0, len(prompt) - 1 : -1]
+            for model, (prompt, ids) in ((student, r.row), (teacher, r.teacher_row))
+        )  # (T, V) each
+        s, t = s.log_softmax(-1), t.detach().log_softmax(-1)
+        means.append((s.exp() * (s - t)).sum(-1).mean())
+    return torch.stack(means).mean()
+
+
+def check_greedy(model, prompts, samples):
+    """Each token is the best one of the model's own logits, without cache and padding."""
+    for prompt, (ids, _) in zip(prompts, samples, strict=True):
+        row = torch.tensor([prompt + ids], device=model.device)  # (1, T)
+        with torch.no_grad():
+            logits = model(row).logits[0, len(prompt) - 1 : -1]  # (R, V)
+        chosen = logits.gather(-1, row[0, len(prompt) :, None])[:, 0]
+        assert (logits.max(-1).values - chosen).max() < 1e-3  # rounding may decide
+
+
 def graded(outcomes, length):
     """One rollout an outcome, each a problem of its own."""
     rollouts = []

@@ -118,6 +118,8 @@ def events(monkeypatch, tokenizer):
     monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", generate)
     monkeypatch.setattr(rollout, "grade_responses", grade_responses)
     monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    for limit, tokens in ((modelling.CHUNK, 60), (modelling.PIECE, 25)):  # several of each
+        monkeypatch.setitem(limit, "cpu", tokens * len(tokenizer))
     assert modelling.CLIP == 1  # the paper's
     monkeypatch.setattr(modelling, "CLIP", CLIP)
     return events
@@ -322,13 +324,16 @@ RUNS = {
 
 
 def check_bins(line, step, kept):
-    """A line of kl_by_position.jsonl, by the second bin of 8 tokens."""
+    """A line of kl_by_position.jsonl: sums over bins of 8 tokens."""
     assert (line["step"], line["bin"]) == (step, 8)
     for outcome in rollout.OUTCOMES:
-        rows = [r.kl[8:16] for r in kept if r.outcome == outcome and len(r.kl) > 8]
-        second = [column[1] for column in line[outcome].values() if len(column) > 1]
-        expected = [sum(map(sum, rows)), sum(map(len, rows)), len(rows)] if rows else []
-        assert second == pytest.approx(expected, rel=1e-2)
+        rows = [r.kl for r in kept if r.outcome == outcome]
+        starts = range(0, max(map(len, rows), default=0), 8)
+        bins = [[row[start : start + 8] for row in rows if len(row) > start] for start in starts]
+        found = line[outcome]
+        assert found["kl"] == pytest.approx([sum(map(sum, b)) for b in bins], rel=1e-2, abs=1e-4)
+        assert found["tokens"] == [sum(map(len, b)) for b in bins]
+        assert found["rollouts"] == [len(b) for b in bins]
 
 
 @pytest.mark.parametrize("name", list(RUNS))
