@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 
 import pytest
@@ -47,6 +48,14 @@ REFUSED = [
     (show, SHOW + "--context-tokens 9", "--context-tokens: read only with --context reflection"),
     (bench, "loss --model tiny", "--model: of step, not of loss"),
     (bench, "step --vocabulary 9", "--variants, --vocabulary: of loss, not of step"),
+    # Nothing could come of them.
+    (opsd, "--filter corect", "--filter"),
+    (opsd, "--gate gap", "--gate gap: needs --gate-above or --gate-below"),
+    (opsd, "--divergence split", "--divergence split: --filter correct keeps one outcome only"),
+    (opsd, "--context sibling", "--context sibling: a response has siblings only with --group 2"),
+    (opsd, "--lora 4 --teacher ema", "--teacher ema: with --lora it is the student"),
+    (evaluation, EVAL + "--context sibling --samples 1", "only with --samples 2 or more"),
+    (show, "", "--out"),
     # Beyond the last.
     (opsd, "--steps 2 --eval-every 3", "--eval-every 3: beyond --steps 2"),
     (opsd, "--steps 2 --save-every 3", "--save-every 3: beyond --steps 2"),
@@ -55,6 +64,11 @@ REFUSED = [
     (sft, "--steps 50 --warmup 51", "--warmup 51: beyond --steps 50"),
     # Numbers.
     (opsd, "--seed 99999999999999999999", "--seed 99999999999999999999: must be 0 or more and"),
+    (opsd, "--steps 0", "--steps 0: must be above 0"),
+    (opsd, "--refresh 0", "--refresh 0: must be above 0"),
+    (opsd, "--ema 1", "--ema 1.0: must be 0 or more and below 1"),
+    (opsd, "--top-p 1.5", "--top-p 1.5: must be above 0 and at most 1"),
+    (opsd, "--gate gap --gate-above -1", "--gate-above -1.0: must be 0 or more"),
     (opsd, "--threads 100000", "--threads 100000: must be 0 or more and below 1025"),
     (opsd, "--temperature inf", "--temperature inf: must be 0 or more and finite"),
     (opsd, "--lr nan", "--lr nan: must be above 0 and finite"),
@@ -129,9 +143,14 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
     row = '{"question": "1+1?", "answer": "2", "solution": "2"}'
     half = row.replace("1+1?", "\\ud800")
     write(tmp_path / "good.jsonl", row)
+    write(tmp_path / "bare.jsonl", row, '{"question": "2?", "answer": "2"}')
     write(tmp_path / "half.jsonl", row, half)
+    write(tmp_path / "long.jsonl", row.replace("1+1?", "long " * 3000))
     write(tmp_path / "deep.json", "[" * 5000)
-    (tmp_path / "dir.jsonl").mkdir()
+    for name in ("notes.txt", "broken.parquet"):
+        write(tmp_path / name, "hello")
+    for name in ("dir.jsonl", "taken"):
+        (tmp_path / name).mkdir()
     for name, text in (("list", "[1]"), ("number", '{"args": 3}')):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "metrics.jsonl", text)
@@ -142,7 +161,18 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
     ends = changed_model(tmp_path / "ends")
     write(tmp_path / "ends" / "generation_config.json", '{"eos_token_id": [3, 99999]}')
     bare = "--threads 1 --batch 1 --steps 1 --filter all --eval-problems 0".split()
+    before = os.listdir(tmp_path)
     cases = (
+        ("--data missing.jsonl", "missing.jsonl"),
+        ("--data notes.txt", "notes.txt"),
+        ("--data broken.parquet", "broken.parquet"),
+        ("--data long.jsonl", "--max-new-tokens 160: no prompt leaves room"),
+        ("--data bare.jsonl", "--context solution: needs a solution, and problem 2 of 2 has none"),
+        ("--data good.jsonl --context given", "needs a context, and problem 1 of 1"),
+        ("--max-new-tokens 5000", "--max-new-tokens 5000"),
+        ("--model nowhere", "--model nowhere"),
+        ("--device cuda:7", "--device cuda:7"),
+        ("--out taken", "--out taken: exists already"),
         ("--data half.jsonl", "half.jsonl, line 2: not JSON ("),
         ("--data deep.json", "deep.json: begins like a JSON array, but is not JSON ("),
         ("--data dir.jsonl", "--data dir.jsonl: a directory"),
@@ -155,6 +185,11 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
     )
     for line, complaint in cases:
         assert complaint in refused(opsd.main, [*bare, *line.split()]), line
+    assert os.listdir(tmp_path) == before
+    argv = f"--model {TINY} --data bare.jsonl".split()
+    assert "sft.py needs a solution in every row" in refused(sft.main, argv)
+    few = "--contexts sibling --problems 2 --draw 2 --threads 1".split()
+    assert "none of the 2 responses has one" in refused(show.main, [*SHOW.split(), *few])
     monkeypatch.setattr(evaluation.samplers, "make_sampler", None)  # before anything is sampled
     for line, complaint in (
         (f"--model {TINY} {other}", f"--model {other}: another tokenizer than {TINY}'s"),

@@ -4,14 +4,12 @@ import json
 
 import pytest
 
-import eval as evaluation
 import opsd
 import rollout
 import toy
 from data import INSTRUCTION, embedded_problems, problem_batch
 from run import tiny
-from tests.helpers import TINY, metrics, write
-from tools import show
+from tests.helpers import metrics, write
 
 
 def train(flags, folder, monkeypatch):
@@ -82,23 +80,3 @@ def test_a_rows_own_text_is_read_as_it_is(tokenizer, tmp_path, monkeypatch):
         for r in kept:
             text = f"?\n\n{{Add}} {r.problem.question[0]}.\n\n{INSTRUCTION}"
             assert text in tokenizer.decode(r.teacher_row[0])
-
-
-@pytest.mark.parametrize(
-    "script, flags, complaint",
-    [
-        (opsd, "--context given", "--context given: needs a context, and problem 1 of "),
-        (evaluation, f"--model {TINY} --context sibling --samples 1", "only with --samples 2"),
-        (evaluation, f"--model {TINY} --context given", "--context given: needs a context, and"),
-        (
-            show,
-            "--contexts sibling --problems 2 --draw 2 --threads 1",
-            "--contexts sibling: none of the 2 resp",
-        ),
-    ],
-)
-def test_what_has_no_siblings_or_text_is_one_line(script, flags, complaint, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        script.main([*flags.split(), "--out", str(tmp_path / "x")])
-    error = capsys.readouterr().err
-    assert complaint in error and error.count("\n") == 1

@@ -137,13 +137,6 @@ def test_states_hold_what_is_trained_and_resume_bit_for_bit(
     assert not os.path.exists(f"{cut}/adapter")
 
 
-@pytest.mark.parametrize("teacher", ["ema", "every", "current"])
-def test_other_teachers_are_refused_in_one_line(teacher, capsys):
-    with pytest.raises(SystemExit):
-        opsd.parse_args(["--lora", "4", "--teacher", teacher])
-    assert capsys.readouterr().err.startswith(f"error: --teacher {teacher}: with --lora")
-
-
 def run_all(folder, count):
     with pytest.MonkeyPatch.context() as monkeypatch:
         given_rollouts(monkeypatch)  # rlvr.py's: ranks sample their own

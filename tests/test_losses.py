@@ -119,30 +119,6 @@ def test_the_log_says_what_a_gate_lets_through(step):
     assert whole["gate_mass"] == pytest.approx(1) and whole["reverse_kl_outside"] is None
 
 
-# ------------------------------------------------------------------------------------------------
-# Flags
-
-
-@pytest.mark.parametrize(
-    "flags, complaint",
-    [
-        ("--gate gap", "--gate gap: needs --gate-above or --gate-below"),
-        ("--gate-above 1", "--gate-above: read only with --gate student-entropy"),
-        ("--divergence split", "--divergence split: --filter correct keeps one outcome only"),
-        ("--gate gap --gate-above -1", "--gate-above -1.0: must be 0 or more"),
-        ("--context sibling", "--context sibling: a response has siblings only with --group 2"),
-        ("--group 0", "--group 0: must be above 0"),
-        ("--refresh 0", "--refresh 0: must be above 0"),
-        ("--ema 1", "--ema 1.0: must be 0 or more and below 1"),
-    ],
-)
-def test_flags_that_cannot_work_are_one_line(flags, complaint, capsys):
-    with pytest.raises(SystemExit):
-        opsd.parse_args(flags.split())
-    error = capsys.readouterr().err
-    assert complaint in error and error.count("\n") == 1
-
-
 def test_the_teachers_thinking_and_layout_are_its_own(tokenizer):
     assert opsd.parse_args([]).teacher_thinking == "on"
     assert opsd.parse_args(["--thinking", "off"]).teacher_thinking == "off"

@@ -295,51 +295,6 @@ def test_one_seed_fixes_everything_and_a_card_has_the_command_and_table(
     assert provenance()["commit"] is None
 
 
-@pytest.mark.parametrize(
-    "argv, complaint",
-    [
-        (["--filter", "corect"], "--filter"),
-        (["--data", "missing.jsonl"], "missing.jsonl"),
-        (["--data", "empty.jsonl"], "empty.jsonl: no rows"),
-        (["--data", "broken.jsonl"], "broken.jsonl, line 2: not JSON"),
-        (["--data", "no_answer.jsonl"], "no_answer.jsonl, line 2: no answer"),
-        (["--data", "bad_gold.jsonl"], "bad_gold.jsonl, line 1: gold answer"),
-        (["--data", "long.jsonl", "--eval-problems", "0"], "--max-new-tokens"),
-        (["--data", "notes.txt"], "notes.txt"),
-        (["--data", "broken.parquet"], "broken.parquet"),
-        (["--device", "cuda:7"], "--device cuda:7"),
-        (["--model", "nowhere"], "--model nowhere"),
-        (["--beta", "1"], "--beta"),
-        (["--data", "good.jsonl"], "--context solution: needs a solution"),
-        (["--data", "good.jsonl", "--context", "wrong"], "--context wrong: needs a solution"),
-        (["--steps", "0"], "--steps"),
-        (["--seed", "-1"], "--seed -1"),
-        (["--top-p", "1.5"], "--top-p 1.5"),
-        (["--out", "taken"], "--out taken"),
-        (["--max-new-tokens", "5000"], "--max-new-tokens 5000"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing(argv, complaint, tmp_path, monkeypatch, refused):
-    monkeypatch.chdir(tmp_path)
-    good = '{"question": "1+1?", "answer": "2"}'
-    long = dict(question="long " * 3000, answer="1", solution="1")
-    files = {
-        "good.jsonl": [good],
-        "empty.jsonl": [""],
-        "broken.jsonl": [good, "{not json"],
-        "no_answer.jsonl": [good, '{"question": "1+1?"}'],
-        "bad_gold.jsonl": ['{"question": "1+1?", "answer": "}{"}'],
-        "long.jsonl": [json.dumps(long)],
-        "notes.txt": ["hello"],
-        "broken.parquet": ["hello"],
-    }
-    for name, lines in files.items():
-        write(tmp_path / name, *lines)
-    (tmp_path / "taken").mkdir()
-    before = names_in(tmp_path)
-    assert complaint in refused(opsd.main, argv) and names_in(tmp_path) == before
-
-
 def changed_json(path, **values):
     """Sets entries of a JSON file."""
     write(path, json.dumps({**json.loads(path.read_text()), **values}))

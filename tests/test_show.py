@@ -140,18 +140,6 @@ def test_token_texts_keep_leading_spaces():
     assert show.TokenTexts(Stripping())[1] == " word"
 
 
-def test_wrong_flags_are_named(capsys, tmp_path):
-    for flags, named in (
-        ([], "--out"),
-        (["--out", "x.html", "--problems", "0"], "--problems"),
-        (["--out", "x.html", "--contexts", "solutions"], "--contexts"),
-        (["--out", str(tmp_path)], "--out"),
-    ):
-        with pytest.raises(SystemExit):
-            show.main(flags)
-        assert named in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------------------------
 # In a browser
 
