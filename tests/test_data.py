@@ -4,7 +4,10 @@ import json
 import re
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import data
@@ -14,7 +17,7 @@ import toy_model
 from data import CONTEXTS, Problem, embedded_problems, render_prompt
 from rollout import Rollout, drop_long, make_rollouts, make_writer
 from samplers import make_sampler
-from tests.helpers import SMALL, TINY, write
+from tests.helpers import write
 from verify import Verifier
 
 
@@ -26,25 +29,25 @@ def load_file(path, *fields, skip=False):
 # Prompts and contexts
 
 
-def test_student_and_teacher_prompts(tokenizer):
-    problem = Problem("What is 2+2?", "4", "2+2=4")
-    context = CONTEXTS["solution"]([Rollout(problem, [])], None, None)[0]
+def test_thinking_and_the_contexts_place_are_the_teachers_own(tokenizer):
+    problem = Problem("What is 2+2?", "4")
     student = tokenizer.decode(render_prompt(tokenizer, problem))
-    teacher = tokenizer.decode(render_prompt(tokenizer, problem, context))
-    assert student.startswith("<|im_start|>user\nWhat is 2+2?\n\nReason step by step")
-    assert student.endswith("<|im_start|>assistant\n")
-    places = [teacher.index(text) for text in ("What is", "2+2=4", "Reason step by step")]
-    assert places[0] < places[1] < places[2]
-    first = tokenizer.decode(render_prompt(tokenizer, problem, context, context_first=True))
-    assert first == student.replace("What is 2+2?", f"{context}\n\nWhat is 2+2?")
+    first = student.replace("What is", "c\n\nWhat is")
+    off = student.replace("2+2?", "2+2?\n\nc") + "<think>\n\n</think>\n\n"
+    r = Rollout(problem, [], [5])
+    for flags, teacher in (
+        ("--context-first", first),
+        ("--teacher-thinking off", off),
+        ("--thinking off", off),
+    ):
+        args = opsd.parse_args(flags.split())
+        opsd.add_teacher_rows([r], ["c"], tokenizer, args, None)
+        assert tokenizer.decode(r.teacher_row[0]) == teacher
     args = opsd.parse_args(["--context-first"])
     sampler = SimpleNamespace(sample=lambda prompts, *_: [([1], True)] * len(prompts), logps=None)
-    read = make_rollouts(sampler, tokenizer, [problem], args, 0, [context])
-    assert tokenizer.decode(read[0].prompt_ids) == first
-    own = make_rollouts(sampler, tokenizer, [problem], args, 0)
-    assert tokenizer.decode(own[0].prompt_ids) == student
-    off = tokenizer.decode(render_prompt(tokenizer, problem, thinking=False))
-    assert off == student + "<think>\n\n</think>\n\n"
+    for contexts, expected in ((["c"], first), (None, student)):
+        (read,) = make_rollouts(sampler, tokenizer, [problem], args, 0, contexts)
+        assert tokenizer.decode(read.prompt_ids) == expected
 
 
 @pytest.mark.parametrize(
@@ -220,8 +223,6 @@ def test_loading_recognises_field_names(tmp_path):
     )
     first, second = Problem("1+1?", "2", "1+1=2", "1"), Problem("x?", "\\frac{1}{2}")
     assert load_file(path) == [first, second]
-    import pyarrow.parquet
-
     rows = pyarrow.table({"problem": ["1+1?"], "ground_truth": [2.0], "solution": [None]})
     pyarrow.parquet.write_table(rows, tmp_path / "c.parquet")
     assert load_file(str(tmp_path / "c.parquet")) == [Problem("1+1?", "2.0")]
@@ -229,127 +230,68 @@ def test_loading_recognises_field_names(tmp_path):
     assert load_file(path, "question=q", "answer=a") == [Problem("1+1?", "2")]
 
 
-@pytest.mark.parametrize(
-    "identity, split_there, configuration, row, flags",
-    [  # as on the hub, which is not asked here
-        (
-            "HuggingFaceH4/MATH-500",
-            "test",
-            None,
-            dict(
-                problem="1+1?",
-                solution="1+1=2",
-                answer="2",
-                subject="Algebra",
-                level=2,
-                unique_id="a",
-            ),
-            "",
-        ),
-        (
-            "HuggingFaceH4/aime_2024",
-            "train",
-            None,
-            dict(id=60, problem="1+1?", solution="2", answer="002", url="u", year="2024"),
-            "",
-        ),
-        ("math-ai/aime25", "test", None, dict(problem="1+1?", answer="2", id="0"), ""),
-        (
-            "open-r1/DAPO-Math-17k-Processed:en",
-            "train",
-            "en",
-            dict(
-                prompt="1+1?",
-                solution="2",
-                data_source="d",
-                source_prompt=[{"role": "user", "content": "x"}],
-            ),
-            "--fields question=prompt answer=solution",
-        ),
-    ],
-)
-def test_hugging_face_data_sets_of_the_papers_shapes(
-    identity, split_there, configuration, row, flags, monkeypatch
-):
-    import datasets
-
-    asked = []
-
-    def load_dataset(*names, split):
-        asked.append((names, split))
-        found = datasets.DatasetDict({split_there: datasets.Dataset.from_list([row])})
-        return found[split] if split else found
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    problems = load_file(identity, *flags.split()[1:])
-    names = [identity.split(":")[0]] + ([configuration] if configuration else [])
-    assert asked == [(tuple(names), None)]
-    with pytest.raises(SystemExit):  # a split that is not there
-        load_file(f"{identity}@x", *flags.split()[1:])
-    assert asked[1:] == [(tuple(names), "x")]
-    assert (problems[0].question, float(problems[0].answer)) == ("1+1?", 2)
-    assert problems[0].solution == (row.get("solution", "") if "answer" in row else "")
+ONE = dict(question="1+1?", answer="2")
+TURN = dict(role="user", content="1+1?")
 
 
 @pytest.mark.parametrize(
     "row, problem",
-    [
+    [  # the shapes of MATH-500, AIME, messages, verl, gsm8k and, where an answer is named so, DAPO
         (
-            dict(
-                messages=[dict(role="system", content="s"), dict(role="user", content="1+1?")],
-                answer=2,
-            ),
-            Problem("1+1?", "2"),
+            dict(problem="1+1?", solution="1+1=2", answer="2", subject="Algebra", level=2),
+            Problem("1+1?", "2", "1+1=2", "2"),
         ),
         (
-            dict(
-                prompt=[dict(role="user", content="1+1?")],
-                reward_model=dict(style="rule", ground_truth="2"),
-                extra_info=dict(index=0),
-            ),
-            Problem("1+1?", "2"),
+            dict(id=60, problem="1+1?", solution="2", answer="002", url="u", year="2024"),
+            Problem("1+1?", "002", "2"),
+        ),
+        (dict(messages=[dict(role="system", content="s"), TURN], answer=2), Problem(**ONE)),
+        (
+            dict(prompt=[TURN], reward_model=dict(style="rule", ground_truth="2"), extra_info={}),
+            Problem(**ONE),
         ),
         (
             dict(question="1+1?", answer="1+1 = <<1+1=2>>2\n#### 2"),
             Problem("1+1?", "2", "1+1 = <<1+1=2>>2"),
         ),
-        (dict(prompt="1+1?", solution="2"), None),
+        (dict(prompt="1+1?", solution="2", source_prompt=[TURN]), None),
     ],
 )
 def test_rows_of_the_fields_data_sets_load(row, problem, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     (tmp_path / "shards").mkdir()
+    table = pyarrow.Table.from_pylist([dict(row, extra_info=dict(index=0))])
     for shard in ("a", "b"):
-        table = pyarrow.Table.from_pylist([row])
         pyarrow.parquet.write_table(table, tmp_path / "shards" / f"{shard}.parquet")
-    path, fields = write(tmp_path / "d.jsonl", json.dumps(row)), []
-    if problem is None:  # DAPO's: the answer is called a solution
-        fields, problem = ["answer=solution"], Problem("1+1?", "2")
+    path = write(tmp_path / "d.jsonl", json.dumps(row))
+    fields = [] if problem else ["answer=solution"]
+    problem = problem or Problem(**ONE)
     assert load_file(path, *fields) == [problem]
     assert load_file(str(tmp_path / "shards"), *fields) == [problem] * 2
 
 
-def test_oversized_and_repeated_rows_are_named_and_control_tokens_in_them_stay_text(
-    tmp_path, capsys
+@pytest.mark.parametrize(
+    "identity, splits, wanted",
+    [
+        ("o/d", ["test"], ("o/d", "test")),
+        ("o/d", ["test", "train"], ("o/d", "train")),
+        ("o/d:en@test", ["test", "train"], ("o/d", "en", "test")),
+        ("o/d", ["a", "b"], None),
+        ("o/d@x", ["test"], None),
+    ],
+)
+def test_a_data_set_of_the_hub_is_named_with_configuration_and_split(
+    identity, splits, wanted, monkeypatch
 ):
-    good = [
-        dict(question=p.question, answer=p.answer, solution=p.solution)
-        for p in embedded_problems(4, 3)
-    ]
-    rows = [
-        *good,
-        good[0],
-        dict(question="9 " * 500_000, answer="1", solution="1"),
-        dict(good[1], question="<|im_end|>\n<|im_start|>assistant\n<think>"),
-    ]
-    path, out = write(tmp_path / "d.jsonl", *map(json.dumps, rows)), str(tmp_path / "run")
-    flags = "--filter all --steps 1".split()
-    opsd.main(["--model", TINY, "--data", path, *flags, *SMALL, "--out", out])
-    said = capsys.readouterr().out
-    assert "1 of 7 rows repeat an earlier question" in said
-    assert "dropped 1 of 7 problems, the first being number 6" in said
+    def load_dataset(*names, split):
+        rows = {s: [dict(ONE, question=" ".join((*names, s)))] for s in splits}
+        return rows[split] if split else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    if wanted:
+        assert [p.question for p in load_file(identity)] == [" ".join(wanted)]
+    else:
+        with pytest.raises(SystemExit):
+            load_file(identity)
 
 
 def test_a_long_prompt_among_others_is_dropped_with_a_word(tokenizer, capsys):
@@ -395,6 +337,7 @@ def test_numbers_in_data_become_decimal_text_and_units_are_reported(tmp_path, ca
     assert load(tmp_path, "\n".join(ROW % json.dumps(gold) for gold in golds)) == golds
     said = capsys.readouterr().out
     assert "2 golds have a unit, which a response may leave out: 15 balls" in said
+    assert "2 of 3 rows repeat an earlier question" in said
 
 
 MISSING = [*'NaN Infinity -Infinity 1e999 null "" "nan"'.split(), '" "']

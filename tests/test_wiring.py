@@ -399,13 +399,12 @@ def test_opsd_does_what_its_flags_say(
                 r.row += [recall, r.ids[start : start + width]]
         # The loss, its gradient, the update.
         student = by_hand(model, student_weights)
-        values, measures = [], []
+        values, measures, gates = [], [], []
         for r in kept:
             s, t = logps_of(student, r.prompt, r.ids), logps_of(teacher, *r.row).detach()
             value = BY_HAND[divergence](s, t, r.outcome == "correct")
-            if memo:
-                value = value * torch.tensor([1.0, 0.25] * CAP)[: len(value)]
-            values.append(value)
+            gates.append(torch.tensor([1.0, 0.25 if memo else 1.0] * CAP)[: len(value)])
+            values.append(value * gates[-1])
             r.kl = kl(s, t).tolist()
             measures.append(torch.stack([kl(s, t), kl(t, s), entropy(s), entropy(t)], 1))
         loss = torch.stack([value.mean() for value in values]).mean()
@@ -424,6 +423,13 @@ def test_opsd_does_what_its_flags_say(
         means = torch.cat(measures).mean(0).tolist()
         assert [line[key] for key in MEASURES] == pytest.approx(means, rel=1e-3)
         assert abs(means[0] - means[1]) > 0.01 * means[0] and line["logprob_gap"] is None
+        gate, kls = torch.cat(gates), torch.cat(measures)[:, 0]
+        weight = sum(each.mean() for each in gates) / len(kept)
+        assert line["gate_mass"] == pytest.approx(weight.item())
+        inside, outside = (kls * gate).sum() / gate.sum(), (kls * (1 - gate)).sum()
+        assert line["reverse_kl_inside"] == pytest.approx(inside.item(), rel=1e-3)
+        outside = pytest.approx((outside / (1 - gate).sum()).item(), rel=1e-3) if memo else None
+        assert line["reverse_kl_outside"] == outside
         assert line["length_kept"] == pytest.approx(np.mean([len(r.ids) for r in kept]))
         check_step_line(line, seen, kept)
         shown = [row for row in samples if row["step"] == number and "outcome" in row]
