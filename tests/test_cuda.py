@@ -22,12 +22,12 @@ from model import load_model
 from run import HERE
 from samplers import make_sampler
 from tests.helpers import (
-    CPU,
     SMALL,
     TINY,
     apart,
+    check_greedy,
+    dense_loss,
     flat_gradient,
-    lines_without_times,
     loss_and_gradient,
     metrics,
     read_rollouts,
@@ -130,6 +130,13 @@ def test_groups_are_left_to_vllm_where_it_is(vllm, monkeypatch):
 # The method
 
 
+def prepared(model, device, flags):
+    """Readies the student as a run does; returns its teacher."""
+    args = opsd.parse_args(flags.split())
+    ranks.prepare(model, args, device)
+    return opsd.frozen_copy(model, args, device)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pieces_of_1_and_64_million_logits_give_one_gradient(device, dtype, monkeypatch):
@@ -138,10 +145,8 @@ def test_pieces_of_1_and_64_million_logits_give_one_gradient(device, dtype, monk
     torch.manual_seed(0)
     config = memory.qwen3_config(64, 128, 2, 2, 1, True, vocabulary, 32)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
-    teacher = opsd.frozen_copy(model)
     flags = f"--dtype {dtype}"
-    for each in (model, teacher):
-        ranks.prepare(each, opsd.parse_args(flags.split()), device, low=each is teacher)
+    teacher = prepared(model, device, flags)
     rollouts, found = random_rollouts(4, 16, 150, vocabulary), []  # 600 tokens: 91 million logits
     compiled = modelling.COMPILE
     for piece in (1e6, 64e6, 256e6):
@@ -161,20 +166,11 @@ def test_pieces_of_1_and_64_million_logits_give_one_gradient(device, dtype, monk
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-3), ("bfloat16", 0.1)])
 def test_the_loss_is_that_of_full_logits_in_float32(device, dtype, bound):
     model, tokenizer = load_model(TINY, device)
-    plain, teacher = opsd.frozen_copy(model).requires_grad_(True), opsd.frozen_copy(model)
-    plain_teacher = opsd.frozen_copy(model)
+    plain, start = opsd.frozen_copy(model).requires_grad_(True), opsd.frozen_copy(model)
     rollouts, flags = read_rollouts(tokenizer), f"--dtype {dtype} --micro-tokens 300"
-    for each in (model, teacher):
-        ranks.prepare(each, opsd.parse_args(flags.split()), device, low=each is teacher)
+    teacher = prepared(model, device, flags)
     loss, gradient = loss_and_gradient(model, teacher, rollouts, flags)
-    means = []
-    for r in rollouts:
-        count = len(r.response_ids)
-        row, other = (torch.tensor([p + ids]) for p, ids in (r.row, r.teacher_row))
-        s = plain(row.to(device)).logits[0, -count - 1 : -1].log_softmax(-1)
-        t = plain_teacher(other.to(device)).logits[0, -count - 1 : -1].log_softmax(-1).detach()
-        means.append((s.exp() * (s - t)).sum(-1).mean())
-    dense = torch.stack(means).mean()
+    dense = dense_loss(plain, start, rollouts)
     dense.backward()
     assert loss == pytest.approx(dense.item(), rel=bound)
     assert apart(gradient, flat_gradient(plain)) < bound
@@ -196,7 +192,7 @@ def test_memory_of_the_loss_does_not_grow_with_the_response(device):
 
 
 # ------------------------------------------------------------------------------------------------
-# Sampler, scripts, resuming
+# Sampler and scripts
 
 
 @pytest.mark.cuda
@@ -205,13 +201,7 @@ def test_greedy_sampling_is_that_of_a_loop(device):
     args = opsd.parse_args("--backend transformers --dtype float32".split())
     prompts = [render_prompt(tokenizer, problem) for problem in embedded_problems(6, 1)]
     samples = make_sampler(model, tokenizer, args).sample(prompts, 60, temperature=0)
-    for prompt, (ids, _) in zip(prompts, samples, strict=True):
-        row = list(prompt)
-        for token in ids:  # without cache and padding
-            with torch.no_grad():
-                logits = model(torch.tensor([row], device=device)).logits[0, -1]
-            assert logits.argmax() == token
-            row.append(token)
+    check_greedy(model, prompts, samples)
 
 
 @pytest.mark.cuda
@@ -235,24 +225,3 @@ def test_scripts_train(device, script, flags, tmp_path):
         assert math.isfinite(step["loss"]) and step["peak_memory_mb"] > 0
     trained = weights(out)
     assert trained.isfinite().all() and not torch.equal(trained, weights(TINY))
-
-
-@pytest.mark.cuda
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened(device, tmp_path, crash, monkeypatch):
-    """On a CPU bit for bit; on a card the two steps that are run again may differ by rounding."""
-    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
-    flags = "--filter all --teacher ema --backend transformers --steps 6 --state-every 2"
-    argv = [*SMALL, *flags.split(), "--device", device.type, "--out"]
-    with pytest.raises(crash):
-        opsd.main([*argv, broken])
-    monkeypatch.undo()
-    assert run.find_states(broken)[0].startswith("state-0000004")
-    opsd.main([*argv, broken, "--resume"])
-    opsd.main([*argv, whole])
-    logs, others = lines_without_times(whole), lines_without_times(broken)
-    assert [row["step"] for row in others["metrics.jsonl"]] == [1, 2, 3, 4, 5, 6, 6]
-    if device == CPU:
-        assert logs == others and torch.equal(weights(whole), weights(broken))
-    pairs = zip(logs["metrics.jsonl"], others["metrics.jsonl"], strict=True)
-    for row, other in list(pairs)[:-1]:
-        assert other["loss"] == pytest.approx(row["loss"], rel=0.1)

@@ -316,9 +316,9 @@ RUNS = {
         dict(keeps=rollout.OUTCOMES, every=2, thinking=False),
     ),
     "ema": (
-        "--filter not-correct --divergence split --teacher ema --ema 0.5 --reinject 8 "
+        "--filter not-correct --divergence split --teacher ema --ema 0.3 --reinject 8 "
         f"--context resolve --context-tokens {MEMO_CAP} --gate even --batch 8",
-        dict(keeps=("incorrect", "truncated"), ema=0.5, memo=True),
+        dict(keeps=("incorrect", "truncated"), ema=0.3, memo=True),
     ),
 }
 
