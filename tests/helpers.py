@@ -136,14 +136,15 @@ def make_tied(tokenizer, path):
     save_model(str(path), model, tokenizer)
 
 
+def changed_json(path, **entries):
+    """Sets entries of a JSON file."""
+    write(path, json.dumps({**json.loads(path.read_text()), **entries}))
+
+
 def changed_model(path, **config):
-    """A copy of the embedded model with other entries in tokenizer_config.json; None: without."""
+    """A copy of the embedded model with other entries in tokenizer_config.json."""
     shutil.copytree(TINY, path)
-    file = os.path.join(path, "tokenizer_config.json")
-    with open(file) as stream:
-        settings = {**json.load(stream), **config}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    write(path / "tokenizer_config.json", json.dumps(settings))
+    changed_json(path / "tokenizer_config.json", **config)
     return str(path)
 
 

@@ -67,6 +67,7 @@ REFUSED = [
     (opsd, "--steps 0", "--steps 0: must be above 0"),
     (opsd, "--refresh 0", "--refresh 0: must be above 0"),
     (opsd, "--ema 1", "--ema 1.0: must be 0 or more and below 1"),
+    (opsd, "--vllm-memory 1.5", "--vllm-memory 1.5: must be above 0 and below 1"),
     (opsd, "--top-p 1.5", "--top-p 1.5: must be above 0 and at most 1"),
     (opsd, "--gate gap --gate-above -1", "--gate-above -1.0: must be 0 or more"),
     (opsd, "--threads 100000", "--threads 100000: must be 0 or more and below 1025"),
@@ -192,10 +193,13 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
     assert "none of the 2 responses has one" in refused(show.main, [*SHOW.split(), *few])
     monkeypatch.setattr(evaluation.samplers, "make_sampler", None)  # before anything is sampled
     for line, complaint in (
-        (f"--model {TINY} {other}", f"--model {other}: another tokenizer than {TINY}'s"),
-        (f"--model {TINY} --out page/", "--out page/: is a directory, not a file"),
+        (f"{TINY} {other}", f"--model {other}: another tokenizer than {TINY}'s"),
+        (f"{TINY} --out page/", "--out page/: is a directory, not a file"),
+        (f"{TINY} --out good.jsonl/x.json", "good.jsonl is not a directory"),
+        (f"{TINY} --out good.jsonl", "--out good.jsonl: exists already"),
+        (f"{TINY} --data bare.jsonl --context solution", "--context solution: needs a solution"),
     ):
-        assert complaint in refused(evaluation.main, [*line.split(), *"--problems 4".split()])
+        assert complaint in refused(evaluation.main, ["--model", *line.split()])
     for line, complaint in (
         ("--jsonl good.jsonl", "--jsonl good.jsonl: exists already"),
         ("--jsonl page.html", "--jsonl page.html: is --out as well"),

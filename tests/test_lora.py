@@ -1,10 +1,8 @@
-"""--lora: gradients, a teacher that is the student, what is pushed, saved, resumed; two ranks, on
-which the fixture `pair` starts this file as a script.
+"""--lora: gradients, a teacher that is the student, what is pushed, saved, resumed; test_ranks.py
+has it on two ranks.
 """
 
 import os
-import subprocess
-import sys
 import types
 
 import peft
@@ -23,19 +21,18 @@ import vllm_sampler
 from model import frozen_copy, response_hidden, save_model
 from samplers import make_sampler
 from tests import helpers
-from tests.helpers import CPU, TINY, apart, metrics, some_rollouts, weights
-from tests.test_ranks import differing, filled, given_rollouts
+from tests.helpers import CPU, TINY, apart, some_rollouts, weights
 
-BARE = "--threads 1 --device cpu --steps 2 --lora 4 --lr 1e-3".split()
-SHORT = [*BARE, *"--max-new-tokens 60 --eval-problems 3 --batch 5 --micro-tokens 300".split()]
-WRITTEN = SHORT + "--filter all --context reflection --context-tokens 100".split()
-RUNS = {
-    "opsd": (opsd, [*WRITTEN, "--temperature", "0"]),  # the teacher samples too
-    "lean": (opsd, [*SHORT, *"--filter all --temperature 0 --checkpointing --model TIED".split()]),
-    "rlvr": (rlvr, [*SHORT, *"--group 4 --kl 0.1".split()]),
-    "sft": (sft, [*BARE, *f"--batch 5 --warmup 1 --model {TINY}".split()]),
-}
-RESUMED = [RUNS["rlvr"], RUNS["sft"], (opsd, [*WRITTEN, "--dtype", "bfloat16"])]
+SHORT = "--threads 1 --device cpu --lora 4 --lr 1e-3 --batch 5 --micro-tokens 300".split()
+SAMPLED = [*SHORT, *"--max-new-tokens 60 --eval-problems 3".split()]
+RUNS = [
+    (rlvr, [*SAMPLED, *"--group 4 --kl 0.1".split()]),
+    (sft, [*SHORT, "--warmup", "1", "--model", TINY]),
+    (
+        opsd,  # the teacher samples too
+        SAMPLED + "--filter all --context reflection --context-tokens 100 --dtype bfloat16".split(),
+    ),
+]
 
 
 def with_adapters(model, dtype="float32"):
@@ -117,7 +114,7 @@ def test_the_teacher_is_the_start_and_peft_loads_what_is_saved(dtype, model, tok
     assert apart(adapted, logits) < 1e-5 and apart(adapted, first) > 0.01
 
 
-@pytest.mark.parametrize("script, argv", RESUMED)
+@pytest.mark.parametrize("script, argv", RUNS)
 def test_states_hold_what_is_trained_and_resume_bit_for_bit(
     script, argv, tmp_path, crash, monkeypatch
 ):
@@ -135,37 +132,3 @@ def test_states_hold_what_is_trained_and_resume_bit_for_bit(
     assert os.path.isfile(f"{cut}/step-4/adapter/adapter_config.json")
     script.main([*argv, cut, *"--overwrite --lora 0 --steps 4 --state-every 0".split()])
     assert not os.path.exists(f"{cut}/adapter")
-
-
-def run_all(folder, count):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        given_rollouts(monkeypatch)  # rlvr.py's: ranks sample their own
-        for name, (script, argv) in RUNS.items():
-            script.main([*filled(argv, folder), "--out", os.path.join(folder, f"{count}-{name}")])
-
-
-@pytest.fixture(scope="module")
-def pair(tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    helpers.make_tied(tokenizer, folder / "tied")
-    command = helpers.torchrun("-m", "tests.test_lora", str(folder))
-    subprocess.run(command, check=True, cwd=run.HERE, timeout=600)
-    run_all(folder, "one")
-    return folder
-
-
-@pytest.mark.parametrize("name", list(RUNS))
-def test_two_ranks_train_as_one(name, pair):
-    paths = [pair / f"{count}-{name}" for count in ("one", "two")]
-    for a, b in zip(*(metrics(path)[1:3] for path in paths), strict=True):
-        assert differing(a, b) in ([], ["logprob_gap"]) and a["grad_norm"] > 1e-3
-    one, two = (run.load_state(str(path))["model"] for path in paths)
-    assert one.keys() == two.keys() and all(apart(two[key], one[key]) < 1e-3 for key in one)
-    start = weights(pair / "tied" if name == "lean" else TINY)
-    one, two = (weights(path) - start for path in paths)
-    assert one.norm() > 0 and apart(two, one) < 1e-3
-
-
-if __name__ == "__main__":  # a rank, started by the fixture `pair`
-    ranks.leave = lambda: None  # several scripts in one process
-    run_all(sys.argv[1], "two")

@@ -4,7 +4,7 @@ Each model is built here, at random and tiny. docs/models.md has the families.
 """
 
 import copy
-import json
+import os
 import shutil
 
 import pytest
@@ -17,8 +17,17 @@ import opsd
 import samplers
 import sft
 from data import Problem, embedded_problems, render_prompt
-from model import load_model, sampled_logps
-from tests.helpers import CPU, SMALL, TINY, changed_model, check_greedy, metrics, write
+from model import load_model, sampled_logps, save_model
+from tests.helpers import (
+    CPU,
+    SMALL,
+    TINY,
+    changed_json,
+    changed_model,
+    check_greedy,
+    metrics,
+    write,
+)
 
 SHORT = [*"--filter all --steps 1 --eval-problems 0".split(), *SMALL[:4], "--threads", "1"]
 
@@ -36,11 +45,6 @@ def changed_weights(path, change):
     """The weights of the model there go through `change`, a dict to a dict."""
     weights = change(load_file(path / "model.safetensors"))
     save_file(weights, path / "model.safetensors", metadata=dict(format="pt"))
-
-
-def changed_json(path, **entries):
-    record = {**json.loads(path.read_text()), **entries}
-    path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}))
 
 
 def random_model(kind, tokenizer, path, **config):
@@ -68,39 +72,65 @@ def one_more_token(path):
     tokenizer.save_pretrained(path)
 
 
+def without_eos(path):
+    os.remove(path / "generation_config.json")
+    changed_json(path / "config.json", eos_token_id=None)
+    changed_json(path / "tokenizer_config.json", eos_token=None)
+
+
+def pickled(path):
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    os.remove(path / "model.safetensors")
+
+
+def with_weights(change):
+    return lambda path: changed_weights(path, change)
+
+
+def without(part):
+    return with_weights(lambda w: {name: w[name] for name in w if part not in name})
+
+
+def with_template(text):
+    return lambda path: write(path / "chat_template.jinja", text)
+
+
 PARTS = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
 
 
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda w: {f"module.{k}": v for k, v in w.items()}, "module.lm_head.weight"),
-        (lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"}, "lm_head.weight"),
         (
-            lambda w: {k: v for k, v in w.items() if "layers.1.mlp.up" not in k},
-            "model.layers.1.mlp.up_proj.weight",
+            with_weights(lambda w: {f"module.{name}": w[name] for name in w}),
+            "module.lm_head.weight",
         ),
-        (lambda w: {**w, "model.norm.weight": torch.ones(4)}, "model.norm.weight"),
-    ],
-)
-def test_weights_that_a_checkpoint_lacks_are_named(change, says, other, capsys):
-    changed_weights(other, change)
-    assert says in refused(other, capsys)
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
+        (without("lm_head"), "lm_head.weight"),
+        (without("layers.1.mlp.up"), "model.layers.1.mlp.up_proj.weight"),
+        (with_weights(lambda w: {**w, "model.norm.weight": torch.ones(4)}), "model.norm.weight"),
         (
-            lambda path: write(path / "chat_template.jinja", PARTS + "<|im_start|>assistant\n"),
-            "drops the user's text",
+            with_weights(lambda w: {**w, "model.norm.weight": w["model.norm.weight"] / 0}),
+            "model.norm.weight holds values that are not finite",
         ),
+        (pickled, "safetensors"),
+        (without_eos, "end-of-sequence"),
         (one_more_token, "394 tokens, the model 393"),
+        (with_template(PARTS + "<|im_start|>assistant\n"), "drops the user's text"),
+        (with_template("{{ raise_exception('only tools') }}"), "its chat template fails"),
+        (lambda path: os.remove(path / "chat_template.jinja"), "no chat template"),
     ],
 )
-def test_tokenizers_that_do_not_fit_are_refused(change, says, other, capsys):
+def test_what_would_be_another_model_is_refused(change, says, other, capsys):
     change(other)
     assert says in refused(other, capsys)
+
+
+def test_a_models_own_code_is_not_run(other, tmp_path, capsys):
+    classes = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    changed_json(other / "config.json", model_type="mine", auto_map=classes)
+    write(other / "mine.py", f"open({str(tmp_path / 'ran')!r}, 'w')")
+    refused(other, capsys)
+    assert not os.path.exists(tmp_path / "ran")
 
 
 def test_capped_and_scaled_logits_are_told_by_the_config(tokenizer, tmp_path, capsys):
@@ -110,7 +140,13 @@ def test_capped_and_scaled_logits_are_told_by_the_config(tokenizer, tmp_path, ca
 
 def test_what_cannot_be_saved_is_known_before_the_first_step(other, tmp_path, capsys, monkeypatch):
     changed_json(other / "generation_config.json", pad_token_id=-1, temperature=0.6, top_p=0.9)
-    opsd.main([*SHORT, "--model", str(other), "--out", str(tmp_path / "run")])
+    saved = tmp_path / "saved"
+    save_model(str(saved), *load_model(str(other), CPU))
+    assert load_model(str(saved), CPU)[0].generation_config.temperature == 0.6
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in saved.iterdir():  # others can read them
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file
 
     def full(self, *args, **kwargs):
         raise OSError("cannot")
@@ -186,12 +222,14 @@ def test_ordinary_text_is_never_rewritten_and_control_tokens_are(tokenizer):
     )
 
 
-def test_sft_targets_hold_one_end_and_one_think_block(tokenizer):
+def test_sft_targets_hold_one_end_and_one_think_block(tokenizer, monkeypatch):
     problem = Problem("q", "2", "<think>1+1</think>=2<|im_end|>")
-    _, response = sft.real_row(tokenizer, problem, 2)
-    text = tokenizer.decode(response)
-    assert response.count(2) == 1 and response[-1] == 2
-    assert text.count("<think>") == text.count("</think>") == 1
+    text = "< think>1+1< /think>=2< |im_end|>\n</think>\n\n\\boxed{2}"
+    prompt, response = sft.real_row(tokenizer, problem, 2)
+    assert response[-1] == 2 and tokenizer.decode(response[:-1]) == f"<think>\n{text}"
+    opened = prompt + tokenizer("<think>\n").input_ids  # by the template
+    monkeypatch.setattr(sft, "render_prompt", lambda *args: opened)
+    assert tokenizer.decode(sft.real_row(tokenizer, problem, 2)[1][:-1]) == text
 
 
 def test_a_template_with_todays_date_or_another_name_for_thinking(tokenizer):

@@ -47,6 +47,7 @@ from tools import read_json
 BARE = "--threads 1 --device cpu --steps 2 --overwrite".split()
 SHORT = [*BARE, "--eval-problems", "3"]
 GREEDY = SHORT + "--filter all --temperature 0 --max-new-tokens 100 --batch 5 --lr 1e-3".split()
+WRITTEN = "--context reflection --context-tokens 100"
 GROUPS = "--temperature 0 --batch 3 --group 4 --kl 0.1"
 RANKS = {
     # Other numbers of micro-batches on the two ranks.
@@ -56,6 +57,13 @@ RANKS = {
     "tied": (opsd, GREEDY + "--model TIED --teacher current --max-new-tokens 20".split()),
     "rlvr": (rlvr, SHORT + f"{GROUPS} --micro-tokens 500 --lr 1e-3".split()),
     "sft": (sft, BARE + "--batch 5 --micro-tokens 300".split()),
+    "lora": (opsd, GREEDY + f"{WRITTEN} --lora 4 --micro-tokens 300 --max-new-tokens 60".split()),
+    "lora-tied": (
+        opsd,
+        GREEDY + "--model TIED --lora 4 --checkpointing --max-new-tokens 20".split(),
+    ),
+    "lora-rlvr": (rlvr, SHORT + f"{GROUPS} --lora 4 --lr 1e-3".split()),
+    "lora-sft": (sft, BARE + f"--batch 5 --model {TINY} --lora 4 --warmup 1".split()),
 }
 LEAN = {
     "opsd": ["--checkpointing", "--offload"],
@@ -210,7 +218,7 @@ def test_two_ranks_train_as_one(name, pair):
         # A sharded model samples from a copy, and the gap says that it is one.
         assert differing(a, b) in ([], ["logprob_gap"])
         assert b.get("logprob_gap") is None or b["logprob_gap"] < 1e-4
-    if name == "sft":
+    if not one[0]["args"]["model"]:
         start = torch.cat([p.detach().flatten() for p in sft.build_tiny(0)[0].parameters()])
     else:
         start = weights(one[0]["args"]["model"])

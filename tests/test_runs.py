@@ -295,54 +295,6 @@ def test_one_seed_fixes_everything_and_a_card_has_the_command_and_table(
     assert provenance()["commit"] is None
 
 
-def changed_json(path, **values):
-    """Sets entries of a JSON file."""
-    write(path, json.dumps({**json.loads(path.read_text()), **values}))
-
-
-def test_hostile_model_directories_are_refused_by_name(tmp_path, refused):
-    def error_of(path):
-        return refused(load_model, str(path), CPU).removeprefix(f"error: --model {path}: ")
-
-    template = changed_model(tmp_path / "template")
-    write(tmp_path / "template" / "chat_template.jinja", "{{ raise_exception('only tools') }}")
-    assert error_of(template).startswith("its chat template fails")
-    bare = changed_model(tmp_path / "bare")
-    os.remove(os.path.join(bare, "chat_template.jinja"))
-    assert "no chat template" in error_of(bare)
-    pickled = changed_model(tmp_path / "pickled")
-    model, _ = load_model(TINY, CPU)
-    os.remove(os.path.join(pickled, "model.safetensors"))
-    torch.save(model.state_dict(), os.path.join(pickled, "pytorch_model.bin"))
-    assert "safetensors" in error_of(pickled)
-    coded = changed_model(tmp_path / "coded")
-    classes = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
-    changed_json(tmp_path / "coded" / "config.json", model_type="mine", auto_map=classes)
-    write(tmp_path / "coded" / "mine.py", f"open({str(tmp_path / 'ran')!r}, 'w')")
-    error_of(coded)
-    assert not os.path.exists(tmp_path / "ran")
-    rotten = changed_model(tmp_path / "rotten")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
-    model.save_pretrained(rotten)
-    assert "model.layers.1.mlp.up_proj.weight holds values that are not finite" in error_of(rotten)
-    endless = changed_model(tmp_path / "endless", eos_token=None)
-    os.remove(os.path.join(endless, "generation_config.json"))
-    changed_json(tmp_path / "endless" / "config.json", eos_token_id=None)
-    assert "end-of-sequence" in error_of(endless)
-
-
-def test_a_temperature_without_do_sample_can_be_saved_and_files_are_read_by_others(tmp_path):
-    path, saved = changed_model(tmp_path / "model"), tmp_path / "saved"
-    changed_json(tmp_path / "model" / "generation_config.json", temperature=0.6)
-    save_model(str(saved), *load_model(path, CPU))
-    assert load_model(str(saved), CPU)[0].generation_config.temperature == 0.6
-    umask = os.umask(0)
-    os.umask(umask)
-    for name in names_in(saved):
-        assert (saved / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
-
-
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, monkeypatch, refused):
     out = tmp_path / "run"
     (out / "step-1").mkdir(parents=True)
@@ -374,9 +326,17 @@ def test_a_tokenizer_without_eos_or_pad_trains_and_one_without_thinking_is_told(
     opsd.main([*argv, "--filter", "all", *SMALL, "--out", str(tmp_path / "opsd")])
     assert metrics(tmp_path / "opsd")[1]["loss_tokens"] > 0
     write(tmp_path / "model" / "chat_template.jinja", "{{ messages[0].content }}")
-    for flag in ("--thinking", "--teacher-thinking"):
-        error = refused(opsd.main, ["--model", path, flag, "off", "--out", str(tmp_path / "off")])
+    argv = ["--model", path, "--out", str(tmp_path / "out")]
+    for script, flag in (
+        (opsd, "--thinking"),
+        (opsd, "--teacher-thinking"),
+        (rlvr, "--thinking"),
+        (evaluation, "--thinking"),
+    ):
+        error = refused(script.main, [*argv, flag, "off"])
         assert f"{flag} off: this model's chat template has no enable_thinking switch" in error
+    flags = "--thinking on --problems 2 --samples 1 --max-new-tokens 8 --threads 1".split()
+    evaluation.main([*argv, *flags])
 
 
 def test_a_finished_run_goes_on_with_more_steps_and_the_same_problems(tmp_path, refused):
@@ -442,28 +402,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_numbered_directory(
     assert names_in(tmp_path / "runs") == []
 
 
-def test_eval_refuses_an_out_that_it_could_not_write_before_it_evaluates(
-    tmp_path, monkeypatch, refused
-):
-    monkeypatch.setattr(evaluation, "load_model", None)
-    write(tmp_path / "file", "x")
-    for out, complaint in (
-        (tmp_path / "file" / "x.json", "not a directory"),
-        (tmp_path / "file", "exists already"),
-        ("/dev/null/x.json", "not a directory"),
-    ):
-        error = refused(evaluation.main, ["--model", TINY, "--out", str(out)])
-        assert error.startswith(f"error: --out {out}") and complaint in error
-    argv = ["--model", TINY, "--out", str(tmp_path), "--overwrite"]
-    assert "is a directory, not a file" in refused(evaluation.main, argv)
-    path = write(tmp_path / "d.jsonl", '{"question": "1+1?", "answer": "2"}')
-    argv = ["--model", TINY, "--data", path, "--context", "solution"]
-    assert "--context solution: needs a solution" in refused(evaluation.main, argv)
-
-
-def test_split_of_one_outcome_and_a_rate_that_is_too_high_are_named(tmp_path, monkeypatch, refused):
-    error = refused(opsd.main, ["--filter", "correct", "--divergence", "split"])
-    assert "error: --divergence split: --filter correct keeps one" in error
+def test_a_rate_that_is_too_high_is_named(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(run, "GIVE_UP", 2)
     argv = [*BARE, *"--lr 1e30 --steps 9 --out".split(), str(tmp_path / "run")]
     assert "is --lr too high?" in refused(opsd.main, argv)

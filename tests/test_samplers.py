@@ -1,7 +1,6 @@
 """Sampling: transformers, and vLLM where it is installed."""
 
 import ast
-import gc
 import importlib.util
 import json
 import os
@@ -205,17 +204,11 @@ def test_vllm_keeps_the_stop_id_once_and_stops_at_every_stop_id(tokenizer, vllm)
         (rlvr, "--group 8"),
     ],
 )
-def test_script_trains_and_resumes_with_vllm(script, flags, tmp_path, vllm, crash, monkeypatch):
+def test_script_trains_with_vllm(script, flags, tmp_path, vllm):
     out = str(tmp_path / "run")
-    flags += " --steps 6 --state-every 2 --lr 1e-3 --out"
-    argv = [*vllm, *SMALL, *flags.split(), out]
-    with pytest.raises(crash):
-        script.main(argv)
-    gc.collect()
-    monkeypatch.undo()
-    script.main([*argv, "--resume"])  # its engine starts on the weights of --model
+    script.main([*vllm, *SMALL, *flags.split(), *"--steps 3 --lr 1e-3 --out".split(), out])
     head, *steps, last = metrics(out)
-    assert head["args"]["backend"] == "vllm" and len(steps) == 6 and "evaluation" in last
+    assert head["args"]["backend"] == "vllm" and len(steps) == 3 and "evaluation" in last
     for step in steps:
         assert step["loss_tokens"] > 0 and step["grad_norm"] > 0 and 0 < step["logprob_gap"] < 1e-3
 
@@ -279,14 +272,11 @@ def test_one_tensor_left_old_is_caught_and_rounding_is_not(name, tiny, tokenizer
     assert "lm_head" in error
 
 
-def test_without_vllm_one_line_names_the_backend(tmp_path, monkeypatch, capsys):
+def test_without_vllm_one_line_names_the_backend(tmp_path, monkeypatch, capsys, refused):
     monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
-    for script, model in ((opsd, []), (rlvr, []), (evaluation, ["--model", TINY])):
-        with pytest.raises(SystemExit) as stop:
-            script.main([*model, *"--backend vllm --device cpu --out".split(), str(tmp_path / "x")])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1
-        assert error.startswith("error: --backend vllm: vllm is not installed")
+    argv = ["--model", TINY, *"--backend vllm --device cpu --out".split(), str(tmp_path / "x")]
+    for script in (opsd, rlvr, evaluation):
+        assert "--backend vllm: vllm is not installed" in refused(script.main, argv)
     assert not os.listdir(tmp_path)
     args = opsd.parse_args([])
     samplers.choose_backend(args, CPU)
@@ -301,18 +291,15 @@ def test_without_vllm_one_line_names_the_backend(tmp_path, monkeypatch, capsys):
         ("--backend vllm", "", "cpu", "no device that is here"),
         ("--backend vllm", "cpu", "cuda", "runs on cpu, the model on cuda"),
         ("--backend vllm", "cuda", "cuda:1", "CUDA_VISIBLE_DEVICES"),
-        ("--backend vllm --vllm-memory 1.5", "cpu", "cpu", "--vllm-memory 1.5"),
     ],
 )
-def test_vllm_runs_where_the_model_does(flags, has, device, says, engines, capsys):
+def test_vllm_runs_where_the_model_does(flags, has, device, says, engines, capsys, refused):
     sys.modules["vllm"].platforms.current_platform.device_type = has
+    args, device = opsd.parse_args(flags.split()), torch.device(device)
     if says:
-        with pytest.raises(SystemExit):
-            samplers.choose_backend(opsd.parse_args(flags.split()), torch.device(device))
-        assert says in capsys.readouterr().err
+        assert says in refused(samplers.choose_backend, args, device)
     else:
-        args = opsd.parse_args(flags.split())
-        samplers.choose_backend(args, torch.device(device))
+        samplers.choose_backend(args, device)
         assert args.backend == "vllm" and "sampling with vllm" in capsys.readouterr().out
 
 
@@ -470,35 +457,19 @@ def test_a_run_asks_for_logprobs_in_training_only_and_its_engine_keeps_the_order
     assert engine.calls.count("sleep") == engine.calls.count("generate")
 
 
-def fields(path, name):
-    """The annotated fields of a class in vLLM's source, or the arguments of its methods."""
-    (folder,) = SOURCE.submodule_search_locations
-    with open(os.path.join(folder, path)) as stream:
-        nodes = ast.walk(ast.parse(stream.read()))
-    (found,) = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name]
-    names = {node.target.id for node in found.body if isinstance(node, ast.AnnAssign)}
-    methods = {node.name: node.args for node in found.body if isinstance(node, ast.FunctionDef)}
-    arguments = {}
-    for method, given in methods.items():
-        arguments[method] = {arg.arg for arg in given.args + given.kwonlyargs}
-    return names, arguments
-
-
 @pytest.mark.skipif(not SOURCE, reason="vllm's source is not installed")
-def test_vllm_knows_every_keyword(model, tokenizer, engines):
-    seen = []
-    sys.modules["vllm"].SamplingParams = lambda **given: (
-        seen.append(given) or types.SimpleNamespace(**given)
-    )
-    sampler_of(model, tokenizer, ["--backend", "vllm"]).sample(prompts_of(tokenizer, 2), 20)
-    settings = engines[0].settings
-    assert settings["enable_sleep_mode"] and settings["max_num_batched_tokens"] == 4096
-    assert set(settings) <= fields("engine/arg_utils.py", "EngineArgs")[0]
-    assert set(seen[0]) <= fields("sampling_params.py", "SamplingParams")[0]
-    _, methods = fields("entrypoints/llm.py", "LLM")
-    assert "level" in methods["sleep"] and "tags" in methods["wake_up"]
-    assert {"method", "kwargs"} <= methods["collective_rpc"] and "reset_prefix_cache" in methods
-    assert "use_tqdm" in methods["generate"]
+def test_vllm_has_the_calls_of_a_card():
+    """Those that no test of the CPU build makes."""
+
+    def methods(path, name):
+        (folder,) = SOURCE.submodule_search_locations
+        with open(os.path.join(folder, path)) as stream:
+            nodes = ast.walk(ast.parse(stream.read()))
+        (found,) = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name]
+        found = [node for node in found.body if isinstance(node, ast.FunctionDef)]
+        return {node.name: ast.unparse(node.args) for node in found}
+
+    llm = methods("entrypoints/llm.py", "LLM")
+    assert "level" in llm["sleep"] and "tags" in llm["wake_up"]
     for path in ("v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py"):
-        _, methods = fields(path, "GPUModelRunner")
-        assert "weights_iterator" in methods["reload_weights"]
+        assert "weights_iterator" in methods(path, "GPUModelRunner")["reload_weights"]

@@ -166,10 +166,16 @@ def after_script(page, tmp_path, script):
 
 @in_browser
 def test_it_opens_on_the_response_that_shows_the_point(made, tmp_path):
-    """Correct before and after, and shortened most; without one that of the draw's first."""
+    """Correct before and after, and shortened most; without one that of the draw's first. The
+    summary is computed from the data.
+    """
     page, records = made
-    script = "return { first: RESPONSES[0].problem, looked: looked[0].problem, token: looked[1] };"
+    script = """
+        const cells = [...document.querySelectorAll("[data-nats]")];
+        return { first: RESPONSES[0].problem, looked: looked[0].problem, token: looked[1],
+                 summary: cells.map(c => [c.dataset.outcome, Number(c.dataset.nats)]) };"""
     found = after_script(page, tmp_path, script)
+    summary = found.pop("summary")
     pairs = zip(records[::2], records[1::2], strict=True)
     both = [pair for pair in pairs if {r["outcome"] for r in pair} == {"correct"}]
     shares = {a["problem"]: len(b["tokens"]) / len(a["tokens"]) for a, b in both}
@@ -178,6 +184,14 @@ def test_it_opens_on_the_response_that_shows_the_point(made, tmp_path):
     values = record["contexts"]["solution"]["reverse_kl"]
     token = 1 + next(i for i, value in enumerate(values) if value >= max(values) / 2)
     assert found == dict(first=first, looked=first, token=token)
+    wanted = []
+    for name in show.SHOWN:
+        for outcome in ("correct", "incorrect"):
+            rows = [r for r in records if r["outcome"] == outcome and not r["after"]]
+            sums = [sum(r["contexts"][name]["reverse_kl"]) for r in rows]
+            wanted.append([outcome, np.mean(sums)])
+    assert [outcome for outcome, _ in summary] == [outcome for outcome, _ in wanted]
+    np.testing.assert_allclose([v for _, v in summary], [v for _, v in wanted], 0.01, 0.02)
 
 
 @in_browser
@@ -223,22 +237,6 @@ def test_hover_switch_and_address(made, tmp_path):
     assert f'data-measure="ratio" data-value="{found["ratio"]}"' in shown
     assert f"token {token + 1} of {len(records[2]['tokens'])}" in shown
     assert len(re.findall(r'class="(?:\w+ )*at"', shown)) == 1
-
-
-@in_browser
-def test_summary_is_computed_from_the_data(made, tmp_path):
-    page, records = made
-    script = """return [...document.querySelectorAll("[data-nats]")].map(c =>
-        [c.dataset.outcome, Number(c.dataset.nats)]);"""
-    found = after_script(page, tmp_path, script)
-    wanted = []
-    for name in show.SHOWN:
-        for outcome in ("correct", "incorrect"):
-            rows = [r for r in records if r["outcome"] == outcome and not r["after"]]
-            sums = [sum(r["contexts"][name]["reverse_kl"]) for r in rows]
-            wanted.append([outcome, np.mean(sums)])
-    assert [outcome for outcome, _ in found] == [outcome for outcome, _ in wanted]
-    np.testing.assert_allclose([v for _, v in found], [v for _, v in wanted], 0.01, 0.02)
 
 
 @in_browser
