@@ -224,23 +224,19 @@ def test_filters_and_the_third_outcome():
 # Steps that cannot be taken
 
 
-def test_sft_without_one_update_fails(tmp_path, monkeypatch, capsys):
+def test_sft_without_one_update_fails(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(sft, "optimizer_step", lambda *args: (math.nan, False))
-    with pytest.raises(SystemExit):
-        sft.main("--batch 2 --threads 1 --steps 2 --out".split() + [str(tmp_path / "run")])
-    assert "no step was taken" in capsys.readouterr().err
+    argv = "--batch 2 --threads 1 --steps 2 --out".split() + [str(tmp_path / "run")]
+    assert "no step was taken" in refused(sft.main, argv)
     assert not os.path.exists(tmp_path / "run" / "model.safetensors")
 
 
-def test_a_filter_that_keeps_nothing_is_logged_and_then_ends_the_run(tmp_path, monkeypatch, capsys):
+def test_a_filter_that_keeps_nothing_is_logged_and_ends_the_run(tmp_path, monkeypatch, refused):
     counts = iter([0, 6, 0, 0])
     monkeypatch.setitem(opsd.FILTERS, "correct", lambda rollouts, args: rollouts[: next(counts)])
     monkeypatch.setattr(run, "GIVE_UP", 2)
-    with pytest.raises(SystemExit) as stop:
-        opsd.main(["--steps", "5", "--out", str(tmp_path / "run"), *SMALL])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--filter correct kept nothing" in error
-    assert "2 steps in a row" in error and error.count("\n") == 1
+    error = refused(opsd.main, ["--steps", "5", "--out", str(tmp_path / "run"), *SMALL])
+    assert "--filter correct kept nothing" in error and "2 steps in a row" in error
     assert [step["kept"] for step in metrics(tmp_path / "run")[1:]] == [0, 6, 0, 0]
     samples = read_lines(tmp_path / "run" / "samples.jsonl")
     assert [row["step"] for row in samples if "teacher_prompt" in row] == [2]

@@ -51,31 +51,29 @@ def test_thinking_and_the_contexts_place_are_the_teachers_own(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "name, wants, frame",
+    "name, wants",
     [
-        ("reflection", ["5 {q}", "my attempt", "is 6", "memo"], "Notes"),
-        ("reflection-demo", ["my attempt", "five plus one", "memo"], "Notes"),
-        ("four-line", ["my attempt", "five plus one", "four lines"], "Notes"),
-        ("two-line", ["my attempt", "five plus one", "DO:", "DON'T:"], "Notes"),
-        ("resolve", ["five plus one", "\\boxed{}"], "solution that you wrote"),
+        ("reflection", ["5 {q}", "my attempt", "is 6", "memo"]),
+        ("reflection-demo", ["my attempt", "five plus one", "memo"]),
+        ("four-line", ["my attempt", "five plus one", "four lines"]),
+        ("two-line", ["my attempt", "five plus one", "DO:", "DON'T:"]),
+        ("resolve", ["five plus one", "\\boxed{}"]),
     ],
 )
-def test_written_contexts_ask_the_teacher_and_frame_what_it_writes(name, wants, frame):
+def test_written_contexts_ask_the_teacher_and_frame_what_it_writes(name, wants):
     asked = []
 
     def write_text(prompts):
         asked.extend(prompts)
         return ["{text} 42", None]
 
-    rollouts = [
-        Rollout(Problem("5 {q} + 1?", "6", "five plus one"), [], text="my attempt"),
-        Rollout(Problem("x?", "1", "s"), [], text="t"),
-    ]
+    problem = Problem("5 {q} + 1?", "6", "five plus one")
+    rollouts = [Rollout(problem, [], text="my attempt"), Rollout(problem, [], text="t")]
     texts = CONTEXTS[name](rollouts, write_text, None)
     assert all(part in asked[0] for part in wants)
     assert (name == "resolve") == ("my attempt" not in asked[0])
-    assert texts[0].startswith(("Notes", "Here is")) and frame in texts[0]
-    assert texts[0].endswith("{text} 42") and texts[1] is None
+    frame = "Here is a solution that you wrote" if name == "resolve" else "Notes from an earlier"
+    assert texts[0].startswith(frame) and texts[0].endswith("{text} 42") and texts[1] is None
 
 
 def contexts_of(name, problems, flags="--data d.jsonl"):
@@ -214,22 +212,6 @@ def test_problem_batches_visit_every_problem_once_an_epoch():
     assert batch(7, 6) == batch(7, 3) + batch(10, 3)
 
 
-def test_loading_recognises_field_names(tmp_path):
-    path = write(
-        tmp_path / "a.jsonl",
-        '{"prompt": "Solve!", "problem": "1+1?", "ground_truth": 2, "cot": "1+1=2", "level": 1}',
-        "",
-        '{"problem": "x?", "ground_truth": "\\\\frac{1}{2}"}',
-    )
-    first, second = Problem("1+1?", "2", "1+1=2", "1"), Problem("x?", "\\frac{1}{2}")
-    assert load_file(path) == [first, second]
-    rows = pyarrow.table({"problem": ["1+1?"], "ground_truth": [2.0], "solution": [None]})
-    pyarrow.parquet.write_table(rows, tmp_path / "c.parquet")
-    assert load_file(str(tmp_path / "c.parquet")) == [Problem("1+1?", "2.0")]
-    path = write(tmp_path / "b.jsonl", '{"q": "1+1?", "a": "2"}')
-    assert load_file(path, "question=q", "answer=a") == [Problem("1+1?", "2")]
-
-
 ONE = dict(question="1+1?", answer="2")
 TURN = dict(role="user", content="1+1?")
 
@@ -254,6 +236,14 @@ TURN = dict(role="user", content="1+1?")
             dict(question="1+1?", answer="1+1 = <<1+1=2>>2\n#### 2"),
             Problem("1+1?", "2", "1+1 = <<1+1=2>>2"),
         ),
+        (
+            dict(prompt="Solve!", problem="1+1?", ground_truth=2.0, cot="1+1=2"),
+            Problem("1+1?", "2.0", "1+1=2"),
+        ),
+        (
+            dict(question="1+1?", answer="\\frac{4}{2}", solution=None),
+            Problem("1+1?", "\\frac{4}{2}"),
+        ),
         (dict(prompt="1+1?", solution="2", source_prompt=[TURN]), None),
     ],
 )
@@ -262,7 +252,7 @@ def test_rows_of_the_fields_data_sets_load(row, problem, tmp_path):
     table = pyarrow.Table.from_pylist([dict(row, extra_info=dict(index=0))])
     for shard in ("a", "b"):
         pyarrow.parquet.write_table(table, tmp_path / "shards" / f"{shard}.parquet")
-    path = write(tmp_path / "d.jsonl", json.dumps(row))
+    path = write(tmp_path / "d.jsonl", json.dumps(row), "")
     fields = [] if problem else ["answer=solution"]
     problem = problem or Problem(**ONE)
     assert load_file(path, *fields) == [problem]
@@ -344,10 +334,8 @@ MISSING = [*'NaN Infinity -Infinity 1e999 null "" "nan"'.split(), '" "']
 
 
 @pytest.mark.parametrize("missing", MISSING)
-def test_missing_golds_are_refused_by_row(tmp_path, missing, capsys):
-    with pytest.raises(SystemExit):
-        load(tmp_path, FIVE + "\n" + ROW % missing)
-    assert re.fullmatch(r"error: \S+, line 2: no answer .*\n", capsys.readouterr().err)
+def test_missing_golds_are_refused_by_row(tmp_path, missing, refused):
+    assert "a.jsonl, line 2: no answer (" in refused(load, tmp_path, FIVE + "\n" + ROW % missing)
 
 
 def test_forms_of_json_files(tmp_path):
@@ -375,27 +363,21 @@ ARRAY = "a.jsonl: begins like a JSON array, but is not JSON "
         ("[]", "no rows"),
     ],
 )
-def test_unreadable_data_is_one_line(tmp_path, content, message, capsys):
-    with pytest.raises(SystemExit):
-        load(tmp_path, content)
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+def test_unreadable_data_is_one_line(tmp_path, content, message, refused):
+    assert message in refused(load, tmp_path, content)
 
 
-def test_rows_whose_gold_no_rule_reads_end_the_run_or_are_dropped(tmp_path, capsys):
+def test_rows_whose_gold_no_rule_reads_end_the_run_or_are_dropped(tmp_path, capsys, refused):
     golds = ["5", "5 million", "There are 5 of them", "\\foo", "7", "10 80"]
     rows = "\n".join(ROW.replace("How", str(i)) % json.dumps(g) for i, g in enumerate(golds))
-    with pytest.raises(SystemExit):
-        load(tmp_path, rows)
-    error = capsys.readouterr().err
+    error = refused(load, tmp_path, rows)
     says = "line 2: gold answer '5 million': it has words or numbers beside a number that are no"
     assert says in error and "(4 of 6 rows are so; --skip-unreadable drops them)" in error
     assert load(tmp_path, rows, skip=True) == ["5", "7"]
     said = capsys.readouterr().out.splitlines()
     assert "dropped 4 of 6 rows" in said[0] and len(said) == 4 and says in said[1]
     assert "'There are 5 of them': it is prose" in said[2] and "cannot parse" in said[3]
-    with pytest.raises(SystemExit):  # none is left
-        load(tmp_path, ROW % '"5 million"', skip=True)
+    refused(load, tmp_path, ROW % '"5 million"', "a.jsonl", True)  # none is left
 
 
 def test_dropped_rows_are_noted_beside_the_run(tmp_path):

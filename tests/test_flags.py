@@ -37,8 +37,6 @@ REFUSED = [
     (opsd, "--backend vllm --sample-batch 9", "--sample-batch: read only with --backend auto"),
     (opsd, "--backend transformers --vllm-memory 0.5", "--vllm-memory: read only with --backend"),
     (rlvr, "--backend transformers --vllm-eager", "--vllm-eager: read only with --backend"),
-    (rlvr, "--eval-data a.jsonl", "--eval-data: read only with --data"),
-    (sft, "--fields answer=gold", "--fields: read only with --data"),
     (evaluation, EVAL + "--data a.jsonl --problems 5", "--problems: read only without --data"),
     (evaluation, EVAL + "--context-first", "--context-first: read only with --context"),
     (evaluation, EVAL + "--context solution --context-tokens 9", "--context-tokens: read"),

@@ -284,11 +284,6 @@ def test_bfloat16_computes_low_and_keeps_what_a_small_step_adds(pair, tmp_path):
         assert (weights(out) != start).float().mean() > 0.85  # float32 masters keep steps of 1e-6
         loss = metrics(out)[1]["loss"]
         assert loss != reference and loss == pytest.approx(reference, rel=0.05)
-    # What it would be otherwise.
-    low = start.bfloat16().requires_grad_()
-    low.grad = torch.ones_like(low)
-    torch.optim.AdamW([low], lr=1e-6, weight_decay=0).step()
-    assert (low == start.bfloat16()).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

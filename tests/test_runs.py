@@ -276,17 +276,11 @@ def test_ctrl_c_while_a_script_imports_torch_is_one_line(tmp_path):
         assert (done.returncode, done.stderr) == (130, "\ninterrupted\n"), path
 
 
-def test_one_seed_fixes_everything_and_a_card_has_the_command_and_table(
-    tmp_path, monkeypatch, capsys
-):
-    runs = [str(tmp_path / name) for name in "abc"]
-    for out, seed in zip(runs, "001", strict=True):
-        argv = [*"--steps 2 --filter all --seed".split(), seed, "--out", out, *SMALL]
-        monkeypatch.setattr(sys, "argv", ["opsd.py", *argv])
-        opsd.main(argv)
-    a, b, c = map(lines_without_times, runs)
-    assert a == b != c and torch.equal(weights(runs[0]), weights(runs[1]))
-    card, printed = (tmp_path / "c" / "README.md").read_text(), capsys.readouterr().out
+def test_a_card_has_the_command_and_the_table(tmp_path, monkeypatch, capsys):
+    argv = [*"--steps 2 --filter all --out".split(), str(tmp_path / "run"), *SMALL]
+    monkeypatch.setattr(sys, "argv", ["opsd.py", *argv])
+    opsd.main(argv)
+    card, printed = (tmp_path / "run" / "README.md").read_text(), capsys.readouterr().out
     assert card.startswith("---\nlibrary_name: transformers\n") and "base_model" not in card
     assert f"`python opsd.py {' '.join(argv)}`" in card
     table = card.split("```")[1].strip()

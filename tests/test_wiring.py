@@ -530,6 +530,8 @@ def test_sft_does_what_its_flags_say(given, model, tokenizer, events, tmp_path, 
             rows.append((prompt_of(tokenizer, p), response))
     sft.main(["--model", TINY, *flags, "--out", out])
     if not given:
+        weights_of = [next(sft.build_tiny(seed)[0].parameters()) for seed in (0, 1)]
+        assert not torch.equal(*weights_of)
         assert problems == embedded_problems(20, 3) and len(streams) == 20
     assert [event.kind for event in events] == ["update"] * 5
     student_weights, lines = flat(model), metrics(out)[1:]
