@@ -14,7 +14,7 @@ import rlvr
 import sft
 import toy_model
 from data import CONTEXTS, Problem, embedded_problems, render_prompt
-from model import load_model, save_model
+from model import load_model
 from rollout import Rollout
 from run import HERE
 
@@ -116,24 +116,23 @@ def flat_gradient(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def make_tied(tokenizer, path):
-    """Saves a random model with tied embeddings."""
+def random_model(kind, tokenizer, path, **config):
+    """Saves a random model of a transformers configuration class, with the embedded tokenizer."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    save_model(str(path), model, tokenizer)
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    shape |= dict(num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    shape |= dict(bos_token_id=None, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
+    model = transformers.AutoModelForCausalLM.from_config(kind(**{**shape, **config}))
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def make_tied(tokenizer, path):
+    shape = dict(hidden_size=64, intermediate_size=128, initializer_range=0.2)
+    kind = transformers.LlamaConfig
+    random_model(kind, tokenizer, path, tie_word_embeddings=True, **shape)
 
 
 def changed_json(path, **entries):

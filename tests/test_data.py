@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import datasets
@@ -380,11 +381,15 @@ def test_rows_whose_gold_no_rule_reads_end_the_run_or_are_dropped(tmp_path, caps
     refused(load, tmp_path, ROW % '"5 million"', "a.jsonl", True)  # none is left
 
 
-def test_dropped_rows_are_noted_beside_the_run(tmp_path):
+def test_held_out_problems_and_the_rows_that_files_have_dropped(tmp_path, capsys):
     rows = [ROW % 5, ROW % '"5 million"', (ROW % 4).replace("How", "So")]
     path, held_out = write(tmp_path / "d.jsonl", *rows), write(tmp_path / "e.jsonl", *rows[::-1])
-    args = opsd.parse_args(["--data", path, "--eval-data", held_out, "--skip-unreadable"])
+    flags = f"--data {path} --eval-data {held_out} --eval-problems 1 --skip-unreadable"
+    args = opsd.parse_args(flags.split())
     problems = data.load_problems(args, 1)
-    assert len(problems) == 2
-    data.load_held_out(args, [*problems, Problem("x?", "1")])
+    assert [p.answer for p in problems] == ["5", "4"]
+    # A question with another solution is the same question.
+    training = [problems[0], replace(problems[1], solution="by heart")]
+    assert data.load_held_out(args, training) == (problems[:1], problems[1:])
+    assert "dropped 1 of 2 training problems: they are held out too" in capsys.readouterr().out
     assert json.loads(json.dumps(vars(args)))["unreadable"] == {path: [2], held_out: [2]}

@@ -10,8 +10,7 @@ import pyarrow.parquet
 import pytest
 
 import eval as evaluation
-import opsd
-from data import Problem, embedded_problems
+from data import Problem
 from metrics import (
     compare,
     compare_mean,
@@ -24,7 +23,7 @@ from metrics import (
 )
 from rollout import Rollout
 from run import HERE
-from tests.helpers import SMALL, TINY, graded, metrics, write
+from tests.helpers import TINY, graded, write
 
 SFT = os.path.join(HERE, "tiny", "sft")
 
@@ -154,19 +153,3 @@ def test_eval_averages_several_files_of_the_shapes_that_benchmarks_have(tmp_path
             for row in rows:
                 right = row["answer"] is not None and int(row["answer"]) == int(row["gold"])
                 assert (row["verdict"] == "correct") == right
-
-
-def test_a_run_on_real_data_is_evaluated_on_its_held_out_problems(tmp_path, capsys):
-    rows = [
-        json.dumps(dict(prompt=p.question, answer=p.answer, solution=p.solution))
-        for p in embedded_problems(12, 7)
-    ]
-    train = write(tmp_path / "train.jsonl", *rows)
-    # A question with another solution is the same question.
-    others = [json.dumps(dict(json.loads(row), solution="by heart")) for row in rows[:6]]
-    held_out = write(tmp_path / "held-out.jsonl", *others)
-    out = str(tmp_path / "run")
-    files = ["--model", TINY, "--data", train, "--eval-data", held_out, "--out", out]
-    opsd.main([*files, *SMALL, *"--steps 1 --filter all --eval-problems 4".split()])
-    assert ["evaluation" in row for row in metrics(out)] == [False, False, True]
-    assert "dropped 4 of 12 training problems" in capsys.readouterr().out

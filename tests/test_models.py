@@ -26,6 +26,7 @@ from tests.helpers import (
     changed_model,
     check_greedy,
     metrics,
+    random_model,
     write,
 )
 
@@ -45,19 +46,6 @@ def changed_weights(path, change):
     """The weights of the model there go through `change`, a dict to a dict."""
     weights = change(load_file(path / "model.safetensors"))
     save_file(weights, path / "model.safetensors", metadata=dict(format="pt"))
-
-
-def random_model(kind, tokenizer, path, **config):
-    """Saves a random model of a transformers configuration class, with the embedded tokenizer."""
-    torch.manual_seed(0)
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    shape |= dict(num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=1024)
-    shape |= dict(bos_token_id=None, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
-    model = transformers.AutoModelForCausalLM.from_config(kind(**{**shape, **config}))
-    model.generation_config.eos_token_id = 2
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from tests.helpers import (
     SMALL,
     STAGES,
     TINY,
+    WATCHED,
     changed_model,
     lines_without_times,
     metrics,
@@ -48,7 +49,10 @@ def steps_in(path):
     return [row["step"] for row in metrics(path)[1:]]
 
 
-@pytest.mark.parametrize("script, argv", STAGES)
+LORA = ["--lora", "4", *"--filter all --context reflection --context-tokens 100".split()]
+
+
+@pytest.mark.parametrize("script, argv", [*STAGES, (opsd, [*WATCHED, *LORA])])
 def test_a_resumed_run_equals_one_that_was_never_interrupted(
     script, argv, tmp_path, crash, monkeypatch, capsys, refused
 ):
@@ -63,6 +67,8 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     for name in (".saving-metrics.jsonl", ".saving-state", ".saving-config.json"):
         write(tmp_path / "cut" / name, "half")  # ... and files that it left half-written
     monkeypatch.undo()
+    adapters = [".lora_" in name for name in run.load_state(cut)["model"]]
+    assert all(adapters) if "--lora" in argv else not any(adapters)
     script.main(argv + ["--out", cut, "--resume"])
     assert "resumed after step 4" in capsys.readouterr().out
     script.main(argv + ["--out", whole])
@@ -291,15 +297,16 @@ def test_a_card_has_the_command_and_the_table(tmp_path, monkeypatch, capsys):
 
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, monkeypatch, refused):
     out = tmp_path / "run"
-    (out / "step-1").mkdir(parents=True)
+    for name in ("step-1", "adapter"):
+        (out / name).mkdir(parents=True)
     for name in ("train.jsonl", "notes.txt"):
         write(out / name, "x")
     argv = [*BARE, "--overwrite", "--out", str(out)]
-    assert "not the directory of a run" in refused(opsd.main, argv) and len(names_in(out)) == 3
+    assert "not the directory of a run" in refused(opsd.main, argv) and len(names_in(out)) == 4
     for name in ("metrics.jsonl", "kl_by_position.jsonl", "model.safetensors"):
         write(out / name, "{}")
     error = refused(opsd.main, [*argv, "--model", os.path.join(out, "")])
-    assert "is --model as well" in error and len(names_in(out)) == 6
+    assert "is --model as well" in error and len(names_in(out)) == 7
     monkeypatch.setattr(opsd, "accumulate_gradients", lambda *args: fail("stop"))
     refused(opsd.main, argv)
     # No model of another run beside this one's log.

@@ -18,7 +18,7 @@ import rlvr
 import samplers
 import vllm_sampler
 from data import embedded_problems, render_prompt
-from model import load_model, sampled_logps, save_model
+from model import load_model, sampled_logps
 from samplers import make_sampler, until_stop
 from tests.helpers import CPU, SMALL, TINY, check_greedy, make_tied, metrics, some_rollouts, write
 
@@ -211,35 +211,6 @@ def test_script_trains_with_vllm(script, flags, tmp_path, vllm):
     assert head["args"]["backend"] == "vllm" and len(steps) == 3 and "evaluation" in last
     for step in steps:
         assert step["loss_tokens"] > 0 and step["grad_norm"] > 0 and 0 < step["logprob_gap"] < 1e-3
-
-
-def test_eval_with_vllm_counts_what_it_does_with_transformers(model, tokenizer, tmp_path, vllm):
-    with torch.no_grad():  # a second checkpoint, on the first one's engine
-        model.get_output_embeddings().weight[5:50] *= -1
-    save_model(str(tmp_path / "second"), model, tokenizer)
-    saved = []
-    for name, flags in (("a", vllm), ("b", [])):
-        argv = ["--model", TINY, str(tmp_path / "second"), "--out", str(tmp_path / name), *flags]
-        evaluation.main(argv + "--problems 20 --samples 1 --temperature 0".split())
-        saved.append(json.loads((tmp_path / name).read_text())["responses"]["embedded"])
-    first, second = saved[0].values()
-    assert saved[0] == saved[1] and first != second
-
-
-@pytest.mark.parametrize("name", ["embedded", "tied"])
-def test_a_wrong_push_to_vllm_ends_the_run(name, tokenizer, tmp_path, vllm, capsys):
-    """One tensor stays what it was: a matrix of the embedded model; the head of a tied one, whose
-    weights went under one name only.
-    """
-    model = on_its_device(TINY) if name == "embedded" else tied_llama(tokenizer, tmp_path)
-    sampler = sampler_of(model, tokenizer, vllm)
-    stale = "model.layers.1.mlp.up_proj.weight"
-    wrong = [(name, weight) for name, weight in model.named_parameters() if name != stale]
-    sampler.engine["llm"].collective_rpc("reload_weights", kwargs=dict(weights_iterator=wrong))
-    sampler.engine["holds"] = model
-    with pytest.raises(SystemExit):
-        sampler.sample(prompts_of(tokenizer, 6), 60)
-    assert "the engine's weights are not the trainer's" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------
@@ -455,6 +426,14 @@ def test_a_run_asks_for_logprobs_in_training_only_and_its_engine_keeps_the_order
         if "loss" in row:
             assert 0 <= row["logprob_gap"] < 1e-3 and row["grad_norm"] > 0
     assert engine.calls.count("sleep") == engine.calls.count("generate")
+
+
+def test_eval_has_one_engine_for_all_checkpoints(tmp_path, engines):
+    flags = "--backend vllm --problems 4 --samples 1 --temperature 0 --out".split()
+    first = os.path.join(os.path.dirname(TINY), "sft")
+    evaluation.main(["--model", TINY, first, *flags, str(tmp_path / "e.json")])
+    one, other = json.loads((tmp_path / "e.json").read_text())["responses"]["embedded"].values()
+    assert len(engines) == 1 and one != other
 
 
 @pytest.mark.skipif(not SOURCE, reason="vllm's source is not installed")
