@@ -11,7 +11,6 @@ import torch
 import metrics
 import model as modelling
 import opsd
-from rollout import kl_by_position
 from tests.helpers import CPU, graded, write
 from tools import bench, memory, plot
 from tools.bench_loss import measure_loss
@@ -20,10 +19,8 @@ from tools.bench_loss import measure_loss
 # Figures
 
 
-@pytest.fixture
-def logs(tmp_path):
-    """{kind: files of two seeds}: the metrics of a run with evaluations, and its KL by position."""
-    files = dict(metrics=[], kl=[])
+def test_figures_from_the_runs_own_files(tmp_path, refused):
+    files = []
     for seed in (1, 2):
         rows = [dict(args=dict(out=f"runs/correct-{seed}", seed=seed))]
         for step in (20, 40):
@@ -32,35 +29,21 @@ def logs(tmp_path):
                 ("after", graded(["correct"] * 4, 80 - seed - step)),
             ]
             rows.append(dict(step=step, evaluation=metrics.compare(pair)))
-        path = tmp_path / f"metrics-{seed}.jsonl"
-        files["metrics"].append(write(path, *map(json.dumps, rows)))
-        rollouts = graded(["correct"] * 10 + ["incorrect"] * 2, 100)
-        for r in rollouts:
-            r.measures = dict(reverse_kl=torch.rand(100))
-        line = json.dumps(dict(step=1, bin=8, **kl_by_position(rollouts, 8)))
-        files["kl"].append(write(tmp_path / f"kl-{seed}.jsonl", line))
-    return files
-
-
-def test_figures_from_the_runs_own_files(logs, tmp_path, capsys):
-    for figure, kind in (("path", "metrics"), ("trajectory", "metrics"), ("position", "kl")):
-        plot.main([figure, *logs[kind], "--out", str(tmp_path / figure)])
+        files.append(write(tmp_path / f"{seed}.jsonl", *map(json.dumps, rows)))
+    for figure in ("path", "trajectory"):
+        plot.main([figure, *files, "--out", str(tmp_path / figure)])
         assert (tmp_path / f"{figure}.png").stat().st_size > 5000
         assert (tmp_path / f"{figure}.svg").exists()
     # Runs that differ in their own seed are seeds of one thing.
-    curves = plot.curves_of(logs["metrics"])
+    curves = plot.curves_of(files)
     assert list(curves) == ["correct"] and len(curves["correct"]) == 2
     assert curves["correct"][0][:, :2].tolist() == [[0, 0], [20, 25], [40, 25]]
-    for file, says in (
-        (logs["kl"][0], "no files for this figure"),  # another figure's
-        (str(tmp_path / "none"), "none: No such file"),
-    ):
-        with pytest.raises(SystemExit):
-            plot.main(["path", file, "--out", str(tmp_path / "x")])
-        assert says in capsys.readouterr().err
+    none = write(tmp_path / "none.jsonl", "{}")
+    for file, says in ((none, "no files for this figure"), (none + "x", "No such file")):
+        assert says in refused(plot.main, ["path", file, "--out", str(tmp_path / "x")])
 
 
-def test_position_leaves_out_where_few_rollouts_are_left(tmp_path, monkeypatch, capsys):
+def test_position_leaves_out_where_few_rollouts_are_left(tmp_path, monkeypatch, refused):
     bins = dict(kl=[8.0, 60.0, 90.0], tokens=[80, 60, 9], rollouts=[10, 10, 9])
     outcomes = dict.fromkeys(plot.COLOURS, bins)
     write(tmp_path / "kl.jsonl", json.dumps(dict(step=1, bin=8, **outcomes)))
@@ -72,9 +55,8 @@ def test_position_leaves_out_where_few_rollouts_are_left(tmp_path, monkeypatch, 
         assert list(line.get_xdata()) == [4, 12, 20] and list(counts.get_ydata()) == [10, 10, 9]
     bins["rollouts"] = [9, 9, 9]
     write(tmp_path / "few.jsonl", json.dumps(dict(step=1, bin=8, **outcomes)))
-    with pytest.raises(SystemExit):
-        plot.main(["position", str(tmp_path / "few.jsonl"), "--out", str(tmp_path / "f")])
-    assert "no position with 10 rollouts" in capsys.readouterr().err
+    argv = ["position", str(tmp_path / "few.jsonl"), "--out", str(tmp_path / "f")]
+    assert "no position with 10 rollouts" in refused(plot.main, argv)
 
 
 # ------------------------------------------------------------------------------------------------
