@@ -1,6 +1,5 @@
 """Flags that cannot be meant: one line that names them, before anything is loaded."""
 
-import argparse
 import json
 import os
 import re
@@ -126,15 +125,6 @@ def test_what_helps_say_of_reading_names_flags_and_choices(monkeypatch):
                 assert set((values or "").split(", ")) - {""} <= set(actions[other].choices or ())
                 conditions += 1
     assert len(parsers) == 4 and conditions > 30
-
-
-def test_a_new_flag_is_checked_by_its_help(refused):
-    parser = Parser("")
-    parser.add_argument("--way", choices=["one", "two"], default="one")
-    parser.add_argument("--size", type=int, default=3, help="of --way two: of something")
-    assert parser.parse_args([]) == argparse.Namespace(way="one", size=3)
-    assert parser.parse_args("--way two --size 4".split()).size == 4
-    assert "--size: read only with --way two" in refused(parser.parse_args, ["--size", "3"])
 
 
 def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refused):

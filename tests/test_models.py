@@ -245,7 +245,7 @@ def test_named_templates_are_saved_with_the_model(other, tmp_path):
     (other / "additional_chat_templates").mkdir()
     write(other / "additional_chat_templates" / "tool_use.jinja", "{{ messages[0].content }}")
     for _ in range(2):  # also over an earlier one
-        opsd.main([*SHORT, "--model", str(other), "--overwrite", "--out", str(tmp_path / "run")])
+        save_model(str(tmp_path / "run"), *load_model(str(other), CPU))
         _, saved = load_model(str(tmp_path / "run"), CPU)
         assert set(saved.chat_template) == {"default", "tool_use"}
 
