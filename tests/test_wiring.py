@@ -125,16 +125,25 @@ def flat(model):
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
-def steps_of(events):
-    """(first evaluation, the events of each step, last evaluation); a push ends a step."""
+def run_recorded(script, flags, events, tokenizer, out, capsys, thinking=True):
+    """Runs a script of three steps, and checks what it sampled and evaluated. Returns (first
+    weights, [(events, line of the metrics) of each step], last weights); a push ends a step.
+    """
+    script.main([*flags, *SHORT, *SAMPLING, "--out", out])
     first, *between, last = events
     steps = [[]]
     for event in between:
         steps[-1].append(event)
         if event.kind == "push":
             steps.append([])
-    assert steps.pop() == []
-    return first, steps, last
+    assert steps.pop() == [] and len(steps) == 3
+    seeds, lines = check_sampling(events, seed=3), metrics(out)[1:]
+    assert len(set(seeds)) == len(seeds)
+    printed = capsys.readouterr().out
+    check_held_out(first, last, tokenizer, lines.pop()["evaluation"], printed, thinking)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert torch.equal(weights(out), last.weights)
+    return first.weights, list(zip(steps, lines, strict=True)), last.weights
 
 
 def rollouts_of(event, problems):
@@ -203,11 +212,14 @@ def check_step_line(line, seen, kept):
         assert line[f"{what}_tokens_per_second"] == pytest.approx(rate)
 
 
-def check_samples(lines, rollouts):
+def check_samples(samples, step, rollouts):
+    """The first two rollouts of a step in samples.jsonl; returns their lines."""
+    lines = [row for row in samples if row["step"] == step and "outcome" in row]
     keys = "question", "gold", "response", "outcome", "reason"
     assert [tuple(line[key] for key in keys) for line in lines] == [
-        (r.problem.question, r.problem.answer, r.text, r.outcome, r.reason) for r in rollouts
+        (r.problem.question, r.problem.answer, r.text, r.outcome, r.reason) for r in rollouts[:2]
     ]
+    return lines
 
 
 def prompts_shown(samples):
@@ -324,22 +336,17 @@ def test_opsd_does_what_its_flags_say(
 ):
     monkeypatch.setitem(opsd.GATES, "even", even_positions)
     (flags, is_), out = RUNS[name], str(tmp_path / "run")
-    flags = [*flags.split(), *"--lr 2e-3 --kl-by-position 8".split(), *SHORT, *SAMPLING]
-    opsd.main([*flags, "--out", out])
-    printed = capsys.readouterr().out
+    flags = [*flags.split(), *"--lr 2e-3 --kl-by-position 8".split()]
     args, resample = opsd.parse_args(flags), is_.get("resample", 0)
     batch, divergence = args.batch, args.divergence
     thinking, memo = is_.get("thinking", True), is_.get("memo", False)
     problems = embedded_problems(3 * batch * (resample + 1), 3)
-    first, steps, last = steps_of(events)
-    seeds = check_sampling(events, seed=3)
-    assert len(set(seeds)) == len(seeds)
-    lines, samples = metrics(out), read_lines(os.path.join(out, "samples.jsonl"))
-    check_held_out(first, last, tokenizer, lines[-1]["evaluation"], printed, thinking)
+    first, steps, last = run_recorded(opsd, flags, events, tokenizer, out, capsys, thinking)
+    samples = read_lines(os.path.join(out, "samples.jsonl"))
     student_weights, drawn, all_prompts, overfull = flat(model), 0, [], False
     teacher = by_hand(model)
-    assert torch.equal(first.weights, student_weights) and len(steps) == 3
-    for number, (step, line) in enumerate(zip(steps, lines[1:-1], strict=True), 1):
+    assert torch.equal(first, student_weights)
+    for number, (step, line) in enumerate(steps, 1):
         *draws, update, push = step
         assert [event.kind for event in draws] == ["sample"] * len(draws)
         writer = draws.pop() if memo else None
@@ -399,7 +406,7 @@ def test_opsd_does_what_its_flags_say(
         if number == is_.get("every"):
             teacher = by_hand(model, student_weights)
         # What is logged.
-        assert line["step"] == number and line["context_failed"] == failed
+        assert line["context_failed"] == failed
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-3)
         assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
         means = torch.cat(measures).mean(0).tolist()
@@ -414,8 +421,7 @@ def test_opsd_does_what_its_flags_say(
         assert line["reverse_kl_outside"] == outside
         assert line["length_kept"] == pytest.approx(np.mean([len(r.ids) for r in kept]))
         check_step_line(line, seen, kept)
-        shown = [row for row in samples if row["step"] == number and "outcome" in row]
-        check_samples(shown, seen[:2])
+        shown = check_samples(samples, number, seen)
         assert [row["kept"] for row in shown] == [any(r is k for k in kept) for r in seen[:2]]
         check_bins(read_lines(os.path.join(out, "kl_by_position.jsonl"))[number - 1], number, kept)
         if number == 1:
@@ -426,26 +432,20 @@ def test_opsd_does_what_its_flags_say(
             assert prompts.get("reinjected") == reinjected
     assert len({tuple(prompt) for prompt in all_prompts}) == len(all_prompts) == drawn
     assert overfull or not resample  # a draw too many was there to be cut
-    assert torch.equal(last.weights, student_weights)
-    assert torch.equal(weights(out), student_weights)
+    assert torch.equal(last, student_weights)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1])
 def test_rlvr_does_what_its_flags_say(weight, tokenizer, events, tmp_path, capsys):
     out = str(tmp_path / "run")
     flags = f"--kl {weight} --group 3 --batch 4 --length-penalty 0.5 --lr 4e-4"
-    rlvr.main([*flags.split(), *SHORT, *SAMPLING, "--out", out])
-    printed = capsys.readouterr().out
     problems = embedded_problems(3 * 4, 3)
-    first, steps, last = steps_of(events)
-    seeds = check_sampling(events, seed=3)
-    assert len(set(seeds)) == len(seeds)
-    lines, samples = metrics(out), read_lines(os.path.join(out, "samples.jsonl"))
-    check_held_out(first, last, tokenizer, lines[-1]["evaluation"], printed)
+    first, steps, last = run_recorded(rlvr, flags.split(), events, tokenizer, out, capsys)
+    samples = read_lines(os.path.join(out, "samples.jsonl"))
     model, _ = modelling.load_model(FIRST, torch.device("cpu"))
     start, student_weights, dropped = by_hand(model), flat(model), 0
-    assert torch.equal(first.weights, student_weights) and len(steps) == 3
-    for number, (step, line) in enumerate(zip(steps, lines[1:-1], strict=True), 1):
+    assert torch.equal(first, student_weights)
+    for number, (step, line) in enumerate(steps, 1):
         draw, *changes, push = step
         assert [e.kind for e in (draw, *changes)] == ["sample", "update"]
         expected = problem_batch(problems, 4 * (number - 1), 4, 3)
@@ -477,7 +477,6 @@ def test_rlvr_does_what_its_flags_say(weight, tokenizer, events, tmp_path, capsy
             norm = check_update(update, student, loss, lr=4e-4)
         student_weights = update.after
         assert torch.equal(push.weights, student_weights)
-        assert line["step"] == number
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
         assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
         assert line["student_entropy"] == pytest.approx(np.mean(entropies), rel=1e-3)
@@ -485,13 +484,11 @@ def test_rlvr_does_what_its_flags_say(weight, tokenizer, events, tmp_path, capsy
         assert line["equal_groups"] == (len(seen) - len(kept)) // 3
         assert line["logprob_gap"] is None
         check_step_line(line, seen, kept)
-        shown = [row for row in samples if row["step"] == number and "outcome" in row]
-        check_samples(shown, seen[:2])
-    assert len({tuple(e.prompts[i]) for e, *_ in steps for i in range(0, 12, 3)}) == 12
-    assert prompts_shown(samples)["student_prompt"] == tokenizer.decode(steps[0][0].prompts[0])
-    assert dropped > 0
-    assert torch.equal(last.weights, student_weights)
-    assert torch.equal(weights(out), student_weights)
+        check_samples(samples, number, seen)
+    draws = [step[0] for step, _ in steps]
+    assert len({tuple(draw.prompts[i]) for draw in draws for i in range(0, 12, 3)}) == 12
+    assert prompts_shown(samples)["student_prompt"] == tokenizer.decode(draws[0].prompts[0])
+    assert dropped > 0 and torch.equal(last, student_weights)
 
 
 def test_rlvr_takes_no_step_where_all_groups_are_equal(events, tmp_path, monkeypatch, refused):
