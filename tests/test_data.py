@@ -92,6 +92,7 @@ def test_other_is_a_derangement_of_references_and_answers():
         "s0\nThe answer is 0.",
     ]
     assert contexts_of("other", problems[1:3]) == [None, None]  # one problem: no other
+    assert contexts_of("given", [Problem("q", "1", context="{Add} 1.")]) == ["{Add} 1."]
 
 
 def test_a_wrong_reference_comes_from_the_problems_own_numbers():
@@ -238,8 +239,8 @@ TURN = dict(role="user", content="1+1?")
             Problem("1+1?", "2", "1+1 = <<1+1=2>>2"),
         ),
         (
-            dict(prompt="Solve!", problem="1+1?", ground_truth=2.0, cot="1+1=2"),
-            Problem("1+1?", "2.0", "1+1=2"),
+            dict(prompt="Solve!", problem="1+1?", ground_truth=2.0, cot="1+1=2", context="c"),
+            Problem("1+1?", "2.0", "1+1=2", context="c"),
         ),
         (
             dict(question="1+1?", answer="\\frac{4}{2}", solution=None),

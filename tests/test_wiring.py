@@ -22,6 +22,7 @@ import rlvr
 import rollout
 import run
 import sft
+import toy
 from data import embedded_problems, problem_batch
 from metrics import EVALUATION_SEED, compare, table_of
 from samplers import TransformersSampler
@@ -235,6 +236,14 @@ def memos_of(event, tokenizer, frame):
     return [text and f"{frame}\n{text.split('</think>')[1]}" for text in texts]
 
 
+def sibling_of(_, other=None, *rest):
+    """The context of the best of a group: the second best; None where there is none."""
+    if other is None:
+        return None
+    think = toy.worked(other.text.split("</think>")[0].replace("<think>", "").strip())
+    return data.REFERENCE.format(solution=think, answer=other.problem.answer)
+
+
 # ------------------------------------------------------------------------------------------------
 # By hand
 
@@ -290,8 +299,9 @@ def jsd(s, t, correct, beta=0.3):
     return beta * kl(t, mixture) + (1 - beta) * kl(s, mixture)
 
 
-def even_positions(student_logps, teacher_logps, tokens, args):
-    return torch.where(tokens.position % 2 == 0, 1.0, 0.25)
+def soft(student_logps, teacher_logps, tokens, args):
+    """A gate that depends on the student, and must not carry a gradient."""
+    return opsd.entropy(student_logps).clamp(max=1) * torch.where(tokens.position % 2 == 0, 1, 0.5)
 
 
 MEASURES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
@@ -311,8 +321,12 @@ RUNS = {
     ),
     "ema": (
         "--filter not-correct --divergence split --teacher ema --ema 0.3 --reinject 8 "
-        f"--context resolve --context-tokens {MEMO_CAP} --gate even --batch 8",
+        f"--context resolve --context-tokens {MEMO_CAP} --gate soft --batch 8",
         dict(keeps=("incorrect", "truncated"), ema=0.3, memo=True),
+    ),
+    "siblings": (
+        "--filter shortest --group 4 --resample 1 --context sibling --batch 3",
+        dict(keeps=("correct",), shortest=True, resample=1),
     ),
 }
 
@@ -334,12 +348,12 @@ def check_bins(line, step, kept):
 def test_opsd_does_what_its_flags_say(
     name, model, tokenizer, events, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setitem(opsd.GATES, "even", even_positions)
+    monkeypatch.setitem(opsd.GATES, "soft", soft)
     (flags, is_), out = RUNS[name], str(tmp_path / "run")
     flags = [*flags.split(), *"--lr 2e-3 --kl-by-position 8".split()]
     args, resample = opsd.parse_args(flags), is_.get("resample", 0)
-    batch, divergence = args.batch, args.divergence
-    thinking, memo = is_.get("thinking", True), is_.get("memo", False)
+    batch, group, full = args.batch, args.group, args.batch * args.group
+    thinking, memo, shortest = is_.get("thinking", True), "memo" in is_, "shortest" in is_
     problems = embedded_problems(3 * batch * (resample + 1), 3)
     first, steps, last = run_recorded(opsd, flags, events, tokenizer, out, capsys, thinking)
     samples = read_lines(os.path.join(out, "samples.jsonl"))
@@ -354,18 +368,22 @@ def test_opsd_does_what_its_flags_say(
         # What was drawn, and what of it reaches the loss.
         seen, kept = [], []
         for event in draws:
-            assert len(kept) < batch
-            expected = problem_batch(problems, drawn, batch, 3)
+            assert len(kept) < full
+            expected = [p for p in problem_batch(problems, drawn, batch, 3) for _ in range(group)]
             assert event.prompts == [prompt_of(tokenizer, p, "", thinking) for p in expected]
             assert torch.equal(event.weights, student_weights)
             rollouts = rollouts_of(event, expected)
             seen += rollouts
-            kept += [r for r in rollouts if r.outcome in is_["keeps"]]
-            all_prompts += event.prompts
+            for r in rollouts:
+                right = [s for s in rollouts if s.problem == r.problem and s.outcome == "correct"]
+                r.best = sorted(right, key=lambda s: len(s.ids))
+            passed = [r for r in rollouts if r.outcome in is_["keeps"]]
+            kept += [r for r in passed if not shortest or r is r.best[0]]
+            all_prompts += event.prompts[::group]
             drawn += batch
-        assert len(kept) >= batch or len(draws) == resample + 1
-        overfull |= len(kept) > batch
-        kept = kept[:batch]
+        assert len(kept) >= full or len(draws) == resample + 1
+        overfull |= len(kept) > full
+        kept = kept[:full]
         # What the teacher reads.
         if memo:
             assert apart(writer.weights.double(), flat(teacher)) < 1e-6
@@ -373,11 +391,13 @@ def test_opsd_does_what_its_flags_say(
             assert writer.prompts == [chat(tokenizer, question, False) for question in asked]
             frame = "Here is a solution that you wrote earlier:"
             contexts = memos_of(writer, tokenizer, frame)
+        elif shortest:
+            contexts = [sibling_of(*r.best) for r in kept]
         else:
             frame = data.REFERENCE if resample else data.ANSWER
             contexts = [frame.format(**vars(r.problem)) for r in kept]
         failed = contexts.count(None)
-        assert failed == memo
+        assert failed == memo or shortest and 0 < failed < len(kept)
         kept = [r for r, context in zip(kept, contexts, strict=True) if context]
         for r, context in zip(kept, filter(None, contexts), strict=True):
             recall = f"\n\nActually, I recall:\n{context}\nContinuing from this.\n\n"
@@ -391,8 +411,11 @@ def test_opsd_does_what_its_flags_say(
         values, measures, gates = [], [], []
         for r in kept:
             s, t = logps_of(student, r.prompt, r.ids), logps_of(teacher, *r.row).detach()
-            value = BY_HAND[divergence](s, t, r.outcome == "correct")
-            gates.append(torch.tensor([1.0, 0.25 if memo else 1.0] * CAP)[: len(value)])
+            value = BY_HAND[args.divergence](s, t, r.outcome == "correct")
+            gates.append(torch.ones(len(value)))
+            if memo:
+                gates[-1] = entropy(s).detach().clamp(max=1)
+                gates[-1][1::2] *= 0.5
             values.append(value * gates[-1])
             r.kl = kl(s, t).tolist()
             measures.append(torch.stack([kl(s, t), kl(t, s), entropy(s), entropy(t)], 1))
@@ -414,7 +437,7 @@ def test_opsd_does_what_its_flags_say(
         assert abs(means[0] - means[1]) > 0.01 * means[0] and line["logprob_gap"] is None
         gate, kls = torch.cat(gates), torch.cat(measures)[:, 0]
         weight = sum(each.mean() for each in gates) / len(kept)
-        assert line["gate_mass"] == pytest.approx(weight.item())
+        assert line["gate_mass"] == pytest.approx(weight.item(), rel=1e-3)
         inside, outside = (kls * gate).sum() / gate.sum(), (kls * (1 - gate)).sum()
         assert line["reverse_kl_inside"] == pytest.approx(inside.item(), rel=1e-3)
         outside = pytest.approx((outside / (1 - gate).sum()).item(), rel=1e-3) if memo else None
@@ -431,7 +454,7 @@ def test_opsd_does_what_its_flags_say(
             reinjected = tokenizer.decode(kept[0].row[2]) if memo else None
             assert prompts.get("reinjected") == reinjected
     assert len({tuple(prompt) for prompt in all_prompts}) == len(all_prompts) == drawn
-    assert overfull or not resample  # a draw too many was there to be cut
+    assert overfull or not resample or shortest  # a draw too many was there to be cut
     assert torch.equal(last, student_weights)
 
 
