@@ -51,27 +51,26 @@ def test_thinking_and_the_contexts_place_are_the_teachers_own(tokenizer):
         assert tokenizer.decode(read.prompt_ids) == expected
 
 
-@pytest.mark.parametrize(
-    "name, wants",
-    [
-        ("reflection", ["5 {q}", "my attempt", "is 6", "memo"]),
-        ("reflection-demo", ["my attempt", "five plus one", "memo"]),
-        ("four-line", ["my attempt", "five plus one", "four lines"]),
-        ("two-line", ["my attempt", "five plus one", "DO:", "DON'T:"]),
-        ("resolve", ["five plus one", "\\boxed{}"]),
-    ],
-)
-def test_written_contexts_ask_the_teacher_and_frame_what_it_writes(name, wants):
-    asked = []
+ASKS = {
+    "reflection": ["5 {q}", "my attempt", "is 6", "memo"],
+    "reflection-demo": ["my attempt", "five plus one", "memo"],
+    "four-line": ["my attempt", "five plus one", "four lines"],
+    "two-line": ["my attempt", "five plus one", "DO:", "DON'T:"],
+    "resolve": ["five plus one", "\\boxed{}"],
+}
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_written_contexts_ask_the_teacher_and_frame_what_it_writes(name):
+    asked, problem = [], Problem("5 {q} + 1?", "6", "five plus one")
 
     def write_text(prompts):
         asked.extend(prompts)
         return ["{text} 42", None]
 
-    problem = Problem("5 {q} + 1?", "6", "five plus one")
     rollouts = [Rollout(problem, [], text="my attempt"), Rollout(problem, [], text="t")]
     texts = CONTEXTS[name](rollouts, write_text, None)
-    assert all(part in asked[0] for part in wants)
+    assert all(part in asked[0] for part in ASKS[name])
     assert (name == "resolve") == ("my attempt" not in asked[0])
     frame = "Here is a solution that you wrote" if name == "resolve" else "Notes from an earlier"
     assert texts[0].startswith(frame) and texts[0].endswith("{text} 42") and texts[1] is None

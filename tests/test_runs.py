@@ -114,7 +114,6 @@ def test_resume_skips_damaged_states_and_refuses_another_experiment(
     monkeypatch.setattr(opsd, "load_model", lambda *args: pytest.fail("a model was loaded"))
     others = (
         ("--lr 1e-5", "--lr 0.0001 then, 1e-05 now"),
-        ("--temperature 0.6", "--temperature 1.0 then, 0.6 now"),
         ("--filter correct", "--filter all then, correct now"),
         ("--seed 1", "--seed 0 then, 1 now"),
     )
@@ -135,8 +134,6 @@ def test_resume_skips_damaged_states_and_refuses_another_experiment(
         with Run(args, "x", identity, state) as going:
             assert going.resume(model, optimizer) == 2
         assert f"{newer} is damaged" in capsys.readouterr().out
-    other = run.fingerprint(problems[1:], model)
-    assert "on other problems" in refused(Run, args, "x", other, state)
     older.unlink()
     complaint = refused(opsd.main, [*argv, "--resume", "--lr", "1e-5"])  # no whole state is left
     assert "--lr 0.0001 then, 1e-05 now" in complaint
@@ -158,17 +155,16 @@ def test_resuming_goes_by_what_models_and_problems_are_not_by_their_names(
     same = ["--resume", "--model", "./m/", "--data", "d.jsonl"]
     opsd.main([*argv, "--steps", "2", *same])
     assert "resumed after step 1" in capsys.readouterr().out
-    for change in ("solution", "model"):
-        if change == "solution":
-            write(file, *rows[:-1], rows[-1].replace('"solution": "19"', '"solution": "no"'))
-        else:
-            write(file, *rows)
-            student, tokenizer = load_model("m", CPU)
-            with torch.no_grad():
-                student.model.norm.weight.mul_(1.01)  # another teacher under the same name
-            save_model("m", student, tokenizer)
-        error = refused(opsd.main, [*argv, "--steps", "3", *same])
-        assert "on other problems or began with another model" in error
+    again = [*argv, "--steps", "3", *same]
+    write(file, *rows[:-1], rows[-1].replace('"solution": "19"', '"solution": "no"'))
+    says = "on other problems or began with another model"
+    assert says in refused(opsd.main, again)
+    write(file, *rows)
+    student, tokenizer = load_model("m", CPU)
+    with torch.no_grad():
+        student.model.norm.weight.mul_(1.01)  # another teacher under the same name
+    save_model("m", student, tokenizer)
+    assert says in refused(opsd.main, again)
 
 
 def test_two_runs_do_not_write_into_one_directory(tmp_path, refused):

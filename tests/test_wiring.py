@@ -617,15 +617,13 @@ def test_eval_does_what_its_flags_say(model, tokenizer, events, tmp_path, capsys
 
 def test_the_defaults_are_those_of_the_documents():
     """Of docs/experiments.md and the paper's tables here: what a bare command trains with."""
-    wanted = {opsd: (40, 96, 1e-4), rlvr: (40, 32, 7e-5), sft: (1500, 32, 3e-3)}
-    for script, values in wanted.items():
-        args = script.parse_args([])
-        assert (args.steps, args.batch, args.lr) == values
-    args = opsd.parse_args([])
-    assert (args.filter, args.context, args.divergence) == ("correct", "solution", "reverse_kl")
-    assert (args.teacher, args.temperature, args.max_new_tokens) == ("frozen", 1, 160)
-    assert (args.ema, args.refresh, args.beta, args.top_p) == (0.99, 10, 0.5, 1)
-    args = rlvr.parse_args([])
-    assert (args.group, args.length_penalty, args.kl) == (8, 0, 0)
-    args = evaluation.parse_args(["--model", "x"])
-    assert (args.problems, args.samples) == (512, 4)
+    method = dict(filter="correct", context="solution", divergence="reverse_kl", teacher="frozen")
+    numbers = dict(temperature=1, max_new_tokens=160, ema=0.99, refresh=10, beta=0.5, top_p=1)
+    for script, argv, wanted in (
+        (opsd, [], dict(method, **numbers, steps=40, batch=96, lr=1e-4)),
+        (rlvr, [], dict(steps=40, batch=32, lr=7e-5, group=8, length_penalty=0, kl=0)),
+        (sft, [], dict(steps=1500, batch=32, lr=3e-3)),
+        (evaluation, ["--model", "x"], dict(problems=512, samples=4)),
+    ):
+        args = vars(script.parse_args(argv))
+        assert {name: args[name] for name in wanted} == wanted
