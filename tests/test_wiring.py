@@ -616,7 +616,7 @@ def test_eval_does_what_its_flags_say(model, tokenizer, events, tmp_path, capsys
 
 
 def test_the_defaults_are_those_of_the_documents():
-    """Of docs/experiments.md and the paper's tables here: what a bare command trains with."""
+    """What a bare command trains with."""
     method = dict(filter="correct", context="solution", divergence="reverse_kl", teacher="frozen")
     numbers = dict(temperature=1, max_new_tokens=160, ema=0.99, refresh=10, beta=0.5, top_p=1)
     for script, argv, wanted in (
