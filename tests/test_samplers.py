@@ -18,7 +18,7 @@ import rlvr
 import samplers
 import vllm_sampler
 from data import embedded_problems, render_prompt
-from model import load_model, sampled_logps
+from model import load_model, sampled_logps, save_model
 from samplers import make_sampler, until_stop
 from tests.helpers import CPU, SMALL, TINY, check_greedy, make_tied, metrics, some_rollouts, write
 
@@ -428,10 +428,13 @@ def test_a_run_asks_for_logprobs_in_training_only_and_its_engine_keeps_the_order
     assert engine.calls.count("sleep") == engine.calls.count("generate")
 
 
-def test_eval_has_one_engine_for_all_checkpoints(tmp_path, engines):
+def test_eval_has_one_engine_for_all_checkpoints(model, tokenizer, tmp_path, engines):
+    with torch.no_grad():
+        model.lm_head.weight[5:50] *= -1
+    save_model(str(tmp_path / "second"), model, tokenizer)
     flags = "--backend vllm --problems 4 --samples 1 --temperature 0 --out".split()
-    first = os.path.join(os.path.dirname(TINY), "sft")
-    evaluation.main(["--model", TINY, first, *flags, str(tmp_path / "e.json")])
+    argv = ["--model", TINY, str(tmp_path / "second"), *flags, str(tmp_path / "e.json")]
+    evaluation.main(argv)
     one, other = json.loads((tmp_path / "e.json").read_text())["responses"]["embedded"].values()
     assert len(engines) == 1 and one != other
 
