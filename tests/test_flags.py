@@ -175,7 +175,7 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
     for line, complaint in cases:
         assert complaint in refused(opsd.main, [*bare, *line.split()]), line
     assert os.listdir(tmp_path) == before
-    argv = f"--model {TINY} --data bare.jsonl".split()
+    argv = f"--model {TINY} --data bare.jsonl --steps 1 --warmup 0".split()
     assert "sft.py needs a solution in every row" in refused(sft.main, argv)
     few = "--contexts sibling --problems 2 --draw 2 --threads 1".split()
     assert "none of the 2 responses has one" in refused(show.main, [*SHOW.split(), *few])
