@@ -10,7 +10,6 @@ import torch
 import opsd
 import vllm_sampler
 from model import load_model
-from run import Run
 from tests.helpers import CPU, TINY
 
 # A shell that starts the tests with & has them, and what they start, ignore Ctrl-C.
@@ -59,22 +58,3 @@ def vllm(monkeypatch):
         pytest.skip("vllm has no device here")
     yield ["--backend", "vllm", "--vllm-eager", "--dtype", "float32"]
     gc.collect()  # the engine's memory
-
-
-@pytest.fixture
-def crash(monkeypatch):
-    """Makes the next run die in its fifth step, after its line was logged, before its state is."""
-
-    class Crash(Exception):
-        pass
-
-    own = Run.save_state
-
-    def save_state(self, step, *rest, **kwargs):
-        if step == 5:
-            raise Crash
-        own(self, step, *rest, **kwargs)
-
-    monkeypatch.setattr(Run, "save_state", save_state)
-    yield Crash
-    monkeypatch.undo()

@@ -16,7 +16,7 @@ import toy_model
 from data import CONTEXTS, Problem, embedded_problems, render_prompt
 from model import load_model
 from rollout import Rollout
-from run import HERE
+from run import HERE, Run
 
 TINY = os.path.join(HERE, "tiny", "rlvr")
 CPU = torch.device("cpu")
@@ -28,6 +28,22 @@ STAGES = [
     (rlvr, WATCHED),
     (sft, ["--batch", "4", "--threads", "1"]),
 ]
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(monkeypatch, step):
+    """Makes the next run die in a step, after its line was logged, before its state is saved."""
+    own = Run.save_state
+
+    def save_state(self, number, *rest, **kwargs):
+        if number == step:
+            raise Crash
+        own(self, number, *rest, **kwargs)
+
+    monkeypatch.setattr(Run, "save_state", save_state)
 
 
 def some_rollouts(tokenizer, count=6, seed=0):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+from contextlib import suppress
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ from samplers import make_sampler
 from tests.helpers import (
     CPU,
     TINY,
+    Crash,
     apart,
+    crash_at,
     lines_without_times,
     loss_and_gradient,
     make_tied,
@@ -124,23 +127,12 @@ def two_ranks(folder):
 
     # A run that breaks off before the state of its fourth step is saved, resumed; and one that is
     # not disturbed.
-    class Crash(Exception):
-        pass
-
-    save = run.Run.save_state
-
-    def crashing(self, step, *rest, **kwargs):
-        if step >= 4:
-            raise Crash
-        save(self, step, *rest, **kwargs)
-
     cut = os.path.join(folder, "cut")
-    monkeypatch.setattr(run.Run, "save_state", crashing)
-    try:
-        opsd.main(UNDISTURBED + ["--out", cut])
-    except Crash:
-        torch.distributed.barrier()
-    monkeypatch.setattr(run.Run, "save_state", save)
+    with monkeypatch.context() as patch:
+        crash_at(patch, 4)
+        with suppress(Crash):
+            opsd.main(UNDISTURBED + ["--out", cut])
+    torch.distributed.barrier()
     if ranks.rank_and_world()[0] == 0:
         shutil.copytree(cut, os.path.join(folder, "cut-one"))  # to be resumed by one rank
     opsd.main(RESUMED + ["--out", cut])

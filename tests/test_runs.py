@@ -31,7 +31,9 @@ from tests.helpers import (
     STAGES,
     TINY,
     WATCHED,
+    Crash,
     changed_model,
+    crash_at,
     lines_without_times,
     metrics,
     read_lines,
@@ -55,12 +57,13 @@ LORA = ["--lora", "4", *"--filter all --context reflection --context-tokens 100"
 
 @pytest.mark.parametrize("script, argv", [*STAGES, (opsd, [*WATCHED, *LORA])])
 def test_a_resumed_run_equals_one_that_was_never_interrupted(
-    script, argv, tmp_path, crash, monkeypatch, capsys, refused
+    script, argv, tmp_path, monkeypatch, capsys, refused
 ):
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     # In bfloat16 the sampler has a copy of the weights, which must follow.
     argv = argv + "--steps 6 --state-every 2 --save-every 4 --lr 1e-3 --dtype bfloat16".split()
-    with pytest.raises(crash):
+    crash_at(monkeypatch, 5)
+    with pytest.raises(Crash):
         script.main(argv + ["--out", cut])
     assert find_states(cut) == ["state-0000004.pt", "state-0000002.pt"]
     assert steps_in(cut)[-1] == 5  # a state is saved when its step is in the log
@@ -103,11 +106,12 @@ def test_how_far_the_kl_has_fallen_is_logged_and_said(tmp_path, capsys):
 
 
 def test_resume_skips_damaged_states_and_refuses_another_experiment(
-    tmp_path, crash, monkeypatch, capsys, refused
+    tmp_path, monkeypatch, capsys, refused
 ):
     out = str(tmp_path / "run")
     argv = [*BARE, *"--steps 6 --state-every 2 --out".split(), out]
-    with pytest.raises(crash):
+    crash_at(monkeypatch, 5)
+    with pytest.raises(Crash):
         opsd.main(argv)
     monkeypatch.undo()
     # Before a model is loaded.
@@ -172,7 +176,7 @@ def test_two_runs_do_not_write_into_one_directory(tmp_path, refused):
     argv = [*BARE, "--out", str(out)]
     opsd.main([*argv, "--steps", "1"])
     other = os.open(out, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
+    fcntl.flock(other, fcntl.LOCK_SH)
     for how in ("--resume", "--overwrite"):
         error = refused(opsd.main, [*argv, "--steps", "2", how])
         assert "another run is writing there" in error
