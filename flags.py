@@ -7,7 +7,7 @@ import re
 POSITIVE = {
     *("--steps", "--batch", "--lr", "--micro-tokens", "--max-new-tokens", "--sample-batch"),
     *("--context-tokens", "--group", "--refresh", "--problems", "--samples", "--beta", "--top-p"),
-    *("--vllm-memory", "--rounds", "--tokens", "--vocabulary"),
+    *("--vllm-memory", "--rounds", "--tokens"),
 }
 BELOW = {"--beta": 1, "--ema": 1, "--vllm-memory": 1, "--seed": 2**63, "--threads": 1025}
 AT_MOST = {"--top-p": 1}

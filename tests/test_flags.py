@@ -45,8 +45,6 @@ REFUSED = [
     (show, SHOW + "--lr 1e-5", "--lr: of opsd.py, not read here"),
     (show, SHOW + "--context=solution", "--context: of opsd.py, not read here"),
     (show, SHOW + "--context-tokens 9", "--context-tokens: read only with --context reflection"),
-    (bench, "loss --model tiny", "--model: of step, not of loss"),
-    (bench, "step --vocabulary 9", "--variants, --vocabulary: of loss, not of step"),
     # Beyond the last.
     (opsd, "--steps 2 --eval-every 3", "--eval-every 3: beyond --steps 2"),
     (opsd, "--steps 2 --save-every 3", "--save-every 3: beyond --steps 2"),
