@@ -25,8 +25,8 @@ CLIP = 1.0  # gradient norm, the paper's
 
 # Logits of each model that exist at once, and those whose loss is computed at once. On a CPU a
 # piece fits the cache; on a GPU each costs kernel launches, so there they are few.
-CHUNK = {"cpu": 64e6, "cuda": 256e6, "mps": 64e6}
-PIECE = {"cpu": 1e6, "cuda": 64e6, "mps": 64e6}
+CHUNK = {"cpu": 64e6, "cuda": 256e6}
+PIECE = {"cpu": 1e6, "cuda": 64e6}
 # Where the loss is compiled, torch.compile's options: with the default ones inductor would write
 # log S - log T to memory in float32, and read it again.
 COMPILE = {"cuda": dict(options={"realize_reads_threshold": 100})}

@@ -79,7 +79,8 @@ def add_run_flags(parser):
     """The flags of every script that loads a model."""
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="fixes problems, sampling, new weights")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    devices = ["auto", "cpu", "cuda"]  # which card: CUDA_VISIBLE_DEVICES
+    add("--device", default="auto", choices=devices, help="auto: cuda where there is a card")
     dtypes = ["auto", "float32", "bfloat16"]  # of the computation: trained weights are float32
     add("--dtype", default="auto", choices=dtypes, help="to compute in; auto: bfloat16 on CUDA")
     add("--threads", type=int, default=0, help="CPU threads; 0 = torch's own choice")
@@ -113,26 +114,16 @@ def set_up(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    torchrun = "WORLD_SIZE" in os.environ
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    # Under torchrun a rank touches its own card only: a touch takes memory.
-    touched = f"cuda:{os.environ['LOCAL_RANK']}" if torchrun and name == "cuda" else name
-    try:
-        torch.empty(1, device=touched)
-    except Exception as error:
-        fail(f"--device {args.device}: {one_line(error)}")
-    device = torch.device(name)
-    if device.type not in ("cpu", "cuda") or name.startswith("cpu:"):
-        fail(f"--device {args.device}: cpu, cuda or cuda:NUMBER")
+    cards, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    auto = "cuda" if cards else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    if device.type == "cuda" and local_rank >= cards:
+        fail(f"--device {args.device}: needs CUDA device {local_rank}, {cards} are here")
     if device.type == "cpu" and not args.threads and os.getloadavg()[0] > os.cpu_count():
         print("this machine is busy: --threads 1 may be many times faster")
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if torchrun and device.index is not None:
-        fail(f"--device {args.device}: under torchrun each rank takes a card of its own; give cuda")
-    if torchrun:
+    if "WORLD_SIZE" in os.environ:
         return ranks.join(device)
     if getattr(args, "offload", False):
         fail("--offload: needs torchrun, also on one card (torchrun --nproc-per-node 1)")

@@ -17,16 +17,15 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from model import context_limit, micro_batches, sampled_logps, stop_ids
-from ranks import device_of, distributed, has_adapters, is_sharded, plain_tensors
+from ranks import device_of, has_adapters, is_sharded, plain_tensors
 from run import fail, one_line, progress
 
 SEGMENT = 32  # tokens after which rows that have finished leave the batch
 
 
-def add_sampling_flags(parser, max_new_tokens=160):
-    group = parser.add_argument_group("sampling")
-    add = group.add_argument
-    add("--max-new-tokens", type=int, default=max_new_tokens, help="cap of a response, in tokens")
+def add_sampling_flags(parser):
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max-new-tokens", type=int, default=160, help="cap of a response, in tokens")
     add(
         "--temperature",
         type=float,
@@ -63,10 +62,9 @@ def choose_backend(args, device):
         has = import_vllm().platforms.current_platform.device_type
     except Exception as error:
         fail(f"--backend vllm: vllm cannot be imported ({one_line(error)})")
-    if has != device.type or device.index and not distributed():
-        hint = " (choose the card by CUDA_VISIBLE_DEVICES)" if device.index else ""
+    if has != device.type:
         here = has or "no device that is here"
-        fail(f"--backend vllm: this vllm runs on {here}, the model on {device}{hint}")
+        fail(f"--backend vllm: this vllm runs on {here}, the model on {device}")
 
 
 def make_sampler(model, tokenizer, args, other=None):

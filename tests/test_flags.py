@@ -147,8 +147,6 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
         ("--data good.jsonl --fields answer=answer answer=gold", "--fields answer=gold: PART="),
         ("--data good.jsonl --eval-problems 8 --eval-every 1", "without --eval-data"),
         ("--context resolve --context-tokens 9999", "--context-tokens 9999: the model's"),
-        ("--device meta", "--device meta: cpu, cuda or cuda:NUMBER"),
-        ("--device cpu:7", "--device cpu:7: cpu, cuda or cuda:NUMBER"),
         (f"--model {ends}", "99999] are none, or none of the model's"),
     )
     for line, complaint in cases:

@@ -307,7 +307,8 @@ def test_one_seed_fixes_everything_and_a_card_has_the_command_and_table(
         (["--data", "long.jsonl", "--eval-problems", "0"], "--max-new-tokens"),
         (["--data", "notes.txt"], "notes.txt"),
         (["--data", "broken.parquet"], "broken.parquet"),
-        (["--device", "cuda:7"], "--device cuda:7"),
+        (["--device", "cuda"], "--device cuda: needs CUDA device 0, 0 are here"),
+        (["--device", "mps"], "--device: invalid choice: 'mps'"),
         (["--model", "nowhere"], "--model nowhere"),
         (["--beta", "1"], "--beta"),
         (["--data", "good.jsonl"], "--context solution: needs a solution"),
@@ -321,6 +322,7 @@ def test_one_seed_fixes_everything_and_a_card_has_the_command_and_table(
 )
 def test_bad_input_is_one_line_and_leaves_nothing(argv, complaint, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     good = '{"question": "1+1?", "answer": "2"}'
     long = dict(question="long " * 3000, answer="1", solution="1")
     files = {

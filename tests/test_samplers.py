@@ -304,7 +304,6 @@ def test_without_vllm_one_line_names_the_backend(tmp_path, monkeypatch, capsys):
         ("", "cuda", "cuda", None),
         ("--backend vllm", "", "cpu", "no device that is here"),
         ("--backend vllm", "cpu", "cuda", "runs on cpu, the model on cuda"),
-        ("--backend vllm", "cuda", "cuda:1", "CUDA_VISIBLE_DEVICES"),
         ("--backend vllm --vllm-memory 1.5", "cpu", "cpu", "--vllm-memory 1.5"),
     ],
 )
