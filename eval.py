@@ -47,9 +47,6 @@ def parse_args(argv=None):
         fail("--context sibling: a response has siblings only with --samples 2 or more")
     if not args.temperature and args.samples > 1:
         fail(f"--samples {args.samples}: at --temperature 0 all are equal; give --samples 1")
-    paths = [os.path.realpath(path) for path in args.model]
-    if len(set(paths)) < len(paths):
-        fail(f"--model {' '.join(args.model)}: the same checkpoint twice")
     return args
 
 
@@ -93,25 +90,26 @@ def main(argv=None):
             data.require_thinking_switch(tokenizer, args.thinking == "on")
             sampler = samplers.make_sampler(model, tokenizer, args, sampler)
             for benchmark, problems in benchmarks.items():
-                contexts = args.context if path == args.model[0] else []
-                for context in dict.fromkeys(["none", *contexts]):
-                    name, texts = path, None
-                    if context != "none":
-                        # Written ones reflect on the model's own responses, just sampled.
-                        write = rollout.make_writer(sampler, tokenizer, args, args.seed)
-                        texts = CONTEXTS[context](named[benchmark][0][1], write, args)
-                        name = f"{path} reading {context}"
-                        if None in texts:
-                            failed = f"{texts.count(None)} of {len(texts)} contexts failed"
-                            print(f"{name}: {failed}; those responses are without one")
-                    print(f"evaluating {name} on {benchmark}", flush=True)
-                    rollouts = evaluate(
-                        sampler, tokenizer, problems, verifier, args, args.samples, texts
-                    )
-                    named[benchmark].append((name, rollouts))
+                print(f"evaluating {path} on {benchmark}", flush=True)
+                inputs = sampler, tokenizer, problems, verifier, args, args.samples
+                own = evaluate(*inputs)
+                named[benchmark].append((path, own))
+                # Written contexts reflect on the model's own responses.
+                write = rollout.make_writer(sampler, tokenizer, args, args.seed)
+                for context in args.context if path == args.model[0] else []:
+                    name, texts = f"{path} reading {context}", CONTEXTS[context](own, write, args)
+                    failed = f"{texts.count(None)} of {len(texts)} contexts failed (left out)"
+                    print(f"evaluating {name} on {benchmark}, {failed}", flush=True)
+                    named[benchmark].append((name, evaluate(*inputs, texts)))
     records = report(benchmarks, named, args)
     if args.out:
-        write_evaluation(named, records, args)
+        responses = {
+            benchmark: {name: [response_of(r) for r in rollouts] for name, rollouts in pairs}
+            for benchmark, pairs in named.items()
+        }
+        record = dict(args=vars(args), **provenance(), records=records, responses=responses)
+        write_json(args.out, record)
+        print(f"\nwritten to {args.out}")
     ranks.leave()
 
 
@@ -136,17 +134,6 @@ def report(benchmarks, named, args):
             counts = ", ".join(f"{key} {value:.1f}" for key, value in r["shift"].items())
             print(f"shift of {r['name']} on {r['benchmark']}, expected problems: {counts}")
     return records
-
-
-def write_evaluation(named, records, args):
-    """Writes --out: the settings, all tables, and every response with its verdict."""
-    responses = {
-        benchmark: {name: [response_of(r) for r in rollouts] for name, rollouts in pairs}
-        for benchmark, pairs in named.items()
-    }
-    record = dict(args=vars(args), **provenance(), records=records, responses=responses)
-    write_json(args.out, record)
-    print(f"\nwritten to {args.out}")
 
 
 def response_of(r):

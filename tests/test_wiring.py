@@ -579,7 +579,7 @@ def test_eval_does_what_its_flags_say(model, tokenizer, events, tmp_path, capsys
     with open(out) as stream:
         saved = json.load(stream)
     printed, lengths = capsys.readouterr().out, []
-    assert f"{names[2]}: 1 of 12 contexts failed" in printed
+    assert f"{names[2]} on embedded, 1 of 12 contexts failed" in printed
     for name, event, contexts in zip(
         names,
         (plain, answer, reflection, second),
