@@ -57,11 +57,8 @@ def add_data_flags(parser, several=False):
     known = "; ".join(f"{part}: {', '.join(names)}" for part, names in FIELDS.items())
     other = f"of --data: other names of a row's fields than these: {known}"
     add("--fields", nargs="+", default=[], metavar="PART=NAME[,NAME]", help=other)
-    add(
-        "--skip-unreadable",
-        action="store_true",
-        help="of --data: drop rows whose gold no rule reads",
-    )
+    skip = "of --data: drop rows whose gold no rule reads"
+    add("--skip-unreadable", action="store_true", help=skip)
 
 
 def add_held_out_flags(parser):
@@ -157,15 +154,11 @@ def load_file(args, path, flag="--data"):
 
 def read_rows(path, flag="--data"):
     """Yields (place for error messages, row as a dict)."""
-    shards = glob.glob(os.path.join(glob.escape(path), "*.parquet"))
-    is_json, is_parquet = path.endswith((".jsonl", ".json")), path.endswith(".parquet") or shards
-    if (is_json or is_parquet) and not os.path.exists(path):
-        fail(f"{flag} {path}: no such file")
-    if is_json and os.path.isdir(path):
-        fail(f"{flag} {path}: a directory, not a file")
-    if is_json:
-        yield from read_json(path)
+    if path.endswith((".jsonl", ".json")):
+        yield from read_json(path, flag)
         return
+    shards = glob.glob(os.path.join(glob.escape(path), "*.parquet"))
+    is_parquet = path.endswith(".parquet") or shards
     if not is_parquet and (os.path.exists(path) or path.count("/") != 1):
         fail(f"{flag} {path}: not a .jsonl or .parquet file, nor a data set id (owner/name)")
     try:
@@ -176,27 +169,27 @@ def read_rows(path, flag="--data"):
         yield f"{path}, row {number}", row
 
 
-def read_json(path):
+def read_json(path, flag):
     """Rows of a UTF-8 file, with or without a BOM: one JSON object a line, or one array of them."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
+    except OSError as error:
+        fail(f"{flag} {path}: {error.strerror}")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         fail(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8")
     is_array, lines = text.lstrip().startswith("["), text.split("\n")  # U+2028: in a string
-    for number, part in enumerate([text] if is_array else lines, 1):
-        where = path if is_array else f"{path}, line {number}"
+    places = [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    for where, part in [(path, text)] if is_array else places:
         try:
-            rows = json.loads(part) if part.strip() else []
+            rows = json.loads(part)
             json.dumps(rows, ensure_ascii=False).encode()  # no half of a character
         except (ValueError, RecursionError) as error:
             begins = "begins like a JSON array, but is " if is_array else ""
             fail(f"{where}: {begins}not JSON ({error})")
-        if not is_array and part.strip():
-            rows = [rows]
-        for place, row in enumerate(rows, 1):
-            here = f"{path}, row {place}" if is_array else where
+        for number, row in enumerate(rows if is_array else [rows], 1):
+            here = f"{path}, row {number}" if is_array else where
             if not isinstance(row, dict):
                 fail(f"{here}: not a JSON object")
             yield here, row

@@ -169,12 +169,8 @@ def drop_long(problems, tokenizer, args, limit, context="none"):
 
 def add_context_flags(add):
     add("--context-first", action="store_true", help="of --context: it stands before the question")
-    add(
-        "--context-tokens",
-        type=int,
-        default=512,
-        help=f"of --context {', '.join(WRITTEN)}: its cap; one that hits it has failed",
-    )
+    cap = f"of --context {', '.join(WRITTEN)}: its cap; one that hits it has failed"
+    add("--context-tokens", type=int, default=512, help=cap)
 
 
 def room_to_write(limit, args):

@@ -26,21 +26,13 @@ SEGMENT = 32  # tokens after which rows that have finished leave the batch
 def add_sampling_flags(parser):
     add = parser.add_argument_group("sampling").add_argument
     add("--max-new-tokens", type=int, default=160, help="cap of a response, in tokens")
-    add(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="0 = greedy; only 1 with top-p 1 samples the model's own distribution",
-    )
+    own = "0 = greedy; only 1 with top-p 1 samples the model's own distribution"
+    add("--temperature", type=float, default=1.0, help=own)
     add("--top-p", type=float, default=1.0, help="of --temperature: mass sampled from; 1 = all")
     add("--thinking", default="on", choices=["on", "off"], help="the template's enable_thinking")
     add("--sample-batch", type=int, default=256, help="of --backend auto, transformers: rows")
-    add(
-        "--backend",
-        default="auto",
-        choices=["auto", "transformers", "vllm"],
-        help="auto: vllm if it is installed and the device is CUDA",
-    )
+    backends, auto = ["auto", "transformers", "vllm"], "auto: vllm on CUDA where it is installed"
+    add("--backend", default="auto", choices=backends, help=auto)
     vllm = "auto, vllm" if find_spec("vllm") else "vllm"
     add("--vllm-memory", type=float, default=0.5, help=f"of --backend {vllm}: share of the card")
     add("--vllm-eager", action="store_true", help=f"of --backend {vllm}: no CUDA graphs")

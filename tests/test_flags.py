@@ -143,7 +143,7 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
     cases = (
         ("--data half.jsonl", "half.jsonl, line 2: not JSON ("),
         ("--data deep.json", "deep.json: begins like a JSON array, but is not JSON ("),
-        ("--data dir.jsonl", "--data dir.jsonl: a directory"),
+        ("--data dir.jsonl", "--data dir.jsonl: Is a directory"),
         ("--data good.jsonl --fields answer=answer answer=gold", "--fields answer=gold: PART="),
         ("--data good.jsonl --eval-problems 8 --eval-every 1", "without --eval-data"),
         ("--context resolve --context-tokens 9999", "--context-tokens 9999: the model's"),
