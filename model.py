@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -219,16 +220,14 @@ def save_model(path, model, tokenizer):
         fail(f"{path}: the model cannot be written ({one_line(error)})")
     umask = os.umask(0)
     os.umask(umask)
-    for name in sorted(os.listdir(temporary)):
-        source = os.path.join(temporary, name)
-        if os.path.isfile(source):
-            os.chmod(source, 0o666 & ~umask)  # safetensors writes files that others cannot read
-        target = os.path.join(path, name)
-        if os.path.isdir(source):  # named chat templates
+    for source in sorted(Path(temporary).iterdir()):
+        target = os.path.join(path, source.name)
+        if source.is_dir():  # named chat templates
             shutil.rmtree(target, ignore_errors=True)
-            os.replace(source, target)
+            source.replace(target)
         else:
-            write_whole(target, lambda unnamed, source=source: os.replace(source, unnamed))
+            source.chmod(0o666 & ~umask)  # safetensors writes files that others cannot read
+            write_whole(target, source.replace)
     os.rmdir(temporary)
 
 
@@ -310,16 +309,20 @@ def chunks_of(hidden, model):
     return slices(len(hidden), vocabulary, CHUNK[hidden.device.type])
 
 
+@torch.no_grad()
+def response_logps(model, rows):
+    """Yields (slice of the R response tokens, their log-probabilities (C, V)), chunk by chunk."""
+    hidden, (head, _) = response_hidden(model, rows), open_head(model)  # (R, D)
+    for chunk in chunks_of(hidden, model):
+        yield chunk, torch.log_softmax(head(hidden[chunk]).float(), -1)
+
+
 def sampled_logps(model, rows):
-    """Log-probabilities of the response tokens: (R,), without gradient, chunk by chunk."""
-    with torch.no_grad():
-        hidden, ids = response_hidden(model, rows), scored_ids(model, rows)  # (R, D), (R,)
-        head, _ = open_head(model)
-        parts = []
-        for chunk in chunks_of(hidden, model):
-            logps = torch.log_softmax(head(hidden[chunk]).float(), -1)  # (C, V)
-            parts.append(logps.gather(-1, ids[chunk, None])[:, 0])  # (C,)
-        return torch.cat(parts)
+    """Log-probabilities of the response tokens: (R,), without gradient."""
+    ids, parts = scored_ids(model, rows), []  # (R,)
+    for chunk, logps in response_logps(model, rows):
+        parts.append(logps.gather(-1, ids[chunk, None])[:, 0])  # (C,)
+    return torch.cat(parts)
 
 
 def scored_ids(model, rows):

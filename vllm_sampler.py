@@ -6,8 +6,8 @@ import sys
 
 import torch
 
-from model import context_limit, response_hidden, stop_ids
-from ranks import device_of, distributed, gather, open_head, plain_tensors, rank_and_world
+from model import context_limit, response_logps, stop_ids
+from ranks import device_of, distributed, gather, plain_tensors, rank_and_world
 from run import fail, one_line
 from samplers import check_room, until_stop
 
@@ -161,12 +161,10 @@ def check_engine(sampler, model, prompts, tokens):
     rows = gather(rows)[: max(8, rank_and_world()[1])]
     best, chosen = [], []
     for prompt, ids, _ in rows:  # all ranks score all rows
-        with torch.no_grad():
-            hidden, (head, _) = response_hidden(model, [(prompt, ids)]), open_head(model)  # (R, D)
-            logps = torch.log_softmax(head(hidden).float(), -1)  # (R, V)
-        best.append(logps.max(-1).values)  # (R,)
-        ids = torch.tensor(ids, device=logps.device)  # (R,)
-        chosen.append(logps.gather(-1, ids[:, None])[:, 0])  # (R,)
+        for chunk, logps in response_logps(model, [(prompt, ids)]):  # (C, V)
+            best.append(logps.max(-1).values)  # (C,)
+            part = torch.tensor(ids[chunk], device=logps.device)  # (C,)
+            chosen.append(logps.gather(-1, part[:, None])[:, 0])  # (C,)
     worse = (torch.cat(best) - torch.cat(chosen)).mean().item()
     engines = [value for _, _, logps in rows for value in logps or ()]
     gaps = (torch.tensor(engines).to(best[0]) - torch.cat(chosen)).abs() if engines else best[0] * 0
