@@ -101,12 +101,8 @@ def rank_seed(seed):
 def grade_rollouts(verifier, rollouts):
     """Writes outcome and reason into each rollout."""
     mine = share(rollouts)
-    graded = grade_responses(
-        verifier,
-        [r.text for r in mine],
-        [r.finished for r in mine],
-        [r.problem.answer for r in mine],
-    )
+    texts, finished = [r.text for r in mine], [r.finished for r in mine]
+    graded = grade_responses(verifier, texts, finished, [r.problem.answer for r in mine])
     for rollout, verdict in zip(rollouts, gather(graded), strict=True):
         rollout.outcome, rollout.reason = verdict
 
@@ -136,23 +132,18 @@ def drop_long(problems, tokenizer, args, limit, context="none"):
     Says how many it drops; ends the program if none is left. Embedded problems differ by a few
     tokens only: just the first is looked at.
     """
-    look_at = problems if args.data else problems[:1]
-    # Of contexts that are written, and of a sibling, only the frame is known.
-    empty = [
-        Rollout(problem, [], siblings=[Rollout(problem, [], outcome="correct")])
-        for problem in look_at
-    ]
     if context in WRITTEN:
         room_to_write(limit, args)
+    look_at = problems if args.data else problems[:1]
+    # Of contexts that are written, and of a sibling, only the frame is known.
+    empty = [Rollout(p, [], siblings=[Rollout(p, [], outcome="correct")]) for p in look_at]
     contexts = CONTEXTS[context](empty, lambda prompts: [""] * len(prompts), args)
     teacher_thinking = getattr(args, "teacher_thinking", args.thinking) == "on"
     long = set()
     for i, (problem, text) in enumerate(zip(look_at, contexts, strict=True)):
-        prompts = [
-            render_prompt(tokenizer, problem, "", args.thinking == "on"),
-            render_prompt(tokenizer, problem, text, teacher_thinking),
-        ]
-        if limit and max(map(len, prompts)) + args.max_new_tokens > limit:
+        student = render_prompt(tokenizer, problem, "", args.thinking == "on")
+        teacher = render_prompt(tokenizer, problem, text, teacher_thinking)
+        if limit and max(len(student), len(teacher)) + args.max_new_tokens > limit:
             long.add(i)
     room = f"--max-new-tokens {args.max_new_tokens}"
     if len(long) == len(look_at):
@@ -294,10 +285,8 @@ def kl_by_position(rollouts, width):
     """
     bins = {}
     for name in OUTCOMES:
-        rows = [r.measures["reverse_kl"] for r in rollouts if r.outcome == name]
-        rows = [row.split(width) for row in rows]  # of each rollout its bins
-        columns = list(zip_longest(*rows))
-        columns = [[part for part in column if part is not None] for column in columns]
+        rows = [r.measures["reverse_kl"].split(width) for r in rollouts if r.outcome == name]
+        columns = [[part for part in column if part is not None] for column in zip_longest(*rows)]
         bins[name] = dict(
             kl=[sum(part.sum().item() for part in column) for column in columns],
             tokens=[sum(map(len, column)) for column in columns],
