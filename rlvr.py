@@ -228,7 +228,7 @@ def log_step(run, step, args, loss, norm, seen, rewards, kept, seconds, device):
         **rollout.rollout_metrics(seen, kept, *seconds, device),
     )
     run.log("metrics", record)
-    for line in rollout.sample_lines(step, seen):
+    for line in rollout.sample_lines(step, seen, kept):
         run.log("samples", line)
     begin = f"step {step}/{args.steps}  "
     if not kept:

@@ -250,14 +250,12 @@ def tokens(rollouts):
     return sum(len(r.response_ids) for r in rollouts)
 
 
-def sample_lines(step, rollouts, kept=None):
+def sample_lines(step, rollouts, kept):
     """samples.jsonl: the first two rollouts of a step."""
     lines = []
     for r in rollouts[:2]:
         line = dict(step=step, question=r.problem.question, gold=r.problem.answer, response=r.text)
-        line.update(outcome=r.outcome, reason=r.reason)
-        if kept is not None:
-            line["kept"] = any(r is k for k in kept)
+        line.update(outcome=r.outcome, reason=r.reason, kept=any(r is k for k in kept))
         lines.append(line)
     return lines
 

@@ -46,14 +46,13 @@ def choose_backend(args, device):
         print(f"sampling with {args.backend}")
     if args.backend == "transformers":
         return
-    if not find_spec("vllm"):
-        fail("--backend vllm: vllm is not installed (pip install -r requirements-vllm.txt)")
     try:
         from vllm_sampler import import_vllm
 
         has = import_vllm().platforms.current_platform.device_type
     except Exception as error:
-        fail(f"--backend vllm: vllm cannot be imported ({one_line(error)})")
+        hint = "pip install -r requirements-vllm.txt"
+        fail(f"--backend vllm: vllm cannot be imported ({one_line(error)}); {hint}")
     if has != device.type:
         here = has or "no device that is here"
         fail(f"--backend vllm: this vllm runs on {here}, the model on {device}")

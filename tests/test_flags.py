@@ -68,7 +68,6 @@ REFUSED = [
     (evaluation, f"--model {TINY} {TINY}/", "one of them stands there twice"),
     (evaluation, EVAL + "--context answer answer", "--context answer answer: one of them"),
     (evaluation, EVAL + "--temperature 0", "--samples 4: at --temperature 0 all are equal"),
-    (show, SHOW + "--problems 500 --draw 4", "--problems 500: --draw 4 are not as many"),
 ]
 
 
@@ -160,7 +159,8 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
     for line, complaint in (
         ("--jsonl good.jsonl", "--jsonl good.jsonl: exists already"),
         ("--jsonl page.html", "--jsonl page.html: is --out as well"),
-        ("--data good.jsonl", "--problems 12: --data good.jsonl has 1"),
+        ("--data good.jsonl", "--problems 12: only 1 are drawn (--draw, --data)"),
+        ("--problems 500 --draw 4", "--problems 500: only 4 are drawn"),
     ):
         assert complaint in refused(show.main, [*SHOW.split(), *line.split()])
     for out in ("list", "number"):  # no settings in line 0

@@ -356,7 +356,7 @@ def test_hostile_model_directories_are_refused_by_name(tmp_path, refused):
     assert error_of(template).startswith("its chat template fails")
     bare = changed_model(tmp_path / "bare")
     os.remove(os.path.join(bare, "chat_template.jinja"))
-    assert "no chat template" in error_of(bare)
+    assert "its chat template fails on a user turn" in error_of(bare)
     pickled = changed_model(tmp_path / "pickled")
     model, _ = load_model(TINY, CPU)
     os.remove(os.path.join(pickled, "model.safetensors"))

@@ -290,7 +290,7 @@ def test_without_vllm_one_line_names_the_backend(tmp_path, monkeypatch, capsys):
             script.main([*model, *"--backend vllm --device cpu --out".split(), str(tmp_path / "x")])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1
-        assert error.startswith("error: --backend vllm: vllm is not installed")
+        assert error.startswith("error: --backend vllm: vllm cannot be imported")
     assert not os.listdir(tmp_path)
     args = opsd.parse_args([])
     samplers.choose_backend(args, CPU)

@@ -72,8 +72,6 @@ def parse_args(argv=None):
     settled = opsd.parse_args([*flags, "--out", own.out, "--context", context])
     args = argparse.Namespace(**vars(settled) | vars(own))
     args.draw = args.draw or 4 * args.problems
-    if args.draw < args.problems:
-        fail(f"--problems {args.problems}: --draw {args.draw} are not as many")
     return args
 
 
@@ -88,7 +86,7 @@ def answer_problems(args, device):
     else:
         problems = data.embedded_problems(args.draw, args.seed, held_out=True)
     if len(problems) < args.problems:
-        fail(f"--problems {args.problems}: --data {args.data} has {len(problems)}")
+        fail(f"--problems {args.problems}: only {len(problems)} are drawn (--draw, --data)")
     answers, texts = {}, {}
     with Verifier() as verifier:
         for path in filter(None, [args.model, args.run]):
