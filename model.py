@@ -78,14 +78,14 @@ def load_model(path, device, dtype="float32"):
     except Exception as error:  # a wrong id, no network, pickled weights, code: one line is enough
         fail(f"--model {path}: {one_line(error, 300)}")
     # What the checkpoint lacks transformers fills in at random.
-    names = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
-    names = sorted({*found["missing_keys"], *names})
-    extra = f"not used: {some(found['unexpected_keys'])}" if found["unexpected_keys"] else ""
-    if names:
-        lacks = f"{len(names)} weights are missing or of another shape: {some(names)}"
-        fail(f"--model {path}: {lacks}" + (f"; {extra}" if extra else ""))
+    others = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    lacks, extra = sorted({*found["missing_keys"], *others}), sorted(found["unexpected_keys"])
+    unused = f"{len(extra)} weights are not used: {', '.join(extra[:3])}" if extra else ""
+    if lacks:
+        missing = f"{len(lacks)} weights are missing or of another shape: {', '.join(lacks[:3])}"
+        fail(f"--model {path}: {'; '.join(filter(None, [missing, unused]))}")
     if extra:
-        print(f"--model {path}: weights that are {extra}")
+        print(f"--model {path}: {unused}")
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             fail(f"--model {path}: {name} holds values that are not finite")
@@ -110,12 +110,6 @@ def load_model(path, device, dtype="float32"):
     if short:
         print(f"--model {path}: rows of at most {limit} tokens, where its rotary embedding changes")
     return model, tokenizer
-
-
-def some(names):
-    """The first of many names."""
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def context_limit(model):

@@ -218,15 +218,10 @@ def main(argv=None):
 
 def log_step(run, step, args, loss, norm, seen, rewards, kept, seconds, device):
     """One line of metrics.jsonl, and one on the screen; docs/runs.md explains each key."""
-    record = dict(
-        step=step,
-        loss=loss,
-        reward=sum(rewards) / len(rewards),
-        grad_norm=norm,
-        equal_groups=(len(seen) - len(kept)) // args.group,
-        **rollout.measure_metrics(kept),
-        **rollout.rollout_metrics(seen, kept, *seconds, device),
-    )
+    equal = (len(seen) - len(kept)) // args.group
+    record = dict(step=step, loss=loss, reward=sum(rewards) / len(rewards), grad_norm=norm)
+    record.update(rollout.measure_metrics(kept), equal_groups=equal)
+    record.update(rollout.rollout_metrics(seen, kept, *seconds, device))
     run.log("metrics", record)
     for line in rollout.sample_lines(step, seen, kept):
         run.log("samples", line)
@@ -238,7 +233,7 @@ def log_step(run, step, args, loss, norm, seen, rewards, kept, seconds, device):
     else:
         print(
             f"{begin}reward {record['reward']:.3f}  correct {record['correct']}/{len(seen)}  "
-            f"truncated {record['truncated']}  equal groups {record['equal_groups']}/{args.batch}  "
+            f"truncated {record['truncated']}  equal groups {equal}/{args.batch}  "
             f"length {record['length']:.1f}  {sum(seconds):.1f} s",
             flush=True,
         )

@@ -110,8 +110,10 @@ class TransformersSampler:
         """On several ranks all must call it, and so `sample`."""
         if not self.copies:
             return
-        if self.engine["copy"] is None:
-            self.engine["copy"] = whole_model(model, self.dtype)
+        if self.engine["copy"] is None:  # of the same shape, in one piece
+            with torch.random.fork_rng(devices=[]), device_of(model):
+                copy = AutoModelForCausalLM.from_config(model.config, dtype=self.dtype)
+            self.engine["copy"] = copy.eval().requires_grad_(False)
         old = tensors_of(self.engine["copy"])
         with torch.no_grad():
             for name, new in plain_tensors(model, tensors_of(model)):
@@ -213,13 +215,6 @@ def rows_can_leave(model):
     if type(cache) is not DynamicCache:
         return False
     return {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
-
-
-def whole_model(model, dtype):
-    """A model of the same shape in one piece, its weights to be filled in."""
-    with torch.random.fork_rng(devices=[]), device_of(model):
-        copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
-    return copy.eval().requires_grad_(False)
 
 
 def tensors_of(model):

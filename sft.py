@@ -70,7 +70,8 @@ def context_of(problem, name):
 
 def embedded_row(tokenizer, problem, rng):
     """One draw from the mixture of toy_model.py."""
-    context, thinking = toy_model.draw_mixture(rng)
+    shares = [share for share, _, _ in toy_model.MIXTURE]
+    _, context, thinking = toy_model.MIXTURE[rng.choice(len(shares), p=shares)]
     prompt = render_prompt(tokenizer, problem, context_of(problem, context), thinking)
     text = toy_model.reference_trace(problem, rng, context, thinking) + tokenizer.eos_token
     return prompt, tokenizer(text, add_special_tokens=False).input_ids
