@@ -258,11 +258,12 @@ def load_state(path):
     """The newest state in the run directory `path` that is whole; empty if there is none."""
     for name in find_states(path):
         file = os.path.join(path, name)
-        if name.count("-") > 1:  # with a checksum
-            fail(f"--resume: {file} is of an older edition of this code: it cannot go on with it")
         with suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(file) as parts:
             if parts.testzip() is None:
-                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                if "logs" not in state:
+                    fail(f"--resume: {file} is of an older edition of this code")
+                return state
         print(f"{file} is damaged: not used")
     return {}
 
@@ -370,6 +371,7 @@ class Run:
         state["model"] = ranks.full_state(model, trained=True)
         state["optimizer"] = ranks.full_state(model, optimizer)
         state["generator"] = torch.get_rng_state()
+        state["logs"] = {log.name: log.stat().st_size for log in Path(self.path).glob("*.jsonl")}
 
         def write(target):
             with open(target, "wb") as stream:  # with a path a full disk would have no name
@@ -380,7 +382,7 @@ class Run:
             self.remove(*find_states(self.path)[2:])
 
     def resume(self, model, optimizer):
-        """With --resume: loads the state into model and optimizer, cuts the logs back to its step.
+        """With --resume: loads the state into model and optimizer, cuts the logs back to its sizes.
 
         Returns the number of steps done.
         """
@@ -392,9 +394,8 @@ class Run:
         if self.state and self.first:
             self.remove(".saving*")  # what a crash left half-written
             for log in Path(self.path).glob("*.jsonl"):
-                lines = log.read_bytes().splitlines(keepends=True)
-                kept = [line for line in lines if stays(line, step, self.args.steps)]
-                write_file(str(log), b"".join(kept))
+                content = log.read_bytes()[: self.state["logs"].get(log.name, 0)]
+                write_file(str(log), content[: content.rfind(b"\n") + 1])  # whole lines
         if self.args.resume:
             print(f"resumed after step {step}" + ("" if self.state else " (no whole state)"))
         return step
@@ -428,14 +429,3 @@ def make_directory(out, name):
         except OSError as error:
             if out or not isinstance(error, FileExistsError):
                 fail(f"--out {path}: {one_line(error)}")
-
-
-def stays(line, step, steps):
-    """Whether a line of a log is whole and not of what follows `step`: a later step, or the last
-    evaluation, which comes after the last state.
-    """
-    with suppress(ValueError):
-        row = json.loads(line)
-        last = "evaluation" in row and row["step"] == steps
-        return line.endswith(b"\n") and row.get("step", 0) <= step and not last
-    return False
