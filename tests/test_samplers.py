@@ -273,11 +273,14 @@ def test_one_tensor_left_old_is_caught_and_rounding_is_not(name, tiny, tokenizer
     for dtype in ("float32", "bfloat16"):
         other = opsd.frozen_copy(model).to(getattr(torch, dtype))
         sampler = sampler_of(other, tokenizer, dtype=dtype)
+        sampler.copies = True  # so that it has log-probabilities
         vllm_sampler.check_engine(sampler, model, prompts, 100)
     stale = opsd.frozen_copy(model)
     torch.nn.init.uniform_(stale.get_parameter(name), -1e-3, 1e-3)  # what an engine starts with
+    sampler = sampler_of(stale, tokenizer)
+    sampler.copies = True
     with pytest.raises(SystemExit):
-        vllm_sampler.check_engine(sampler_of(stale, tokenizer), model, prompts, 100)
+        vllm_sampler.check_engine(sampler, model, prompts, 100)
     error = capsys.readouterr().err
     assert error.startswith("error: --backend vllm") and error.count("\n") == 1
     assert "lm_head" in error
