@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from model import context_limit, micro_batches, sampled_logps, stop_ids
+from model import context_limit, sampled_logps, stop_ids
 from ranks import device_of, has_adapters, is_sharded, plain_tensors
 from run import fail, one_line, progress
 
@@ -104,7 +104,7 @@ class TransformersSampler:
         sharded = any(map(is_sharded, model.parameters()))
         self.copies = sharded or has_adapters(model)
         self.copies |= any(weight.dtype != self.dtype for weight in model.parameters())
-        self.segment, self.micro_tokens = None, getattr(args, "micro_tokens", 0)
+        self.segment = None
 
     def push(self, model):
         """On several ranks all must call it, and so `sample`."""
@@ -147,23 +147,17 @@ class TransformersSampler:
     def score(self, prompts, results):
         """The copy's log-probabilities of what it sampled: the trainer's are compared with them."""
         rows = [(prompt, ids) for prompt, (ids, _) in zip(prompts, results, strict=True)]
-        logps = [None] * len(rows)
-        for group in micro_batches([len(p) + len(ids) for p, ids in rows], self.micro_tokens):
-            values = sampled_logps(self.engine["copy"], [rows[i] for i in group])  # (R,)
-            for i, part in zip(group, values.split([len(rows[i][1]) for i in group]), strict=True):
-                logps[i] = part.tolist()
-        return logps
+        return [sampled_logps(self.engine["copy"], [row]).tolist() for row in rows]
 
     def generate(self, prompts, max_new_tokens, temperature, top_p, bar):
         """One batch, in segments of SEGMENT tokens; finished rows leave it and cost no more."""
         model = self.engine["copy"] if self.copies else self.model
         width = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (B, T), padded on the left
-        mask = torch.zeros_like(ids)  # (B, T); generate derives the positions from it
-        for i, prompt in enumerate(prompts):
-            ids[i, width - len(prompt) :] = torch.tensor(prompt)
-            mask[i, width - len(prompt) :] = 1
-        ids, mask = ids.to(model.device), mask.to(model.device)
+        padded = [([0] * (width - len(prompt)), prompt) for prompt in prompts]  # on the left
+        ids = [gap + prompt for gap, prompt in padded]
+        mask = [gap + [1] * len(prompt) for gap, prompt in padded]
+        ids = torch.tensor(ids, device=model.device)  # (B, T)
+        mask = torch.tensor(mask, device=model.device)  # (B, T); generate gets the positions of it
         settings = dict(eos_token_id=self.stop, pad_token_id=self.stop[0])
         if temperature > 0:
             settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)

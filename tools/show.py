@@ -31,7 +31,6 @@ import os
 if __name__ == "__main__":
     from launch import start
 
-
 import data
 import opsd
 import rollout
