@@ -23,7 +23,7 @@ import rollout
 import samplers
 from answers import extract
 from data import CONTEXTS
-from metrics import compare, compare_mean, evaluate, table_of
+from metrics import compare, compared, evaluate, table_of
 from model import load_model, load_tokenizer
 from run import Parser, add_run_flags, check_out, fail, provenance, set_up, write_json
 from verify import Verifier
@@ -133,6 +133,17 @@ def report(benchmarks, named, args):
         if r["change"] and r["group"] == "all":
             counts = ", ".join(f"{key} {value:.1f}" for key, value in r["shift"].items())
             print(f"shift of {r['name']} on {r['benchmark']}, expected problems: {counts}")
+    return records
+
+
+def compare_mean(benchmarks):
+    """`compare` over {benchmark: named}: means, each benchmark counting alike; sums of shifts."""
+    records = []
+    for named in zip(*benchmarks.values(), strict=True):  # one model on all benchmarks
+        firsts = [named[0][1] for named in benchmarks.values()]
+        pairs = list(zip(firsts, [rollouts for _, rollouts in named], strict=True))
+        record = dict(name=named[0][0], benchmark="mean", group="all")
+        records.append(dict(record, **compared(pairs, not records)))
     return records
 
 

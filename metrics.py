@@ -116,17 +116,6 @@ def compare(named, benchmark=""):
     return records
 
 
-def compare_mean(benchmarks):
-    """The same over {benchmark: named}: means, each benchmark counting alike; sums of shifts."""
-    records = []
-    for named in zip(*benchmarks.values(), strict=True):  # one model on all benchmarks
-        firsts = [named[0][1] for named in benchmarks.values()]
-        pairs = list(zip(firsts, [rollouts for _, rollouts in named], strict=True))
-        record = dict(name=named[0][0], benchmark="mean", group="all")
-        records.append(dict(record, **compared(pairs, not records)))
-    return records
-
-
 def compared(pairs, baseline):
     """The measures of a model, its change and shift against the baseline; `pairs` is a list of
     (baseline's rollouts, model's rollouts), one a benchmark.
