@@ -68,6 +68,10 @@ def make_rollouts(sampler, tokenizer, problems, args, seed, contexts=None, logps
         prompt = render_prompt(tokenizer, problem, context or "", thinking, context_first)
         rollouts.append(Rollout(problem, prompt))
     prompts = [r.prompt_ids for r in rollouts]
+    longest = max(map(len, prompts), default=0)
+    if sampler.limit and longest + args.max_new_tokens > sampler.limit:  # nothing is cut silently
+        room = f"the longest prompt has {longest} tokens and the model's context is {sampler.limit}"
+        fail(f"--max-new-tokens {args.max_new_tokens}: {room}")
     settings = args.max_new_tokens, args.temperature, args.top_p, rank_seed(seed)
     samples = sampler.sample(prompts, *settings, logps)
     for rollout, (ids, finished) in zip(rollouts, samples, strict=True):

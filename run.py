@@ -224,7 +224,10 @@ def check_run_directory(args):
         return {}
     if "metrics.jsonl" not in names:
         fail(f"--resume: --out {args.out or '(missing)'} is not the directory of a run")
-    state, before, now = load_state(args.out), first_args(args.out), vars(args)
+    state, before, now = load_state(args.out), {}, vars(args)
+    log = os.path.join(args.out, "metrics.jsonl")
+    with suppress(ValueError, KeyError, TypeError), open(log) as stream:
+        before = dict(json.loads(stream.readline())["args"])  # unless line 0 is not whole
     if "model.safetensors" in names and state.get("step", args.steps) >= args.steps:
         fail(f"--resume: {args.out} is finished; with its state and more --steps it goes on")
     free = HARMLESS - ({"steps"} if "warmup" in now else set())  # sft.py's rates follow --steps
@@ -268,14 +271,6 @@ def load_state(path):
     return {}
 
 
-def first_args(path):
-    """The settings in line 0 of the metrics; none where that line is not whole."""
-    file = os.path.join(path, "metrics.jsonl")
-    with suppress(ValueError, KeyError, TypeError), open(file) as stream:
-        return dict(json.loads(stream.readline())["args"])
-    return {}
-
-
 def fingerprint(problems, model):
     """A number that tells other problems and other weights, by a sample of each tensor's values."""
     texts = [text for p in problems for text in (p.question, p.answer, p.solution, p.context)]
@@ -305,7 +300,11 @@ class Run:
         self.new, self.table = not args.out, ""
         if self.first:
             args.out = make_directory(args.out, name)
-            self.lock = take_lock(args.out)
+            self.lock = os.open(args.out, os.O_RDONLY)  # ends with the process
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"--out {args.out}: another run is writing there")
         self.path = args.out = ranks.gather([args.out])[0]
         if self.first and not state:  # with --overwrite the run before goes, no other file
             logs = "metrics.jsonl", "samples.jsonl", "not_finite.jsonl", "kl_by_position.jsonl"
@@ -407,16 +406,6 @@ class Run:
             self.remove(*find_states(self.path)[1:])
         print(f"\n{says}run directory {self.path}: the trained model, metrics.jsonl, samples.jsonl")
         ranks.leave()
-
-
-def take_lock(path):
-    """Two runs must not write into one directory. The lock ends with the process."""
-    lock = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"--out {path}: another run is writing there")
-    return lock
 
 
 def make_directory(out, name):

@@ -67,14 +67,6 @@ def make_sampler(model, tokenizer, args, other=None):
     return TransformersSampler(model, tokenizer, args, other)
 
 
-def check_room(prompts, max_new_tokens, limit):
-    """Nothing is truncated silently: rollout.drop_long made sure of it, or it stops here."""
-    longest = max(map(len, prompts), default=0)
-    if limit and longest + max_new_tokens > limit:
-        room = f"the longest prompt has {longest} tokens and the model's context is {limit}"
-        fail(f"--max-new-tokens {max_new_tokens}: {room}")
-
-
 def until_stop(ids, stop):
     """(ids up to and including the first stop id, True), or (ids, False): the rest is padding."""
     for t, token in enumerate(ids):
@@ -121,11 +113,7 @@ class TransformersSampler:
         self.engine["holds"] = model
 
     def sample(self, prompts, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, logps=False):
-        """Returns (response ids, finished) in the order of `prompts`.
-
-        Ends the program if a prompt leaves no room for the response.
-        """
-        check_room(prompts, max_new_tokens, self.limit)
+        """Returns (response ids, finished) in the order of `prompts`."""
         if self.engine["holds"] is not self.model:
             self.push(self.model)
         torch.manual_seed(seed)

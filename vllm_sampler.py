@@ -9,7 +9,7 @@ import torch
 from model import context_limit, sampled_logps, stop_ids
 from ranks import device_of, distributed, gather, plain_tensors, rank_and_world
 from run import fail, one_line
-from samplers import check_room, until_stop
+from samplers import until_stop
 
 
 class VllmSampler:
@@ -60,7 +60,6 @@ class VllmSampler:
         """
         from vllm import SamplingParams
 
-        check_room(prompts, max_new_tokens, self.limit)
         if not self.checked:
             self.checked = True
             some = prompts[:: -(-len(prompts) // 8) or 1]

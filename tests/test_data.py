@@ -38,7 +38,8 @@ def test_student_and_teacher_prompts(tokenizer):
     first = tokenizer.decode(render_prompt(tokenizer, problem, context, context_first=True))
     assert first == student.replace("What is 2+2?", f"{context}\n\nWhat is 2+2?")
     args = opsd.parse_args(["--context-first"])
-    sampler = SimpleNamespace(sample=lambda prompts, *_: [([1], True)] * len(prompts), logps=None)
+    sampler = SimpleNamespace(sample=lambda prompts, *_: [([1], True)] * len(prompts))
+    sampler.logps = sampler.limit = None
     read = make_rollouts(sampler, tokenizer, [problem], args, 0, [context])
     assert tokenizer.decode(read[0].prompt_ids) == first
     own = make_rollouts(sampler, tokenizer, [problem], args, 0)

@@ -11,7 +11,7 @@ import flags
 import opsd
 import rlvr
 import sft
-from run import Parser, first_args
+from run import Parser, check_run_directory
 from tests.helpers import TINY, changed_model, write
 from tools import bench, show
 
@@ -164,4 +164,4 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
     ):
         assert complaint in refused(show.main, [*SHOW.split(), *line.split()])
     for out in ("list", "number"):  # no settings in line 0
-        assert first_args(out) == {}
+        assert check_run_directory(opsd.parse_args(["--resume", "--out", out])) == {}
