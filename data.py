@@ -374,10 +374,13 @@ def written(template, frame=MEMO):
 
 def sibling(rollouts, write, args):
     """As the reference the shortest other correct response of the draw; None where none is."""
-    read = toy.worked if args.data is None else str
-    best = [r.shortest_sibling for r in rollouts]
-    parts = [s and dict(solution=read(s.reasoning), answer=s.problem.answer) for s in best]
-    return [part and REFERENCE.format(**part) for part in parts]
+    read, texts = toy.worked if args.data is None else str, []
+    for r in rollouts:
+        correct = [s for s in r.siblings if s.outcome == "correct"]
+        best = min(correct, key=lambda s: len(s.response_ids), default=None)
+        parts = best and dict(solution=read(best.reasoning), answer=best.problem.answer)
+        texts.append(parts and REFERENCE.format(**parts))
+    return texts
 
 
 def of_another(rollouts, write, args):

@@ -45,12 +45,6 @@ class Rollout:
         """The text of its think block; all of its text where there is none."""
         return self.text.partition("</think>")[0].replace("<think>", "").strip()
 
-    @property
-    def shortest_sibling(self):
-        """The shortest correct one of its siblings; None where none is correct."""
-        correct = [r for r in self.siblings if r.outcome == "correct"]
-        return min(correct, key=lambda r: len(r.response_ids), default=None)
-
 
 # ------------------------------------------------------------------------------------------------
 # Sampling and grading

@@ -119,8 +119,6 @@ def set_up(args):
     device = torch.device(auto if args.device == "auto" else args.device)
     if device.type == "cuda" and local_rank >= cards:
         fail(f"--device {args.device}: needs CUDA device {local_rank}, {cards} are here")
-    if device.type == "cpu" and not args.threads and os.getloadavg()[0] > os.cpu_count():
-        print("this machine is busy: --threads 1 may be many times faster")
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     if "WORLD_SIZE" in os.environ:
