@@ -50,9 +50,9 @@ FIELDS = {
 
 
 def add_data_flags(parser, several=False):
-    add = parser.add_argument_group("data").add_argument
+    add = parser.add_argument_group("data", "without --data the embedded task").add_argument
     source = "JSONL, parquet, a directory of parquet, or a Hugging Face data set, "
-    source += "owner/name[:configuration][@split]; without it the embedded task"
+    source += "owner/name[:configuration][@split]"
     add("--data", nargs="+" if several else None, help=source)
     known = "; ".join(f"{part}: {', '.join(names)}" for part, names in FIELDS.items())
     other = f"of --data: other names of a row's fields than these: {known}"
@@ -62,7 +62,7 @@ def add_data_flags(parser, several=False):
 
 
 def add_held_out_flags(parser):
-    add = parser.add_argument_group("evaluation before, on the way and after").add_argument
+    add = parser.add_argument_group("evaluation", "before, on the way, after").add_argument
     add("--eval-data", help="of --data and of --eval-problems: held-out problems")
     add("--eval-problems", type=int, default=512, help="number of held-out problems; 0 = none")
     add("--eval-every", type=int, default=0, help="of --eval-problems: steps between; 0 = none")

@@ -32,16 +32,16 @@ from verify import Verifier
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--model", nargs="+", required=True, help="checkpoints; first: baseline")
-    add = add_run_flags(parser)
-    add("--out", help="JSON file (.gz: packed): the table, and every response with its verdict")
     data.add_data_flags(parser, several=True)
     samplers.add_sampling_flags(parser)
     parser.set_defaults(vllm_memory=0.7)  # nothing trains beside it
-    add = parser.add_argument_group("evaluation").add_argument
+    add = parser.add_argument_group("evaluation", "what is compared, and how often").add_argument
     add("--problems", type=int, default=512, help="without --data: number of embedded ones")
     add("--samples", type=int, default=4, help="samples a problem (k of average@k)")
     add("--context", nargs="+", default=[], choices=list(CONTEXTS)[1:], help="prompt-only rows")
     rollout.add_context_flags(add)
+    add = add_run_flags(parser)
+    add("--out", help="JSON file (.gz: packed): the table, and every response with its verdict")
     args = parser.parse_args(argv)
     if "sibling" in args.context and args.samples == 1:
         fail("--context sibling: a response has siblings only with --samples 2 or more")

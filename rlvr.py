@@ -56,14 +56,14 @@ from verify import Verifier
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--model", default=tiny("sft"), help="Hugging Face directory or id")
-    add = parser.add_argument_group("method").add_argument
+    data.add_data_flags(parser)
+    add = parser.add_argument_group("method", "how a group is rewarded").add_argument
     add("--group", type=int, default=8, help="responses a problem")
     add("--length-penalty", type=float, default=0.0, help="share of a reward lost at the cap")
     add("--kl", type=float, default=0.0, help="weight of the KL to the start; 0 = no such model")
-    add_training_flags(parser, steps=40, batch=32, lr=7e-5, state_every=10)
-    data.add_data_flags(parser)
     samplers.add_sampling_flags(parser)
     data.add_held_out_flags(parser)
+    add_training_flags(parser, steps=40, batch=32, lr=7e-5, state_every=10)
     args = parser.parse_args(argv)
     if args.group < 2:
         fail(f"--group {args.group}: at least 2, since the advantage is relative to the group")

@@ -49,10 +49,13 @@ class Parser(argparse.ArgumentParser):
     """--help shows the script's docstring as written, and defaults; an error is one line."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            none = action.default in (None, []) or action.default is False
+            return action.help if none else super()._get_help_string(action)
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=self.Formatter, allow_abbrev=False)
+        form = dict(usage="%(prog)s FLAGS", formatter_class=self.Formatter)
+        super().__init__(description=doc, allow_abbrev=False, **form)
 
     def error(self, message):
         fail(message.removeprefix("argument "))
@@ -77,7 +80,7 @@ def tiny(name):
 
 def add_run_flags(parser):
     """The flags of every script that loads a model."""
-    add = parser.add_argument_group("run").add_argument
+    add = parser.add_argument_group("run", "on which machine, and where it is written").add_argument
     add("--seed", type=int, default=0, help="fixes problems, sampling, new weights")
     devices = ["auto", "cpu", "cuda"]  # which card: CUDA_VISIBLE_DEVICES
     add("--device", default="auto", choices=devices, help="auto: cuda where there is a card")
@@ -90,20 +93,21 @@ def add_run_flags(parser):
 
 def add_training_flags(parser, steps, batch, lr, state_every):
     """The flags of every stage besides, with its defaults."""
-    add = add_run_flags(parser)
-    add("--out", help="run directory; without it a new numbered one under runs/")
-    add("--resume", action="store_true", help="go on with the run in --out; other flags as before")
-    add("--state-every", type=int, default=state_every, help="steps between states for --resume")
-    add("--save-every", type=int, default=0, help="steps between checkpoints; 0 = the last only")
-    add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
-    add("--offload", action="store_true", help="under torchrun: weights rest in host memory; slow")
-    add = parser.add_argument_group("training").add_argument
+    training = parser.add_argument_group("training", "how long, how fast, in how much memory")
+    add = training.add_argument
     add("--steps", type=int, default=steps, help="updates, or batches of rollouts")
     add("--batch", type=int, default=batch, help="problems drawn a step")
     add("--lr", type=float, default=lr, help="learning rate of AdamW")
     add("--lora", type=int, default=0, help="rank of adapters to train; 0 = all weights")
     add("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch")
-    return add
+    add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    add("--offload", action="store_true", help="under torchrun: weights rest in host memory; slow")
+    add = add_run_flags(parser)
+    add("--out", help="run directory; without it a new numbered one under runs/")
+    add("--save-every", type=int, default=0, help="steps between checkpoints; 0 = the last only")
+    add("--state-every", type=int, default=state_every, help="steps between states for --resume")
+    add("--resume", action="store_true", help="go on with the run in --out; other flags as before")
+    return training.add_argument
 
 
 def set_up(args):

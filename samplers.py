@@ -24,7 +24,7 @@ SEGMENT = 32  # tokens after which rows that have finished leave the batch
 
 
 def add_sampling_flags(parser):
-    add = parser.add_argument_group("sampling").add_argument
+    add = parser.add_argument_group("sampling", "how responses are drawn").add_argument
     add("--max-new-tokens", type=int, default=160, help="cap of a response, in tokens")
     own = "0 = greedy; only 1 with top-p 1 samples the model's own distribution"
     add("--temperature", type=float, default=1.0, help=own)

@@ -51,9 +51,9 @@ from run import (
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--model", help="Hugging Face directory or id; without it a new tiny one")
+    data.add_data_flags(parser)
     add = add_training_flags(parser, steps=1500, batch=32, lr=3e-3, state_every=100)
     add("--warmup", type=int, default=100, help="steps up to --lr; then cosine to a tenth")
-    data.add_data_flags(parser)
     args = parser.parse_args(argv)
     if args.data and not args.model:
         fail("--data without --model: the embedded model has a task of its own; name a model")
