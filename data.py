@@ -50,22 +50,19 @@ FIELDS = {
 
 
 def add_data_flags(parser, several=False):
-    add = parser.add_argument_group("data").add_argument
+    add = parser.add_argument_group("data", "without --data the embedded task").add_argument
     source = "JSONL, parquet, a directory of parquet, or a Hugging Face data set, "
-    source += "owner/name[:configuration][@split]; without it the embedded task"
+    source += "owner/name[:configuration][@split]"
     add("--data", nargs="+" if several else None, help=source)
     known = "; ".join(f"{part}: {', '.join(names)}" for part, names in FIELDS.items())
     other = f"of --data: other names of a row's fields than these: {known}"
     add("--fields", nargs="+", default=[], metavar="PART=NAME[,NAME]", help=other)
-    add(
-        "--skip-unreadable",
-        action="store_true",
-        help="of --data: drop rows whose gold no rule reads",
-    )
+    skip = "of --data: drop rows whose gold no rule reads"
+    add("--skip-unreadable", action="store_true", help=skip)
 
 
 def add_held_out_flags(parser):
-    add = parser.add_argument_group("evaluation before, on the way and after").add_argument
+    add = parser.add_argument_group("evaluation", "before, on the way, after").add_argument
     add("--eval-data", help="of --data and of --eval-problems: held-out problems")
     add("--eval-problems", type=int, default=512, help="number of held-out problems; 0 = none")
     add("--eval-every", type=int, default=0, help="of --eval-problems: steps between; 0 = none")
@@ -157,15 +154,11 @@ def load_file(args, path, flag="--data"):
 
 def read_rows(path, flag="--data"):
     """Yields (place for error messages, row as a dict)."""
-    shards = glob.glob(os.path.join(glob.escape(path), "*.parquet"))
-    is_json, is_parquet = path.endswith((".jsonl", ".json")), path.endswith(".parquet") or shards
-    if (is_json or is_parquet) and not os.path.exists(path):
-        fail(f"{flag} {path}: no such file")
-    if is_json and os.path.isdir(path):
-        fail(f"{flag} {path}: a directory, not a file")
-    if is_json:
-        yield from read_json(path)
+    if path.endswith((".jsonl", ".json")):
+        yield from read_json(path, flag)
         return
+    shards = glob.glob(os.path.join(glob.escape(path), "*.parquet"))
+    is_parquet = path.endswith(".parquet") or shards
     if not is_parquet and (os.path.exists(path) or path.count("/") != 1):
         fail(f"{flag} {path}: not a .jsonl or .parquet file, nor a data set id (owner/name)")
     try:
@@ -176,27 +169,27 @@ def read_rows(path, flag="--data"):
         yield f"{path}, row {number}", row
 
 
-def read_json(path):
+def read_json(path, flag):
     """Rows of a UTF-8 file, with or without a BOM: one JSON object a line, or one array of them."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
+    except OSError as error:
+        fail(f"{flag} {path}: {error.strerror}")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         fail(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8")
     is_array, lines = text.lstrip().startswith("["), text.split("\n")  # U+2028: in a string
-    for number, part in enumerate([text] if is_array else lines, 1):
-        where = path if is_array else f"{path}, line {number}"
+    places = [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    for where, part in [(path, text)] if is_array else places:
         try:
-            rows = json.loads(part) if part.strip() else []
+            rows = json.loads(part)
             json.dumps(rows, ensure_ascii=False).encode()  # no half of a character
         except (ValueError, RecursionError) as error:
             begins = "begins like a JSON array, but is " if is_array else ""
             fail(f"{where}: {begins}not JSON ({error})")
-        if not is_array and part.strip():
-            rows = [rows]
-        for place, row in enumerate(rows, 1):
-            here = f"{path}, row {place}" if is_array else where
+        for number, row in enumerate(rows if is_array else [rows], 1):
+            here = f"{path}, row {number}" if is_array else where
             if not isinstance(row, dict):
                 fail(f"{here}: not a JSON object")
             yield here, row
@@ -381,10 +374,13 @@ def written(template, frame=MEMO):
 
 def sibling(rollouts, write, args):
     """As the reference the shortest other correct response of the draw; None where none is."""
-    read = toy.worked if args.data is None else str
-    best = [r.shortest_sibling for r in rollouts]
-    parts = [s and dict(solution=read(s.reasoning), answer=s.problem.answer) for s in best]
-    return [part and REFERENCE.format(**part) for part in parts]
+    read, texts = toy.worked if args.data is None else str, []
+    for r in rollouts:
+        correct = [s for s in r.siblings if s.outcome == "correct"]
+        best = min(correct, key=lambda s: len(s.response_ids), default=None)
+        parts = best and dict(solution=read(best.reasoning), answer=best.problem.answer)
+        texts.append(parts and REFERENCE.format(**parts))
+    return texts
 
 
 def of_another(rollouts, write, args):

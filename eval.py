@@ -23,7 +23,7 @@ import rollout
 import samplers
 from answers import extract
 from data import CONTEXTS
-from metrics import compare, compare_mean, evaluate, table_of
+from metrics import compare, compared, evaluate, table_of
 from model import load_model, load_tokenizer
 from run import Parser, add_run_flags, check_out, fail, provenance, set_up, write_json
 from verify import Verifier
@@ -32,24 +32,21 @@ from verify import Verifier
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--model", nargs="+", required=True, help="checkpoints; first: baseline")
-    add = add_run_flags(parser)
-    add("--out", help="JSON file (.gz: packed): the table, and every response with its verdict")
     data.add_data_flags(parser, several=True)
     samplers.add_sampling_flags(parser)
     parser.set_defaults(vllm_memory=0.7)  # nothing trains beside it
-    add = parser.add_argument_group("evaluation").add_argument
+    add = parser.add_argument_group("evaluation", "what is compared, and how often").add_argument
     add("--problems", type=int, default=512, help="without --data: number of embedded ones")
     add("--samples", type=int, default=4, help="samples a problem (k of average@k)")
     add("--context", nargs="+", default=[], choices=list(CONTEXTS)[1:], help="prompt-only rows")
     rollout.add_context_flags(add)
+    add = add_run_flags(parser)
+    add("--out", help="JSON file (.gz: packed): the table, and every response with its verdict")
     args = parser.parse_args(argv)
     if "sibling" in args.context and args.samples == 1:
         fail("--context sibling: a response has siblings only with --samples 2 or more")
     if not args.temperature and args.samples > 1:
         fail(f"--samples {args.samples}: at --temperature 0 all are equal; give --samples 1")
-    paths = [os.path.realpath(path) for path in args.model]
-    if len(set(paths)) < len(paths):
-        fail(f"--model {' '.join(args.model)}: the same checkpoint twice")
     return args
 
 
@@ -93,25 +90,26 @@ def main(argv=None):
             data.require_thinking_switch(tokenizer, args.thinking == "on")
             sampler = samplers.make_sampler(model, tokenizer, args, sampler)
             for benchmark, problems in benchmarks.items():
-                contexts = args.context if path == args.model[0] else []
-                for context in dict.fromkeys(["none", *contexts]):
-                    name, texts = path, None
-                    if context != "none":
-                        # Written ones reflect on the model's own responses, just sampled.
-                        write = rollout.make_writer(sampler, tokenizer, args, args.seed)
-                        texts = CONTEXTS[context](named[benchmark][0][1], write, args)
-                        name = f"{path} reading {context}"
-                        if None in texts:
-                            failed = f"{texts.count(None)} of {len(texts)} contexts failed"
-                            print(f"{name}: {failed}; those responses are without one")
-                    print(f"evaluating {name} on {benchmark}", flush=True)
-                    rollouts = evaluate(
-                        sampler, tokenizer, problems, verifier, args, args.samples, texts
-                    )
-                    named[benchmark].append((name, rollouts))
+                print(f"evaluating {path} on {benchmark}", flush=True)
+                inputs = sampler, tokenizer, problems, verifier, args, args.samples
+                own = evaluate(*inputs)
+                named[benchmark].append((path, own))
+                # Written contexts reflect on the model's own responses.
+                write = rollout.make_writer(sampler, tokenizer, args, args.seed)
+                for context in args.context if path == args.model[0] else []:
+                    name, texts = f"{path} reading {context}", CONTEXTS[context](own, write, args)
+                    failed = f"{texts.count(None)} of {len(texts)} contexts failed (left out)"
+                    print(f"evaluating {name} on {benchmark}, {failed}", flush=True)
+                    named[benchmark].append((name, evaluate(*inputs, texts)))
     records = report(benchmarks, named, args)
     if args.out:
-        write_evaluation(named, records, args)
+        responses = {
+            benchmark: {name: [response_of(r) for r in rollouts] for name, rollouts in pairs}
+            for benchmark, pairs in named.items()
+        }
+        record = dict(args=vars(args), **provenance(), records=records, responses=responses)
+        write_json(args.out, record)
+        print(f"\nwritten to {args.out}")
     ranks.leave()
 
 
@@ -138,15 +136,15 @@ def report(benchmarks, named, args):
     return records
 
 
-def write_evaluation(named, records, args):
-    """Writes --out: the settings, all tables, and every response with its verdict."""
-    responses = {
-        benchmark: {name: [response_of(r) for r in rollouts] for name, rollouts in pairs}
-        for benchmark, pairs in named.items()
-    }
-    record = dict(args=vars(args), **provenance(), records=records, responses=responses)
-    write_json(args.out, record)
-    print(f"\nwritten to {args.out}")
+def compare_mean(benchmarks):
+    """`compare` over {benchmark: named}: means, each benchmark counting alike; sums of shifts."""
+    records = []
+    for named in zip(*benchmarks.values(), strict=True):  # one model on all benchmarks
+        firsts = [named[0][1] for named in benchmarks.values()]
+        pairs = list(zip(firsts, [rollouts for _, rollouts in named], strict=True))
+        record = dict(name=named[0][0], benchmark="mean", group="all")
+        records.append(dict(record, **compared(pairs, not records)))
+    return records
 
 
 def response_of(r):

@@ -7,7 +7,7 @@ import re
 POSITIVE = {
     *("--steps", "--batch", "--lr", "--micro-tokens", "--max-new-tokens", "--sample-batch"),
     *("--context-tokens", "--group", "--refresh", "--problems", "--samples", "--beta", "--top-p"),
-    *("--vllm-memory", "--rounds", "--tokens", "--vocabulary"),
+    *("--vllm-memory", "--rounds", "--tokens"),
 }
 BELOW = {"--beta": 1, "--ema": 1, "--vllm-memory": 1, "--seed": 2**63, "--threads": 1025}
 AT_MOST = {"--top-p": 1}
@@ -40,23 +40,19 @@ def complaint(flag, value, args, help):
         return f"{flag} {value}: beyond {LAST[flag]} {value_of(args, LAST[flag])}"
     if len({os.path.normpath(str(v)) for v in values}) < len(values):
         return f"{flag} {' '.join(map(str, values))}: one of them stands there twice"
-    conditions = [READ.fullmatch(part) for part in help.partition(": ")[0].split(" and ")]
-    for condition in filter(None, conditions):
-        how, other, _ = condition.groups()
-        if not is_met(args, *condition.groups()):
-            reader, now = condition[0].removeprefix("of "), value_of(args, other)
-            return f"{flag}: read only {'with ' if how == 'of' else ''}{reader} ({other} is {now})"
+    for condition in map(READ.fullmatch, help.partition(": ")[0].split(" and ")):
+        if condition is None:
+            continue
+        how, other, choices = condition.groups()
+        now = value_of(args, other)
+        chosen = set(now if isinstance(now, list) else [now]) - {None, 0, "none"}
+        if choices:
+            chosen &= set(choices.split(", "))
+        if bool(chosen) != (how == "of"):
+            reader = ("with " if how == "of" else "") + condition[0].removeprefix("of ")
+            return f"{flag}: read only {reader} ({other} is {now})"
     return ""
 
 
 def value_of(args, flag):
     return vars(args)[flag[2:].replace("-", "_")]
-
-
-def is_met(args, how, flag, values):
-    """Whether the flag has one of `values`, or any; with "without", whether it has none."""
-    value = value_of(args, flag)
-    chosen = set(value if isinstance(value, list) else [value]) - {None, 0, "none"}
-    if values:
-        chosen &= set(values.split(", "))
-    return bool(chosen) == (how == "of")

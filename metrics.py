@@ -116,17 +116,6 @@ def compare(named, benchmark=""):
     return records
 
 
-def compare_mean(benchmarks):
-    """The same over {benchmark: named}: means, each benchmark counting alike; sums of shifts."""
-    records = []
-    for named in zip(*benchmarks.values(), strict=True):  # one model on all benchmarks
-        firsts = [named[0][1] for named in benchmarks.values()]
-        pairs = list(zip(firsts, [rollouts for _, rollouts in named], strict=True))
-        record = dict(name=named[0][0], benchmark="mean", group="all")
-        records.append(dict(record, **compared(pairs, not records)))
-    return records
-
-
 def compared(pairs, baseline):
     """The measures of a model, its change and shift against the baseline; `pairs` is a list of
     (baseline's rollouts, model's rollouts), one a benchmark.
@@ -152,11 +141,10 @@ def compared(pairs, baseline):
 def table_of(records):
     """The records of `compare` as an aligned table, a text."""
 
-    def changed(record, key):
+    def changed(record, key, unit=""):
         if not record["change"]:
             return ""
         estimate, low, high = record["change"][key]
-        unit = "%" if key == "length" else ""
         return f"{estimate:+.1f}{unit} [{low:+.1f}, {high:+.1f}]"
 
     def number(value):
@@ -169,7 +157,7 @@ def table_of(records):
     for r in records:
         first = r["group"] == "all"
         row = [r["name"] if first else "", r["group"], f"{r['accuracy']:.1f}"]
-        row += [changed(r, "accuracy"), f"{r['length']:.1f}", changed(r, "length")]
+        row += [changed(r, "accuracy"), f"{r['length']:.1f}", changed(r, "length", "%")]
         row += [number(r["length_correct"]), number(r["length_incorrect"])]
         rows.append(row + [f"{r[key]:.1f}%" for key in rates] + [f"{r['markers']:.1f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -233,5 +221,4 @@ def settled(kls):
     text = f"reverse KL {100 * share:.0f}% of the first steps'"
     if share < SETTLED:
         return f"{text}: settled (accuracy may take as long again)\n"
-    limit = f"below {100 * SETTLED:.0f}%"
-    return f"{text}: not settled ({limit}); --resume with more --steps goes on\n"
+    return f"{text}: not settled (below {SETTLED:.0%}); --resume with more --steps goes on\n"

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ CLIP = 1.0  # gradient norm, the paper's
 
 # Logits of each model that exist at once, and those whose loss is computed at once. On a CPU a
 # piece fits the cache; on a GPU each costs kernel launches, so there they are few.
-CHUNK = {"cpu": 64e6, "cuda": 256e6, "mps": 64e6}
-PIECE = {"cpu": 1e6, "cuda": 64e6, "mps": 64e6}
+CHUNK = {"cpu": 64e6, "cuda": 256e6}
+PIECE = {"cpu": 1e6, "cuda": 64e6}
 # Where the loss is compiled, torch.compile's options: with the default ones inductor would write
 # log S - log T to memory in float32, and read it again.
 COMPILE = {"cuda": dict(options={"realize_reads_threshold": 100})}
@@ -47,8 +48,6 @@ def load_tokenizer(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         fail(f"--model {path}: {one_line(error, 300)}")
-    if tokenizer.chat_template is None:
-        fail(f"--model {path}: its tokenizer has no chat template")
     # transformers rebuilds some tokenizers by the class that their configuration names.
     back = tokenizer.decode(tokenizer(TEXT, add_special_tokens=False).input_ids).strip()
     if back != TEXT:
@@ -79,14 +78,14 @@ def load_model(path, device, dtype="float32"):
     except Exception as error:  # a wrong id, no network, pickled weights, code: one line is enough
         fail(f"--model {path}: {one_line(error, 300)}")
     # What the checkpoint lacks transformers fills in at random.
-    names = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
-    names = sorted({*found["missing_keys"], *names})
-    extra = f"not used: {some(found['unexpected_keys'])}" if found["unexpected_keys"] else ""
-    if names:
-        lacks = f"{len(names)} weights are missing or of another shape: {some(names)}"
-        fail(f"--model {path}: {lacks}" + (f"; {extra}" if extra else ""))
+    others = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    lacks, extra = sorted({*found["missing_keys"], *others}), sorted(found["unexpected_keys"])
+    unused = f"{len(extra)} weights are not used: {', '.join(extra[:3])}" if extra else ""
+    if lacks:
+        missing = f"{len(lacks)} weights are missing or of another shape: {', '.join(lacks[:3])}"
+        fail(f"--model {path}: {'; '.join(filter(None, [missing, unused]))}")
     if extra:
-        print(f"--model {path}: weights that are {extra}")
+        print(f"--model {path}: {unused}")
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             fail(f"--model {path}: {name} holds values that are not finite")
@@ -111,12 +110,6 @@ def load_model(path, device, dtype="float32"):
     if short:
         print(f"--model {path}: rows of at most {limit} tokens, where its rotary embedding changes")
     return model, tokenizer
-
-
-def some(names):
-    """The first of many names."""
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def context_limit(model):
@@ -147,8 +140,6 @@ def check_head(path, model):
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(config, name, None) not in (None, 0, 1):
             fail(f"--model {path}: logits that are capped or scaled ({name}) are not supported")
-    if model.base_model is model:
-        fail(f"--model {path}: {type(model).__name__} is not built as a body and a head")
     ids = torch.arange(8, device=model.device)[None] % len(model.get_input_embeddings().weight)
     try:
         with torch.no_grad():
@@ -156,7 +147,8 @@ def check_head(path, model):
             hidden = model.base_model(input_ids=ids).last_hidden_state  # (1, T, D)
             ours = model.get_output_embeddings()(hidden).float()  # (1, T, V)
     except Exception as error:
-        fail(f"--model {path}: does not run ({type(error).__name__}: {one_line(error)})")
+        kind = type(error).__name__
+        fail(f"--model {path}: does not run as a body and a head ({kind}: {one_line(error)})")
     if not torch.allclose(logits, ours, rtol=1e-2, atol=1e-2):
         fail(f"--model {path}: its logits are not lm_head(hidden states)")
 
@@ -219,16 +211,14 @@ def save_model(path, model, tokenizer):
         fail(f"{path}: the model cannot be written ({one_line(error)})")
     umask = os.umask(0)
     os.umask(umask)
-    for name in sorted(os.listdir(temporary)):
-        source = os.path.join(temporary, name)
-        if os.path.isfile(source):
-            os.chmod(source, 0o666 & ~umask)  # safetensors writes files that others cannot read
-        target = os.path.join(path, name)
-        if os.path.isdir(source):  # named chat templates
+    for source in sorted(Path(temporary).iterdir()):
+        target = os.path.join(path, source.name)
+        if source.is_dir():  # named chat templates
             shutil.rmtree(target, ignore_errors=True)
-            os.replace(source, target)
+            source.replace(target)
         else:
-            write_whole(target, lambda unnamed, source=source: os.replace(source, unnamed))
+            source.chmod(0o666 & ~umask)  # safetensors writes files that others cannot read
+            write_whole(target, source.replace)
     os.rmdir(temporary)
 
 
@@ -310,16 +300,20 @@ def chunks_of(hidden, model):
     return slices(len(hidden), vocabulary, CHUNK[hidden.device.type])
 
 
+@torch.no_grad()
+def response_logps(model, rows):
+    """Yields (slice of the R response tokens, their log-probabilities (C, V)), chunk by chunk."""
+    hidden, (head, _) = response_hidden(model, rows), open_head(model)  # (R, D)
+    for chunk in chunks_of(hidden, model):
+        yield chunk, torch.log_softmax(head(hidden[chunk]).float(), -1)
+
+
 def sampled_logps(model, rows):
-    """Log-probabilities of the response tokens: (R,), without gradient, chunk by chunk."""
-    with torch.no_grad():
-        hidden, ids = response_hidden(model, rows), scored_ids(model, rows)  # (R, D), (R,)
-        head, _ = open_head(model)
-        parts = []
-        for chunk in chunks_of(hidden, model):
-            logps = torch.log_softmax(head(hidden[chunk]).float(), -1)  # (C, V)
-            parts.append(logps.gather(-1, ids[chunk, None])[:, 0])  # (C,)
-        return torch.cat(parts)
+    """Log-probabilities of the response tokens: (R,), without gradient."""
+    ids, parts = scored_ids(model, rows), []  # (R,)
+    for chunk, logps in response_logps(model, rows):
+        parts.append(logps.gather(-1, ids[chunk, None])[:, 0])  # (C,)
+    return torch.cat(parts)
 
 
 def scored_ids(model, rows):

@@ -74,7 +74,9 @@ from verify import Verifier
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--model", default=tiny("rlvr"), help="Hugging Face directory or id")
-    add = parser.add_argument_group("method").add_argument
+    data.add_data_flags(parser)
+    first = "which rollouts train, what the teacher reads, which tokens count"
+    add = parser.add_argument_group("method", first).add_argument
     add("--filter", default="correct", choices=list(FILTERS), help="rollouts that reach the loss")
     add("--group", type=int, default=1, help="responses a problem, which are siblings")
     add("--resample", type=int, default=0, help="further draws until a step is full; 0 = none")
@@ -92,10 +94,9 @@ def parse_args(argv=None):
     add("--ema", type=float, default=0.99, help="of --teacher ema: share of the old one kept")
     add("--refresh", type=int, default=10, help="of --teacher every: updates between copies")
     add("--kl-by-position", type=int, default=0, help="tokens a bin of figure 2's log; 0 = off")
-    add_training_flags(parser, steps=40, batch=96, lr=1e-4, state_every=10)
-    data.add_data_flags(parser)
     samplers.add_sampling_flags(parser)
     data.add_held_out_flags(parser)
+    add_training_flags(parser, steps=40, batch=96, lr=1e-4, state_every=10)
     args = parser.parse_args(argv)
     if args.context == "sibling" and args.group == 1:
         fail("--context sibling: a response has siblings only with --group 2 or more")

@@ -21,22 +21,10 @@ from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as states
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 
@@ -143,30 +131,30 @@ def full_state(model, optimizer=None, trained=False):
 
     A tied matrix stands in it once. trained: with --lora without the frozen weights.
     """
-    options = StateDictOptions(
+    options = states.StateDictOptions(
         full_state_dict=True,
         cpu_offload=distributed(),
         ignore_frozen_params=trained and has_adapters(model),
     )
     if optimizer:
-        return get_optimizer_state_dict(model, optimizer, options=options)
+        return states.get_optimizer_state_dict(model, optimizer, options=options)
     # Saved under every name of a tied matrix it could not be written as safetensors.
     names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    state = get_model_state_dict(model, options=options)
+    state = states.get_model_state_dict(model, options=options)
     return {name: tensor for name, tensor in state.items() if name in names}
 
 
 def load_full_state(model, state, optimizer=None):
     """Loads what `full_state` made, on any number of ranks."""
-    options = StateDictOptions(
+    options = states.StateDictOptions(
         full_state_dict=True,
         broadcast_from_rank0=distributed(),
         strict=not has_adapters(model),  # their states lack the frozen weights
     )
     if optimizer:
-        set_optimizer_state_dict(model, optimizer, state, options=options)
+        states.set_optimizer_state_dict(model, optimizer, state, options=options)
     else:
-        set_model_state_dict(model, state, options=options)
+        states.set_model_state_dict(model, state, options=options)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -229,25 +217,25 @@ def shard_model(model, args, device, dtype, low):
     for weight in model.parameters() if low else ():
         # Not model.to: the frequencies of rotary embeddings stay float32.
         weight.data = weight.data.to(dtype)
-    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    offload = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
     settings = dict(
         mesh=init_device_mesh(device.type, (rank_and_world()[1],)),
         reshard_after_forward=True,
-        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        offload_policy=offload if args.offload else OffloadPolicy(),
+        mp_policy=fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        offload_policy=offload if args.offload else fsdp.OffloadPolicy(),
     )
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head.weight is embedding.weight
     if tied:
         head.weight = None  # or it would be sharded twice
     for module in (*blocks_of(model), model.base_model):
-        fully_shard(module, **settings)
+        fsdp.fully_shard(module, **settings)
     if list(head.parameters()):
-        fully_shard(head, **settings)
+        fsdp.fully_shard(head, **settings)
     if tied:
         head.weight = embedding.weight  # now the shard; FSDP2 makes whole only the embedding's
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, fsdp.FSDPModule):
             # Sum gradients over ranks: the weights of the loss have the denominator.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum

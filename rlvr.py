@@ -56,14 +56,14 @@ from verify import Verifier
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--model", default=tiny("sft"), help="Hugging Face directory or id")
-    add = parser.add_argument_group("method").add_argument
+    data.add_data_flags(parser)
+    add = parser.add_argument_group("method", "how a group is rewarded").add_argument
     add("--group", type=int, default=8, help="responses a problem")
     add("--length-penalty", type=float, default=0.0, help="share of a reward lost at the cap")
     add("--kl", type=float, default=0.0, help="weight of the KL to the start; 0 = no such model")
-    add_training_flags(parser, steps=40, batch=32, lr=7e-5, state_every=10)
-    data.add_data_flags(parser)
     samplers.add_sampling_flags(parser)
     data.add_held_out_flags(parser)
+    add_training_flags(parser, steps=40, batch=32, lr=7e-5, state_every=10)
     args = parser.parse_args(argv)
     if args.group < 2:
         fail(f"--group {args.group}: at least 2, since the advantage is relative to the group")
@@ -218,17 +218,12 @@ def main(argv=None):
 
 def log_step(run, step, args, loss, norm, seen, rewards, kept, seconds, device):
     """One line of metrics.jsonl, and one on the screen; docs/runs.md explains each key."""
-    record = dict(
-        step=step,
-        loss=loss,
-        reward=sum(rewards) / len(rewards),
-        grad_norm=norm,
-        equal_groups=(len(seen) - len(kept)) // args.group,
-        **rollout.measure_metrics(kept),
-        **rollout.rollout_metrics(seen, kept, *seconds, device),
-    )
+    equal = (len(seen) - len(kept)) // args.group
+    record = dict(step=step, loss=loss, reward=sum(rewards) / len(rewards), grad_norm=norm)
+    record.update(rollout.measure_metrics(kept), equal_groups=equal)
+    record.update(rollout.rollout_metrics(seen, kept, *seconds, device))
     run.log("metrics", record)
-    for line in rollout.sample_lines(step, seen):
+    for line in rollout.sample_lines(step, seen, kept):
         run.log("samples", line)
     begin = f"step {step}/{args.steps}  "
     if not kept:
@@ -238,7 +233,7 @@ def log_step(run, step, args, loss, norm, seen, rewards, kept, seconds, device):
     else:
         print(
             f"{begin}reward {record['reward']:.3f}  correct {record['correct']}/{len(seen)}  "
-            f"truncated {record['truncated']}  equal groups {record['equal_groups']}/{args.batch}  "
+            f"truncated {record['truncated']}  equal groups {equal}/{args.batch}  "
             f"length {record['length']:.1f}  {sum(seconds):.1f} s",
             flush=True,
         )

@@ -45,12 +45,6 @@ class Rollout:
         """The text of its think block; all of its text where there is none."""
         return self.text.partition("</think>")[0].replace("<think>", "").strip()
 
-    @property
-    def shortest_sibling(self):
-        """The shortest correct one of its siblings; None where none is correct."""
-        correct = [r for r in self.siblings if r.outcome == "correct"]
-        return min(correct, key=lambda r: len(r.response_ids), default=None)
-
 
 # ------------------------------------------------------------------------------------------------
 # Sampling and grading
@@ -68,6 +62,10 @@ def make_rollouts(sampler, tokenizer, problems, args, seed, contexts=None, logps
         prompt = render_prompt(tokenizer, problem, context or "", thinking, context_first)
         rollouts.append(Rollout(problem, prompt))
     prompts = [r.prompt_ids for r in rollouts]
+    longest = max(map(len, prompts), default=0)
+    if sampler.limit and longest + args.max_new_tokens > sampler.limit:  # nothing is cut silently
+        room = f"the longest prompt has {longest} tokens and the model's context is {sampler.limit}"
+        fail(f"--max-new-tokens {args.max_new_tokens}: {room}")
     settings = args.max_new_tokens, args.temperature, args.top_p, rank_seed(seed)
     samples = sampler.sample(prompts, *settings, logps)
     for rollout, (ids, finished) in zip(rollouts, samples, strict=True):
@@ -101,12 +99,8 @@ def rank_seed(seed):
 def grade_rollouts(verifier, rollouts):
     """Writes outcome and reason into each rollout."""
     mine = share(rollouts)
-    graded = grade_responses(
-        verifier,
-        [r.text for r in mine],
-        [r.finished for r in mine],
-        [r.problem.answer for r in mine],
-    )
+    texts, finished = [r.text for r in mine], [r.finished for r in mine]
+    graded = grade_responses(verifier, texts, finished, [r.problem.answer for r in mine])
     for rollout, verdict in zip(rollouts, gather(graded), strict=True):
         rollout.outcome, rollout.reason = verdict
 
@@ -136,23 +130,18 @@ def drop_long(problems, tokenizer, args, limit, context="none"):
     Says how many it drops; ends the program if none is left. Embedded problems differ by a few
     tokens only: just the first is looked at.
     """
-    look_at = problems if args.data else problems[:1]
-    # Of contexts that are written, and of a sibling, only the frame is known.
-    empty = [
-        Rollout(problem, [], siblings=[Rollout(problem, [], outcome="correct")])
-        for problem in look_at
-    ]
     if context in WRITTEN:
         room_to_write(limit, args)
+    look_at = problems if args.data else problems[:1]
+    # Of contexts that are written, and of a sibling, only the frame is known.
+    empty = [Rollout(p, [], siblings=[Rollout(p, [], outcome="correct")]) for p in look_at]
     contexts = CONTEXTS[context](empty, lambda prompts: [""] * len(prompts), args)
     teacher_thinking = getattr(args, "teacher_thinking", args.thinking) == "on"
     long = set()
     for i, (problem, text) in enumerate(zip(look_at, contexts, strict=True)):
-        prompts = [
-            render_prompt(tokenizer, problem, "", args.thinking == "on"),
-            render_prompt(tokenizer, problem, text, teacher_thinking),
-        ]
-        if limit and max(map(len, prompts)) + args.max_new_tokens > limit:
+        student = render_prompt(tokenizer, problem, "", args.thinking == "on")
+        teacher = render_prompt(tokenizer, problem, text, teacher_thinking)
+        if limit and max(len(student), len(teacher)) + args.max_new_tokens > limit:
             long.add(i)
     room = f"--max-new-tokens {args.max_new_tokens}"
     if len(long) == len(look_at):
@@ -169,12 +158,8 @@ def drop_long(problems, tokenizer, args, limit, context="none"):
 
 def add_context_flags(add):
     add("--context-first", action="store_true", help="of --context: it stands before the question")
-    add(
-        "--context-tokens",
-        type=int,
-        default=512,
-        help=f"of --context {', '.join(WRITTEN)}: its cap; one that hits it has failed",
-    )
+    cap = f"of --context {', '.join(WRITTEN)}: its cap; one that hits it has failed"
+    add("--context-tokens", type=int, default=512, help=cap)
 
 
 def room_to_write(limit, args):
@@ -263,14 +248,12 @@ def tokens(rollouts):
     return sum(len(r.response_ids) for r in rollouts)
 
 
-def sample_lines(step, rollouts, kept=None):
+def sample_lines(step, rollouts, kept):
     """samples.jsonl: the first two rollouts of a step."""
     lines = []
     for r in rollouts[:2]:
         line = dict(step=step, question=r.problem.question, gold=r.problem.answer, response=r.text)
-        line.update(outcome=r.outcome, reason=r.reason)
-        if kept is not None:
-            line["kept"] = any(r is k for k in kept)
+        line.update(outcome=r.outcome, reason=r.reason, kept=any(r is k for k in kept))
         lines.append(line)
     return lines
 
@@ -298,10 +281,8 @@ def kl_by_position(rollouts, width):
     """
     bins = {}
     for name in OUTCOMES:
-        rows = [r.measures["reverse_kl"] for r in rollouts if r.outcome == name]
-        rows = [row.split(width) for row in rows]  # of each rollout its bins
-        columns = list(zip_longest(*rows))
-        columns = [[part for part in column if part is not None] for column in columns]
+        rows = [r.measures["reverse_kl"].split(width) for r in rollouts if r.outcome == name]
+        columns = [[part for part in column if part is not None] for column in zip_longest(*rows)]
         bins[name] = dict(
             kl=[sum(part.sum().item() for part in column) for column in columns],
             tokens=[sum(map(len, column)) for column in columns],

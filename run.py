@@ -49,10 +49,13 @@ class Parser(argparse.ArgumentParser):
     """--help shows the script's docstring as written, and defaults; an error is one line."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            none = action.default in (None, []) or action.default is False
+            return action.help if none else super()._get_help_string(action)
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=self.Formatter, allow_abbrev=False)
+        form = dict(usage="%(prog)s FLAGS", formatter_class=self.Formatter)
+        super().__init__(description=doc, allow_abbrev=False, **form)
 
     def error(self, message):
         fail(message.removeprefix("argument "))
@@ -77,9 +80,10 @@ def tiny(name):
 
 def add_run_flags(parser):
     """The flags of every script that loads a model."""
-    add = parser.add_argument_group("run").add_argument
+    add = parser.add_argument_group("run", "on which machine, and where it is written").add_argument
     add("--seed", type=int, default=0, help="fixes problems, sampling, new weights")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    devices = ["auto", "cpu", "cuda"]  # which card: CUDA_VISIBLE_DEVICES
+    add("--device", default="auto", choices=devices, help="auto: cuda where there is a card")
     dtypes = ["auto", "float32", "bfloat16"]  # of the computation: trained weights are float32
     add("--dtype", default="auto", choices=dtypes, help="to compute in; auto: bfloat16 on CUDA")
     add("--threads", type=int, default=0, help="CPU threads; 0 = torch's own choice")
@@ -89,20 +93,21 @@ def add_run_flags(parser):
 
 def add_training_flags(parser, steps, batch, lr, state_every):
     """The flags of every stage besides, with its defaults."""
-    add = add_run_flags(parser)
-    add("--out", help="run directory; without it a new numbered one under runs/")
-    add("--resume", action="store_true", help="go on with the run in --out; other flags as before")
-    add("--state-every", type=int, default=state_every, help="steps between states for --resume")
-    add("--save-every", type=int, default=0, help="steps between checkpoints; 0 = the last only")
-    add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
-    add("--offload", action="store_true", help="under torchrun: weights rest in host memory; slow")
-    add = parser.add_argument_group("training").add_argument
+    training = parser.add_argument_group("training", "how long, how fast, in how much memory")
+    add = training.add_argument
     add("--steps", type=int, default=steps, help="updates, or batches of rollouts")
     add("--batch", type=int, default=batch, help="problems drawn a step")
     add("--lr", type=float, default=lr, help="learning rate of AdamW")
     add("--lora", type=int, default=0, help="rank of adapters to train; 0 = all weights")
     add("--micro-tokens", type=int, default=2048, help="padded tokens of a micro-batch")
-    return add
+    add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    add("--offload", action="store_true", help="under torchrun: weights rest in host memory; slow")
+    add = add_run_flags(parser)
+    add("--out", help="run directory; without it a new numbered one under runs/")
+    add("--save-every", type=int, default=0, help="steps between checkpoints; 0 = the last only")
+    add("--state-every", type=int, default=state_every, help="steps between states for --resume")
+    add("--resume", action="store_true", help="go on with the run in --out; other flags as before")
+    return training.add_argument
 
 
 def set_up(args):
@@ -113,26 +118,14 @@ def set_up(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    torchrun = "WORLD_SIZE" in os.environ
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    # Under torchrun a rank touches its own card only: a touch takes memory.
-    touched = f"cuda:{os.environ['LOCAL_RANK']}" if torchrun and name == "cuda" else name
-    try:
-        torch.empty(1, device=touched)
-    except Exception as error:
-        fail(f"--device {args.device}: {one_line(error)}")
-    device = torch.device(name)
-    if device.type not in ("cpu", "cuda") or name.startswith("cpu:"):
-        fail(f"--device {args.device}: cpu, cuda or cuda:NUMBER")
-    if device.type == "cpu" and not args.threads and os.getloadavg()[0] > os.cpu_count():
-        print("this machine is busy: --threads 1 may be many times faster")
+    cards, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    auto = "cuda" if cards else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    if device.type == "cuda" and local_rank >= cards:
+        fail(f"--device {args.device}: needs CUDA device {local_rank}, {cards} are here")
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if torchrun and device.index is not None:
-        fail(f"--device {args.device}: under torchrun each rank takes a card of its own; give cuda")
-    if torchrun:
+    if "WORLD_SIZE" in os.environ:
         return ranks.join(device)
     if getattr(args, "offload", False):
         fail("--offload: needs torchrun, also on one card (torchrun --nproc-per-node 1)")
@@ -233,7 +226,10 @@ def check_run_directory(args):
         return {}
     if "metrics.jsonl" not in names:
         fail(f"--resume: --out {args.out or '(missing)'} is not the directory of a run")
-    state, before, now = load_state(args.out), first_args(args.out), vars(args)
+    state, before, now = load_state(args.out), {}, vars(args)
+    log = os.path.join(args.out, "metrics.jsonl")
+    with suppress(ValueError, KeyError, TypeError), open(log) as stream:
+        before = dict(json.loads(stream.readline())["args"])  # unless line 0 is not whole
     if "model.safetensors" in names and state.get("step", args.steps) >= args.steps:
         fail(f"--resume: {args.out} is finished; with its state and more --steps it goes on")
     free = HARMLESS - ({"steps"} if "warmup" in now else set())  # sft.py's rates follow --steps
@@ -267,20 +263,13 @@ def load_state(path):
     """The newest state in the run directory `path` that is whole; empty if there is none."""
     for name in find_states(path):
         file = os.path.join(path, name)
-        if name.count("-") > 1:  # with a checksum
-            fail(f"--resume: {file} is of an older edition of this code: it cannot go on with it")
         with suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(file) as parts:
             if parts.testzip() is None:
-                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                if "logs" not in state:
+                    fail(f"--resume: {file} is of an older edition of this code")
+                return state
         print(f"{file} is damaged: not used")
-    return {}
-
-
-def first_args(path):
-    """The settings in line 0 of the metrics; none where that line is not whole."""
-    file = os.path.join(path, "metrics.jsonl")
-    with suppress(ValueError, KeyError, TypeError), open(file) as stream:
-        return dict(json.loads(stream.readline())["args"])
     return {}
 
 
@@ -313,7 +302,11 @@ class Run:
         self.new, self.table = not args.out, ""
         if self.first:
             args.out = make_directory(args.out, name)
-            self.lock = take_lock(args.out)
+            self.lock = os.open(args.out, os.O_RDONLY)  # ends with the process
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"--out {args.out}: another run is writing there")
         self.path = args.out = ranks.gather([args.out])[0]
         if self.first and not state:  # with --overwrite the run before goes, no other file
             logs = "metrics.jsonl", "samples.jsonl", "not_finite.jsonl", "kl_by_position.jsonl"
@@ -379,6 +372,7 @@ class Run:
         state["model"] = ranks.full_state(model, trained=True)
         state["optimizer"] = ranks.full_state(model, optimizer)
         state["generator"] = torch.get_rng_state()
+        state["logs"] = {log.name: log.stat().st_size for log in Path(self.path).glob("*.jsonl")}
 
         def write(target):
             with open(target, "wb") as stream:  # with a path a full disk would have no name
@@ -389,7 +383,7 @@ class Run:
             self.remove(*find_states(self.path)[2:])
 
     def resume(self, model, optimizer):
-        """With --resume: loads the state into model and optimizer, cuts the logs back to its step.
+        """With --resume: loads the state into model and optimizer, cuts the logs back to its sizes.
 
         Returns the number of steps done.
         """
@@ -401,9 +395,8 @@ class Run:
         if self.state and self.first:
             self.remove(".saving*")  # what a crash left half-written
             for log in Path(self.path).glob("*.jsonl"):
-                lines = log.read_bytes().splitlines(keepends=True)
-                kept = [line for line in lines if stays(line, step, self.args.steps)]
-                write_file(str(log), b"".join(kept))
+                content = log.read_bytes()[: self.state["logs"].get(log.name, 0)]
+                write_file(str(log), content[: content.rfind(b"\n") + 1])  # whole lines
         if self.args.resume:
             print(f"resumed after step {step}" + ("" if self.state else " (no whole state)"))
         return step
@@ -417,16 +410,6 @@ class Run:
         ranks.leave()
 
 
-def take_lock(path):
-    """Two runs must not write into one directory. The lock ends with the process."""
-    lock = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"--out {path}: another run is writing there")
-    return lock
-
-
 def make_directory(out, name):
     """Makes --out, or the first free runs/NAME-001, -002, ...; returns it."""
     for number in itertools.count(1):
@@ -437,14 +420,3 @@ def make_directory(out, name):
         except OSError as error:
             if out or not isinstance(error, FileExistsError):
                 fail(f"--out {path}: {one_line(error)}")
-
-
-def stays(line, step, steps):
-    """Whether a line of a log is whole and not of what follows `step`: a later step, or the last
-    evaluation, which comes after the last state.
-    """
-    with suppress(ValueError):
-        row = json.loads(line)
-        last = "evaluation" in row and row["step"] == steps
-        return line.endswith(b"\n") and row.get("step", 0) <= step and not last
-    return False

@@ -16,32 +16,23 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from model import context_limit, micro_batches, sampled_logps, stop_ids
-from ranks import device_of, distributed, has_adapters, is_sharded, plain_tensors
+from model import context_limit, sampled_logps, stop_ids
+from ranks import device_of, has_adapters, is_sharded, plain_tensors
 from run import fail, one_line, progress
 
 SEGMENT = 32  # tokens after which rows that have finished leave the batch
 
 
-def add_sampling_flags(parser, max_new_tokens=160):
-    group = parser.add_argument_group("sampling")
-    add = group.add_argument
-    add("--max-new-tokens", type=int, default=max_new_tokens, help="cap of a response, in tokens")
-    add(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="0 = greedy; only 1 with top-p 1 samples the model's own distribution",
-    )
+def add_sampling_flags(parser):
+    add = parser.add_argument_group("sampling", "how responses are drawn").add_argument
+    add("--max-new-tokens", type=int, default=160, help="cap of a response, in tokens")
+    own = "0 = greedy; only 1 with top-p 1 samples the model's own distribution"
+    add("--temperature", type=float, default=1.0, help=own)
     add("--top-p", type=float, default=1.0, help="of --temperature: mass sampled from; 1 = all")
     add("--thinking", default="on", choices=["on", "off"], help="the template's enable_thinking")
     add("--sample-batch", type=int, default=256, help="of --backend auto, transformers: rows")
-    add(
-        "--backend",
-        default="auto",
-        choices=["auto", "transformers", "vllm"],
-        help="auto: vllm if it is installed and the device is CUDA",
-    )
+    backends, auto = ["auto", "transformers", "vllm"], "auto: vllm on CUDA where it is installed"
+    add("--backend", default="auto", choices=backends, help=auto)
     vllm = "auto, vllm" if find_spec("vllm") else "vllm"
     add("--vllm-memory", type=float, default=0.5, help=f"of --backend {vllm}: share of the card")
     add("--vllm-eager", action="store_true", help=f"of --backend {vllm}: no CUDA graphs")
@@ -55,18 +46,16 @@ def choose_backend(args, device):
         print(f"sampling with {args.backend}")
     if args.backend == "transformers":
         return
-    if not find_spec("vllm"):
-        fail("--backend vllm: vllm is not installed (pip install -r requirements-vllm.txt)")
     try:
         from vllm_sampler import import_vllm
 
         has = import_vllm().platforms.current_platform.device_type
     except Exception as error:
-        fail(f"--backend vllm: vllm cannot be imported ({one_line(error)})")
-    if has != device.type or device.index and not distributed():
-        hint = " (choose the card by CUDA_VISIBLE_DEVICES)" if device.index else ""
+        hint = "pip install -r requirements-vllm.txt"
+        fail(f"--backend vllm: vllm cannot be imported ({one_line(error)}); {hint}")
+    if has != device.type:
         here = has or "no device that is here"
-        fail(f"--backend vllm: this vllm runs on {here}, the model on {device}{hint}")
+        fail(f"--backend vllm: this vllm runs on {here}, the model on {device}")
 
 
 def make_sampler(model, tokenizer, args, other=None):
@@ -76,14 +65,6 @@ def make_sampler(model, tokenizer, args, other=None):
 
         return VllmSampler(model, tokenizer, args, other)
     return TransformersSampler(model, tokenizer, args, other)
-
-
-def check_room(prompts, max_new_tokens, limit):
-    """Nothing is truncated silently: rollout.drop_long made sure of it, or it stops here."""
-    longest = max(map(len, prompts), default=0)
-    if limit and longest + max_new_tokens > limit:
-        room = f"the longest prompt has {longest} tokens and the model's context is {limit}"
-        fail(f"--max-new-tokens {max_new_tokens}: {room}")
 
 
 def until_stop(ids, stop):
@@ -115,14 +96,16 @@ class TransformersSampler:
         sharded = any(map(is_sharded, model.parameters()))
         self.copies = sharded or has_adapters(model)
         self.copies |= any(weight.dtype != self.dtype for weight in model.parameters())
-        self.segment, self.micro_tokens = None, getattr(args, "micro_tokens", 0)
+        self.segment = None
 
     def push(self, model):
         """On several ranks all must call it, and so `sample`."""
         if not self.copies:
             return
-        if self.engine["copy"] is None:
-            self.engine["copy"] = whole_model(model, self.dtype)
+        if self.engine["copy"] is None:  # of the same shape, in one piece
+            with torch.random.fork_rng(devices=[]), device_of(model):
+                copy = AutoModelForCausalLM.from_config(model.config, dtype=self.dtype)
+            self.engine["copy"] = copy.eval().requires_grad_(False)
         old = tensors_of(self.engine["copy"])
         with torch.no_grad():
             for name, new in plain_tensors(model, tensors_of(model)):
@@ -130,11 +113,7 @@ class TransformersSampler:
         self.engine["holds"] = model
 
     def sample(self, prompts, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, logps=False):
-        """Returns (response ids, finished) in the order of `prompts`.
-
-        Ends the program if a prompt leaves no room for the response.
-        """
-        check_room(prompts, max_new_tokens, self.limit)
+        """Returns (response ids, finished) in the order of `prompts`."""
         if self.engine["holds"] is not self.model:
             self.push(self.model)
         torch.manual_seed(seed)
@@ -156,23 +135,17 @@ class TransformersSampler:
     def score(self, prompts, results):
         """The copy's log-probabilities of what it sampled: the trainer's are compared with them."""
         rows = [(prompt, ids) for prompt, (ids, _) in zip(prompts, results, strict=True)]
-        logps = [None] * len(rows)
-        for group in micro_batches([len(p) + len(ids) for p, ids in rows], self.micro_tokens):
-            values = sampled_logps(self.engine["copy"], [rows[i] for i in group])  # (R,)
-            for i, part in zip(group, values.split([len(rows[i][1]) for i in group]), strict=True):
-                logps[i] = part.tolist()
-        return logps
+        return [sampled_logps(self.engine["copy"], [row]).tolist() for row in rows]
 
     def generate(self, prompts, max_new_tokens, temperature, top_p, bar):
         """One batch, in segments of SEGMENT tokens; finished rows leave it and cost no more."""
         model = self.engine["copy"] if self.copies else self.model
         width = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (B, T), padded on the left
-        mask = torch.zeros_like(ids)  # (B, T); generate derives the positions from it
-        for i, prompt in enumerate(prompts):
-            ids[i, width - len(prompt) :] = torch.tensor(prompt)
-            mask[i, width - len(prompt) :] = 1
-        ids, mask = ids.to(model.device), mask.to(model.device)
+        padded = [([0] * (width - len(prompt)), prompt) for prompt in prompts]  # on the left
+        ids = [gap + prompt for gap, prompt in padded]
+        mask = [gap + [1] * len(prompt) for gap, prompt in padded]
+        ids = torch.tensor(ids, device=model.device)  # (B, T)
+        mask = torch.tensor(mask, device=model.device)  # (B, T); generate gets the positions of it
         settings = dict(eos_token_id=self.stop, pad_token_id=self.stop[0])
         if temperature > 0:
             settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
@@ -224,13 +197,6 @@ def rows_can_leave(model):
     if type(cache) is not DynamicCache:
         return False
     return {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
-
-
-def whole_model(model, dtype):
-    """A model of the same shape in one piece, its weights to be filled in."""
-    with torch.random.fork_rng(devices=[]), device_of(model):
-        copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
-    return copy.eval().requires_grad_(False)
 
 
 def tensors_of(model):

@@ -51,9 +51,9 @@ from run import (
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--model", help="Hugging Face directory or id; without it a new tiny one")
+    data.add_data_flags(parser)
     add = add_training_flags(parser, steps=1500, batch=32, lr=3e-3, state_every=100)
     add("--warmup", type=int, default=100, help="steps up to --lr; then cosine to a tenth")
-    data.add_data_flags(parser)
     args = parser.parse_args(argv)
     if args.data and not args.model:
         fail("--data without --model: the embedded model has a task of its own; name a model")
@@ -70,7 +70,8 @@ def context_of(problem, name):
 
 def embedded_row(tokenizer, problem, rng):
     """One draw from the mixture of toy_model.py."""
-    context, thinking = toy_model.draw_mixture(rng)
+    shares = [share for share, _, _ in toy_model.MIXTURE]
+    _, context, thinking = toy_model.MIXTURE[rng.choice(len(shares), p=shares)]
     prompt = render_prompt(tokenizer, problem, context_of(problem, context), thinking)
     text = toy_model.reference_trace(problem, rng, context, thinking) + tokenizer.eos_token
     return prompt, tokenizer(text, add_special_tokens=False).input_ids
@@ -175,7 +176,10 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, step)
             norm, updated = optimizer_step(model, optimizer)
-            log_step(run, step + 1, args, loss, norm, rows, epoch, time.time() - begun, device)
+            seconds = time.time() - begun
+            record = dict(step=step + 1, loss=loss, grad_norm=norm, lr=group["lr"], epoch=epoch)
+            record.update(loss_tokens=tokens, tokens_per_second=tokens / seconds, seconds=seconds)
+            log_step(run, dict(record, peak_memory_mb=peak_memory(device)), args, rows)
             run.count_update(updated)
             run.save_state(step + 1, model, optimizer)
             if args.save_every and (step + 1) % args.save_every == 0:
@@ -186,30 +190,17 @@ def main(argv=None):
         run.finish()
 
 
-def log_step(run, step, args, loss, norm, rows, epoch, seconds, device):
-    """One line of metrics.jsonl; docs/runs.md explains each key."""
-    tokens = sum(len(response) for _, response in rows)
-    record = dict(
-        step=step,
-        loss=loss,
-        grad_norm=norm,
-        lr=learning_rate(args, step - 1),
-        epoch=epoch,
-        loss_tokens=tokens,
-        tokens_per_second=tokens / seconds,
-        seconds=seconds,
-        peak_memory_mb=peak_memory(device),
-    )
+def log_step(run, record, args, rows):
+    """One line of metrics.jsonl; docs/runs.md explains each key. Some of them on the screen."""
     run.log("metrics", record)
+    step, loss, norm = record["step"], record["loss"], record["grad_norm"]
     if not math.isfinite(norm):
         ids = [dict(prompt_ids=prompt, response_ids=response) for prompt, response in rows]
         run.log("not_finite", dict(step=step, loss=loss, grad_norm=norm, rows=ids))
     if step % max(1, args.steps // 40) == 0:
-        rate = f"{tokens / seconds:,.0f} tokens/s"
-        print(
-            f"step {step}/{args.steps}  loss {loss:.4f}  gradient norm {norm:.2f}  {rate}",
-            flush=True,
-        )
+        rate = f"{record['tokens_per_second']:,.0f} tokens/s"
+        losses = f"loss {loss:.4f}  gradient norm {norm:.2f}"
+        print(f"step {step}/{args.steps}  {losses}  {rate}", flush=True)
 
 
 if __name__ == "__main__":

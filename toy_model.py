@@ -28,12 +28,6 @@ HARD_CHECK = 0.3  # chance of a check where the quick scan was right; where it w
 CONTEXT_HARD_CHECK = 0.8  # the same with any context
 
 
-def draw_mixture(rng):
-    """(context, thinking) of one training trace."""
-    _, context, thinking = MIXTURE[rng.choice(len(MIXTURE), p=[share for share, _, _ in MIXTURE])]
-    return context, thinking
-
-
 def reference_trace(problem, rng, context="none", thinking=True):
     """One reference response. It always ends in the right answer."""
     box = f"\\boxed{{{problem.answer}}}"

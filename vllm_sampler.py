@@ -6,10 +6,10 @@ import sys
 
 import torch
 
-from model import context_limit, response_hidden, stop_ids
-from ranks import device_of, distributed, gather, open_head, plain_tensors, rank_and_world
+from model import context_limit, sampled_logps, stop_ids
+from ranks import device_of, distributed, gather, plain_tensors, rank_and_world
 from run import fail, one_line
-from samplers import check_room, until_stop
+from samplers import until_stop
 
 
 class VllmSampler:
@@ -60,7 +60,6 @@ class VllmSampler:
         """
         from vllm import SamplingParams
 
-        check_room(prompts, max_new_tokens, self.limit)
         if not self.checked:
             self.checked = True
             some = prompts[:: -(-len(prompts) // 8) or 1]
@@ -146,34 +145,23 @@ def import_vllm():
 def check_engine(sampler, model, prompts, tokens):
     """Ends the program if a short greedy sample shows that the engine has other weights.
 
-    Tokens and texts may differ by rounding, so log-probabilities are compared: what the trainer's
-    own best token has more than the engine's choice, and how far the two are apart on that choice;
-    both in nats, means over all tokens. On SmolLM2-135M in bfloat16 (CPU) rounding makes them 0.00
-    and 0.02, a single stale matrix in the middle layer at least 0.12 and 0.26.
+    Tokens and texts may differ by rounding, so log-probabilities are compared: the mean difference
+    of the engine's and the trainer's on the engine's own tokens, in nats. On SmolLM2-135M in
+    bfloat16 (CPU) rounding makes it 0.02, a single stale matrix in the middle layer 0.26 or more.
     """
     tolerance = 0.1 if sampler.dtype == torch.bfloat16 else 0.03
     samples = sampler.sample(prompts, tokens, temperature=0, logps=True)
-    engine_logps = sampler.logps or [None] * len(samples)
     rows = [
         (prompt, ids, logps)
-        for prompt, (ids, _), logps in zip(prompts, samples, engine_logps, strict=True)
+        for prompt, (ids, _), logps in zip(prompts, samples, sampler.logps, strict=True)
     ]
-    rows = gather(rows)[: max(8, rank_and_world()[1])]
-    best, chosen = [], []
-    for prompt, ids, _ in rows:  # all ranks score all rows
-        with torch.no_grad():
-            hidden, (head, _) = response_hidden(model, [(prompt, ids)]), open_head(model)  # (R, D)
-            logps = torch.log_softmax(head(hidden).float(), -1)  # (R, V)
-        best.append(logps.max(-1).values)  # (R,)
-        ids = torch.tensor(ids, device=logps.device)  # (R,)
-        chosen.append(logps.gather(-1, ids[:, None])[:, 0])  # (R,)
-    worse = (torch.cat(best) - torch.cat(chosen)).mean().item()
-    engines = [value for _, _, logps in rows for value in logps or ()]
-    gaps = (torch.tensor(engines).to(best[0]) - torch.cat(chosen)).abs() if engines else best[0] * 0
-    gap = gaps.mean().item()
-    if not (worse <= tolerance and gap <= tolerance):
-        found = f"{worse:.2f} nats below its best token, {gap:.2f} nats apart"
+    rows = gather(rows)[: max(8, rank_and_world()[1])]  # all ranks score all of them
+    trainers = sampled_logps(model, [(prompt, ids) for prompt, ids, _ in rows])  # (R,)
+    engines = torch.tensor([value for _, _, logps in rows for value in logps]).to(trainers)  # (R,)
+    gap = (engines - trainers).abs().mean().item()
+    if not gap <= tolerance:
         fail(
-            f"--backend vllm: the engine's weights are not the trainer's ({found}): most likely "
-            "the push left old weights in a tied lm_head or another tensor; use transformers"
+            f"--backend vllm: the engine's weights are not the trainer's ({gap:.2f} nats apart): "
+            "most likely the push left old weights in a tied lm_head or another tensor; use "
+            "transformers"
         )

@@ -34,7 +34,7 @@ from tests.helpers import (
     weights,
 )
 from tools import memory
-from tools.bench_loss import LOSSES, begin_peak, head_only_model, peak_since, random_rollouts
+from tools.bench import LOSSES, begin_peak, head_only_model, peak_since, random_rollouts
 
 DEVICE = os.environ.get("CHECK_DEVICE", "cuda")
 QWEN = 151_936  # ids of Qwen3's vocabulary

@@ -45,7 +45,8 @@ def test_thinking_and_the_contexts_place_are_the_teachers_own(tokenizer):
         opsd.add_teacher_rows([r], ["c"], tokenizer, args, None)
         assert tokenizer.decode(r.teacher_row[0]) == teacher
     args = opsd.parse_args(["--context-first"])
-    sampler = SimpleNamespace(sample=lambda prompts, *_: [([1], True)] * len(prompts), logps=None)
+    sampler = SimpleNamespace(sample=lambda prompts, *_: [([1], True)] * len(prompts))
+    sampler.logps = sampler.limit = None
     (read,) = make_rollouts(sampler, tokenizer, [problem], args, 0, ["c"])
     assert tokenizer.decode(read.prompt_ids) == first
 

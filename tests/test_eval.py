@@ -13,7 +13,6 @@ import eval as evaluation
 from data import Problem
 from metrics import (
     compare,
-    compare_mean,
     interval,
     paired_bootstrap,
     per_problem,
@@ -59,7 +58,7 @@ def test_mean_over_benchmarks_weighs_benchmarks_alike_and_adds_shifts():
     outcomes = ["correct"] * 30 + ["incorrect"] * 10
     big = [("a", graded(outcomes, 100)), ("b", graded(outcomes, 80))]
     small = [("a", graded(["correct", "incorrect"], 10)), ("b", graded(["correct", "correct"], 10))]
-    before, after = compare_mean(dict(big=big, small=small))
+    before, after = evaluation.compare_mean(dict(big=big, small=small))
     assert (before["accuracy"], before["length"], before["change"]) == (62.5, 55, None)
     assert after["accuracy"] == 87.5
     assert after["change"]["accuracy"][0] == 25
@@ -99,7 +98,7 @@ def test_the_mean_of_two_equal_benchmarks_is_narrower_by_the_root_of_two():
         (name, graded(rng.choice(["correct", "incorrect"], 400).tolist(), 10)) for name in "ab"
     ]
     one = compare(named)[1]["change"]["accuracy"]
-    two = compare_mean(dict(x=named, y=named))[1]["change"]["accuracy"]
+    two = evaluation.compare_mean(dict(x=named, y=named))[1]["change"]["accuracy"]
     assert (one[2] - one[1]) / (two[2] - two[1]) == pytest.approx(2**0.5, rel=0.05)
 
 

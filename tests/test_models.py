@@ -105,7 +105,7 @@ PARTS = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}
         (one_more_token, "394 tokens, the model 393"),
         (with_template(PARTS + "<|im_start|>assistant\n"), "drops the user's text"),
         (with_template("{{ raise_exception('only tools') }}"), "its chat template fails"),
-        (lambda path: os.remove(path / "chat_template.jinja"), "no chat template"),
+        (lambda path: os.remove(path / "chat_template.jinja"), "its chat template fails"),
     ],
 )
 def test_what_would_be_another_model_is_refused(change, says, other, capsys):

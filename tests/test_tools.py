@@ -13,7 +13,6 @@ import model as modelling
 import opsd
 from tests.helpers import CPU, graded, write
 from tools import bench, memory, plot
-from tools.bench_loss import measure_loss
 
 # ------------------------------------------------------------------------------------------------
 # Figures
@@ -112,12 +111,12 @@ def test_memory_estimate_is_near_what_torch_allocates(flags):
 
 def test_shapes_are_qwens_and_more_cards_and_flags_need_less():
     # Billions, as the models' cards have them.
-    billions = [round(memory.sizes(config)[0] / 1e9, 2) for config in memory.QWEN3.values()]
-    assert billions == [1.72, 4.02, 8.19]
+    billions = [round(memory.sizes(config)[0] / 1e9, 2) for config in memory.SHAPES.values()]
+    assert billions[-3:] == [1.72, 4.02, 8.19]
 
     def whole(gpus, *flags):
         args = opsd.parse_args([*memory.CUDA, *flags])
-        return sum(memory.estimate(memory.QWEN3["Qwen3-8B"], args, gpus, 8192, True).values())
+        return sum(memory.estimate(memory.SHAPES["Qwen3-8B"], args, gpus, 8192, True).values())
 
     flags = "--checkpointing", "--offload"
     sizes = [whole(1), whole(2), whole(8), whole(8, *flags[:1]), whole(8, *flags)]
@@ -125,20 +124,24 @@ def test_shapes_are_qwens_and_more_cards_and_flags_need_less():
 
 
 def test_the_bench_measures_each_case_and_says_what_cannot_be(monkeypatch, capsys):
-    settings = dict(tokens=70, vocabulary=1200, width=16, dtype="float32", device="cpu")
-    ours, naive = (measure_loss(name, **settings) for name in ("ours", "naive"))
+    argv = "--model tiny --rounds 1 --threads 1 --tokens".split()
+
+    def measure(what, tokens, variant):
+        line = [what, *argv, tokens, "--variant", variant]
+        return bench.MEASURES[what](bench.parse_args(line))
+
+    ours, naive = (measure("loss", "70", name) for name in ("ours", "naive"))
     assert ours["gradient"] == pytest.approx(naive["gradient"], rel=1e-4)
-    step = bench.measure_step(model="tiny", tokens=600, dtype="float32", device="cpu")
+    step = measure("step", "600", "python")
     assert step["speed"] == pytest.approx(4 * 284 / step["seconds"]) and step["gradient"] > 0
     monkeypatch.setattr(bench.json, "loads", lambda line: dict(seconds=1, memory=2, gradient=3))
 
     def run(call, **options):
-        failed = '"liger"' in call[-1]
+        failed = call[-1] == "trl"
         return type("Done", (), dict(returncode=failed, stdout="{}", stderr="KeyError: 'x'\n"))
 
     monkeypatch.setattr(bench.subprocess, "run", run)
-    argv = "loss --tokens 8 --vocabulary 64 --rounds 1 --threads 1 --variants naive liger"
-    bench.main(argv.split())
+    bench.main(["loss", *argv, "8"])
     said = capsys.readouterr().out
-    assert "liger: not measured (KeyError: 'x')" in said
+    assert "trl: not measured (KeyError: 'x')" in said
     assert "| naive | 1.000 s | 2 MB | 1.000 | 1.000 |" in said

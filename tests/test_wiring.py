@@ -594,7 +594,7 @@ def test_eval_does_what_its_flags_say(model, tokenizer, events, tmp_path, capsys
     with open(out) as stream:
         saved = json.load(stream)
     named = []
-    assert f"{names[2]}: 1 of 12 contexts failed" in capsys.readouterr().out
+    assert f"{names[2]} on embedded, 1 of 12 contexts failed" in capsys.readouterr().out
     for name, event, contexts in zip(
         names,
         (plain, answer, reflection, second),

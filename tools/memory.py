@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 import data
 import opsd
 import ranks
-from data import CONTEXTS, render_prompt
+from data import CONTEXTS
 from model import CHUNK, PIECE, load_tokenizer
 from rollout import Rollout
 from run import Parser, fail
@@ -45,8 +45,11 @@ def qwen3_config(width, mlp, layers, heads, key_heads, tied, vocabulary=151_936,
     )
 
 
-# From the public config.json files of Qwen/Qwen3-1.7B, -4B and -8B.
-QWEN3 = {
+# From the models' public config.json files; tiny: for a trial on a CPU.
+SHAPES = {
+    "tiny": qwen3_config(256, 768, 6, 4, 2, True, 8192, 64),
+    "SmolLM2-135M": qwen3_config(576, 1536, 30, 9, 3, True, 49_152, 64),
+    "Qwen3-0.6B": qwen3_config(1024, 3072, 28, 16, 8, True),
     "Qwen3-1.7B": qwen3_config(2048, 6144, 28, 16, 8, True),
     "Qwen3-4B": qwen3_config(2560, 9728, 36, 32, 8, True),
     "Qwen3-8B": qwen3_config(4096, 12288, 36, 32, 8, False),
@@ -142,8 +145,8 @@ def print_plan(args, gpus):
     sibling = Rollout(rollout.problem, [], text="(a sibling's reasoning)", outcome="correct")
     rollout.siblings = [sibling]
     context = CONTEXTS[args.context]([rollout], lambda prompts: written, args)[0]
-    layout = args.teacher_thinking == "on", args.context_first
-    prompt = render_prompt(tokenizer, rollout.problem, context, *layout)
+    opsd.add_teacher_rows([rollout], [context], tokenizer, args, None)
+    prompt, _ = rollout.teacher_row
     print(f"the teacher's prompt, {len(prompt)} tokens:\n{tokenizer.decode(prompt)}\n")
     args.device = "cpu" if args.device == "cpu" else "cuda"
     if args.dtype == "auto":
@@ -163,6 +166,7 @@ def print_plan(args, gpus):
 
 # ------------------------------------------------------------------------------------------------
 
+MODELS = ["Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B"]
 CARDS = [(24, 1), (48, 1), (80, 1), (80, 2), (80, 4), (80, 8)]  # GB, how many
 VLLM, CACHE, SPARE = 0.5, 2e9, 2e9  # its share while it samples, bytes of it for keys and values
 CUDA = "--device cuda --dtype bfloat16 --backend vllm".split()
@@ -177,14 +181,14 @@ def table():
     """
     header = ["card", "model", "flags", "kept, GB", "training, GB", "sampling, GB"]
     rows = []
-    for (card, gpus), name in product(CARDS, QWEN3):
+    for (card, gpus), name in product(CARDS, MODELS):
         for flags in FLAGS:
             args = opsd.parse_args([*CUDA, *flags.split()])
-            parts = estimate(QWEN3[name], args, gpus, 8192, gpus > 1 or args.offload)
+            parts = estimate(SHAPES[name], args, gpus, 8192, gpus > 1 or args.offload)
             engine = VLLM * card * 1e9
             kept = sum(parts[part] for part in ("weights", "optimizer", "teacher"))
             training, sampling = ERROR * sum(parts.values()) + SPARE, kept + engine + SPARE
-            holds = 2 * sizes(QWEN3[name])[0] + CACHE <= engine
+            holds = 2 * sizes(SHAPES[name])[0] + CACHE <= engine
             if fits := holds and max(training, sampling) <= card * 1e9:
                 break
         numbers = [f"{value / 1e9:.1f}" for value in (kept, training, sampling)]

@@ -157,16 +157,13 @@ def figure(out, size=(6.5, 4.2)):
     axes.spines[["top", "right"]].set_visible(False)
     try:
         yield axes
+        for ending in ("png", "svg"):
+            drawn.savefig(f"{out}.{ending}", bbox_inches="tight", dpi=150)
+            print(f"written {out}.{ending}")
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"no files for this figure ({type(error).__name__}: {error})")
-    for ending in ("png", "svg"):
-        try:
-            drawn.savefig(f"{out}.{ending}", bbox_inches="tight", dpi=150)
-        except OSError as error:
-            fail(f"--out {out}: {error.strerror}")
-        print(f"written {out}.{ending}")
     plt.close(drawn)
 
 

@@ -31,15 +31,12 @@ import os
 if __name__ == "__main__":
     from launch import start
 
-import torch
-
 import data
 import opsd
 import rollout
 import samplers
 from metrics import evaluate, summarise
-from model import chunks_of, load_model, response_hidden, take
-from ranks import open_head
+from model import load_model, response_logps, take
 from run import HERE, Parser, check_out, fail, set_up, write_file
 from verify import Verifier
 
@@ -74,8 +71,6 @@ def parse_args(argv=None):
     settled = opsd.parse_args([*flags, "--out", own.out, "--context", context])
     args = argparse.Namespace(**vars(settled) | vars(own))
     args.draw = args.draw or 4 * args.problems
-    if args.draw < args.problems:
-        fail(f"--problems {args.problems}: --draw {args.draw} are not as many")
     return args
 
 
@@ -90,7 +85,7 @@ def answer_problems(args, device):
     else:
         problems = data.embedded_problems(args.draw, args.seed, held_out=True)
     if len(problems) < args.problems:
-        fail(f"--problems {args.problems}: --data {args.data} has {len(problems)}")
+        fail(f"--problems {args.problems}: only {len(problems)} are drawn (--draw, --data)")
     answers, texts = {}, {}
     with Verifier() as verifier:
         for path in filter(None, [args.model, args.run]):
@@ -116,23 +111,15 @@ def choose(rollouts, count):
     return sorted(wrong + right[: count - len(wrong)])
 
 
-def read_response(model, row):
-    """Log-probabilities at the response tokens of `row`, (C, V) each, chunk by chunk."""
-    hidden, head = response_hidden(model, [row]), open_head(model)[0]  # (R, D)
-    for chunk in chunks_of(hidden, model):
-        yield torch.log_softmax(head(hidden[chunk]).float(), -1)
-
-
-@torch.inference_mode()
 def measure_response(student, teacher, answer, prompt, args, token_texts):
     """{name: a list aligned with the response's tokens}; prompt: the teacher's ids."""
-    answer.weight, first = 1.0, 0
+    answer.weight = 1.0
     tokens = opsd.tokens_of([answer], student.device)
     columns = dict(student_best=[], teacher_best=[])
-    readings = read_response(student, answer.row), read_response(teacher, [prompt, answer.row[1]])
-    for student_logps, teacher_logps in zip(*readings, strict=True):  # (C, V) each
-        part = take(tokens, slice(first, first + len(student_logps)))
-        first += len(student_logps)
+    rows = (student, answer.row), (teacher, [prompt, answer.response_ids])
+    chunks = zip(*(response_logps(model, [row]) for model, row in rows), strict=True)
+    for (chunk, student_logps), (_, teacher_logps) in chunks:  # (C, V) each
+        part = take(tokens, chunk)
         _, measures = opsd.token_loss(student_logps, teacher_logps, part, args)
         measures["log_ratio"] = opsd.sampled(teacher_logps, part) - measures["logp"]  # (C,)
         for name, values in measures.items():
