@@ -36,11 +36,8 @@ def test_thinking_and_the_contexts_place_are_the_teachers_own(tokenizer):
     first = student.replace("What is", "c\n\nWhat is")
     off = student.replace("2+2?", "2+2?\n\nc") + "<think>\n\n</think>\n\n"
     r = Rollout(problem, [], [5])
-    for flags, teacher in (
-        ("--context-first", first),
-        ("--teacher-thinking off", off),
-        ("--thinking off", off),
-    ):
+    prompts = {"--context-first": first, "--teacher-thinking off": off, "--thinking off": off}
+    for flags, teacher in prompts.items():
         args = opsd.parse_args(flags.split())
         opsd.add_teacher_rows([r], ["c"], tokenizer, args, None)
         assert tokenizer.decode(r.teacher_row[0]) == teacher
