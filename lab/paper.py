@@ -202,6 +202,12 @@ PICKS = {
         ("settled-contexts", "settled-wrong-correct", "correct, `--context wrong`"),
         ("settled-contexts", "settled-wrong-incorrect", "incorrect, `--context wrong`"),
     ],
+    "adapters": [
+        ("settled", "settled-correct", "correct, all weights"),
+        ("lora", "lora-correct", "correct, `--lora 16 --lr 1e-3`"),
+        ("settled", "settled-incorrect", "incorrect, all weights"),
+        ("lora", "lora-incorrect", "incorrect, `--lora 16 --lr 1e-3`"),
+    ],
     "other-than-the-paper": [
         ("filters", "split", "all, `--divergence split`"),
         ("baselines", "reinject-correct", "correct, `--reinject 32`"),
@@ -219,16 +225,18 @@ PICKS = {
 }
 
 
-def picked_table(records, picks):
-    """With the paper's results, if it has any of these."""
+PAPER = ("front", "other-than-the-paper")  # those with a column for the paper's results
+
+
+def picked_table(records, name):
+    """The table of that name in PICKS."""
     found = {(r["part"], r["branch"]): r for r in records if r["group"] == "all"}
     papers = {(e.part, e.branch): e.paper for e in EXPERIMENTS}
     header, rows = ["answers trained on", "accuracy, points", "length, %"], []
-    for part, branch, name in picks:
+    for part, branch, row in PICKS[name]:
         r = found[part, branch]
         paper = "filters" if part == "settled" else part, branch.removeprefix("settled-")
         ours = change(r["accuracy_change"]), change(r["length_change"])
-        rows.append([name, *ours, papers.get(paper, "not run")])
-    if all(row[-1] == "not run" for row in rows):
-        return markdown(header, [row[:-1] for row in rows])
-    return markdown([*header, "the paper: Qwen3-8B / AceReason-7B"], rows)
+        rows.append([row, *ours, *([papers.get(paper, "not run")] if name in PAPER else [])])
+    header += ["the paper: Qwen3-8B / AceReason-7B"] if name in PAPER else []
+    return markdown(header, rows)

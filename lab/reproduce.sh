@@ -79,14 +79,55 @@ pipeline() {
     evaluate settled "$1" "rlvr $names" --context solution
 
     names=
-    for context in wrong instruction; do
-        for filter in correct incorrect all; do
-            run opsd settled-$context-$filter "$1" $from $end $long --filter $filter \
-                --context $context
-            names="$names settled-$context-$filter/step-40 settled-$context-$filter"
-        done
+    for filter in correct incorrect; do
+        run opsd lora-$filter "$1" $from $end $long --filter $filter --lora 16 --lr 1e-3
+        names="$names lora-$filter/step-40 lora-$filter"
+    done
+    evaluate lora "$1" "rlvr $names"
+
+    names=
+    for branch in wrong-correct wrong-incorrect instruction-incorrect; do
+        run opsd settled-$branch "$1" $from $end $long --filter ${branch#*-} \
+            --context ${branch%-*}
+        names="$names settled-$branch/step-40 settled-$branch"
     done
     evaluate settled-contexts "$1" "rlvr $names" --context wrong instruction
+
+    names=
+    for filter in all incorrect; do
+        for context in solution other wrong instruction; do
+            local what="$filter --context $context" name=${context#solution}
+            name=${name:+$name-}$filter
+            run opsd settled-$name "$1" $from $end $long --filter $what
+            run opsd settled-agreement-$name "$1" $from $end $long --filter $what --gate agreement
+            names="$names settled-$name settled-agreement-$name"
+        done
+    done
+    evaluate settled-gate "$1" "rlvr $names"
+}
+
+# Seed: several draws a problem, and tight caps; 120 steps from the RLVR model of `pipeline`.
+groups() {
+    local from="--model runs/table/rlvr-$1 --eval-problems 0 --steps 120 --save-every 40" names=
+    for filter in correct incorrect all; do
+        run opsd sibling-$filter "$1" $from --filter $filter --context sibling --group 4 --batch 24
+        names="$names sibling-$filter/step-40 sibling-$filter"
+    done
+    evaluate sibling "$1" "rlvr $names" --context sibling solution
+    for divergence in reverse_kl rft; do
+        local name=${divergence/reverse_kl/}
+        run opsd ${name:+rft-}shortest "$1" $from --filter shortest --group 4 --batch 92 \
+            --divergence $divergence
+    done
+    evaluate shortest "$1" "rlvr shortest/step-40 shortest rft-shortest/step-40 rft-shortest"
+    for cap in 70 44; do
+        names=
+        for filter in correct incorrect truncated all; do
+            run opsd cap$cap-$filter "$1" $from --filter $filter --max-new-tokens $cap
+            names="$names cap$cap-$filter/step-40 cap$cap-$filter"
+        done
+        evaluate cap$cap "$1" "rlvr $names"
+    done
 }
 
 # Seed: the three stages with a pretrained model; longer; controls; and OPSD before RLVR.
@@ -131,7 +172,7 @@ real() {
     evaluate real-order "$1" "real-sft real-rlvr real-sft-correct real-sft-incorrect" $test \
         --context-first --context $contexts
 }
-export -f keep run evaluate pipeline real
+export -f keep run evaluate pipeline groups real
 
 files() { for seed in $SEEDS; do echo "$results/${1/SEED/$seed}"; done; }
 
@@ -164,6 +205,7 @@ if [ "${1:-}" = real ]; then
 fi
 
 echo $SEEDS | xargs -P "$JOBS" -n 1 bash -c 'set -euo pipefail; pipeline "$1"' _
+echo $FEW | xargs -P "$JOBS" -n 1 bash -c 'set -euo pipefail; groups "$1"' _
 
 python -m lab.gates --seeds $FEW --jobs "$JOBS"
 keep runs/gates/table.json gates/gates.json
@@ -173,6 +215,7 @@ cp runs/gates/figure.svg $results/gates.svg
 python -m lab.table --seeds $SEEDS --real-seeds $REAL_SEEDS --docs
 python -m lab.plot pairs $(files evaluations/settled-SEED.json.gz) \
     $(files evaluations/settled-contexts-SEED.json.gz) --out $results/pairs
+python -m lab.plot gate $(files evaluations/settled-gate-SEED.json.gz) --out $results/gate
 python -m tools.plot path $(files metrics/settled-correct-SEED.jsonl.gz) \
     $(files metrics/settled-incorrect-SEED.jsonl.gz) --out $results/figure1
 python -m tools.plot position $(files kl_by_position/settled-all-SEED.jsonl.gz) \

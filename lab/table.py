@@ -2,7 +2,7 @@
 each, and their 95% intervals (Student's t over the pipelines).
 
     python -m lab.table            # prints all tables in full, and writes lab/results/table.md
-    python -m lab.table --docs     # and the few that stand in README.md and lab/
+    python -m lab.table --docs     # and the few that stand in README.md, docs/ and lab/
     python -m lab.table --check    # writes nothing; names each table that is stale, and exits with
                                    # 1 if one is
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from lab import gates, results
 from lab.paper import PICKS, experiments_table, picked_table
+from lab.plot import GATE
 from lab.results import (
     FEW,
     OLD_SEEDS,
@@ -44,12 +45,17 @@ class Part(NamedTuple):
     """One evaluation of reproduce.sh."""
 
     title: str
-    seeds: str = "old"  # new: SEEDS, old: OLD_SEEDS, few: the first FEW of these, real: REAL_SEEDS
+    # new: SEEDS, three: the first FEW of these, ready: those that are there; old: OLD_SEEDS, few:
+    # the first FEW of these; real: REAL_SEEDS
+    seeds: str = "old"
 
 
+GATED = "settled-gate"
 PARTS = {
     "settled": Part("Filters, after 40 steps and settled", "new"),
     "settled-contexts": Part("A wrong solution, an instruction: after 40 steps and settled", "new"),
+    "lora": Part("With --lora 16 --lr 1e-3: after 40 steps and settled", "new"),
+    GATED: Part("References without and with the gate agreement, settled", "ready"),
     "filters": Part("Filters and divergences after RLVR, 40 steps"),
     "contexts": Part("Contexts, 40 steps"),
     "order": Part("RLVR, and OPSD before it: changes against SFT"),
@@ -82,7 +88,7 @@ def parse_args(argv=None):
     add("--seeds", nargs="+", default=SEEDS, help="of reproduce.sh")
     add("--old-seeds", nargs="+", default=OLD_SEEDS, help="of the second edition's pipelines")
     add("--real-seeds", nargs="+", default=REAL_SEEDS, help="of reproduce.sh real")
-    add("--docs", action="store_true", help="also write the tables in README.md and lab/")
+    add("--docs", action="store_true", help="also write the tables in README.md, docs/ and lab/")
     add("--check", action="store_true", help="write nothing, say which tables are stale")
     args = parser.parse_args(argv)
     for name in ("seeds", "old_seeds", "real_seeds"):
@@ -221,6 +227,29 @@ SETTLED_COLUMNS = READING | {
 }
 
 
+def gate_table(seeds):
+    """Without and with the gate `agreement`, and the difference in pairs, by which responses are
+    trained on and what the teacher reads.
+    """
+    found = [
+        {branch_of(r["name"], seed): r["change"] for r in file["records"] if r["group"] == "all"}
+        for seed, file in zip(seeds, evaluations(GATED, seeds), strict=True)
+    ]
+    rows = []
+    for label, branches in GATE.items():
+        plain, gated = ([p[branch]["accuracy"][0] for p in found] for branch in branches)
+        lengths = [mean_interval([p[b]["length"][0] for p in found])[0] for b in branches]
+        lines = [line for seed in seeds for line in read_lines(log_of(f"{branches[1]}-{seed}"))]
+        mass = np.mean([line["gate_mass"] for line in lines if line.get("kept")])
+        pairs = np.subtract(gated, plain)
+        cells = [change(mean_interval(values)) for values in (plain, gated, pairs)]
+        both = ", ".join(f"{length:+.1f}" for length in lengths)
+        rows.append([label.replace("\n", " "), *cells, both, f"{100 * mass:.0f}"])
+    header = ["responses, what the teacher reads", "all tokens, points", "agreement, points"]
+    header += ["in pairs, points", "length, %", "weight counted, %"]
+    return markdown(header, rows)
+
+
 def way_table(seeds):
     """How runs on correct rollouts got there, a row a pipeline, from their logs (256 held-out
     problems): the mean reverse KL of their last three updates as a share of the first three's; the
@@ -273,7 +302,8 @@ def update(path, tables):
 def main(argv=None):
     args = parse_args(argv)
     groups = dict(new=args.seeds, old=args.old_seeds, few=args.old_seeds[:FEW])
-    groups["real"] = args.real_seeds
+    groups |= dict(real=args.real_seeds, three=args.seeds[:FEW])
+    groups["ready"] = [s for s in args.seeds if os.path.exists(results.evaluation(GATED, s))]
     seeds = {part: groups[PARTS[part].seeds] for part in PARTS}
     tables, traces, text = {}, {}, [HEAD]
 
@@ -301,6 +331,8 @@ def main(argv=None):
         add("way", "The way there, correct rollouts (256 problems)", way_table(args.seeds))
         table = pipelines_table("filters", OLD_COLUMNS, OLD_PAIR, args.old_seeds)
         add("pipelines", "Pipeline by pipeline, 40 steps", table)
+        title = f"Without and with the gate agreement, settled; pipelines: {len(seeds[GATED])}"
+        add("agreement", title, gate_table(seeds[GATED]))
         for name, title in BENCHES.items():
             bench = read_json(os.path.join(results.RESULTS, "gates", f"{name}.json.gz"))
             add(name, title, gates.make_table(bench["records"]))
@@ -308,9 +340,10 @@ def main(argv=None):
         fail(f"{error.filename}: no such file; run lab/reproduce.sh first")
     add("experiments", "The paper's experiments", experiments_table(records))
     text = "\n".join(text)
-    tables |= {name: picked_table(records, picks) for name, picks in PICKS.items()}
+    tables |= {name: picked_table(records, name) for name in PICKS}
 
-    documents = [os.path.join(HERE, "README.md"), *glob.glob(os.path.join(HERE, "lab", "*.md"))]
+    documents = [os.path.join(HERE, page) for page in ("README.md", "docs/findings.md")]
+    documents += glob.glob(os.path.join(HERE, "lab", "*.md"))
     updated = {path: update(path, tables) for path in sorted(documents)}
     if args.check:
         stale = [
