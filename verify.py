@@ -25,26 +25,23 @@ Grading rules (1 to 3 are answers.py's):
 
 import gzip
 import json
-import logging
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
-from multiprocessing.connection import wait
 
 from answers import TEXT, extract, normal, units_agree
 
 USAGE = 'usage: python verify.py "response with \\boxed{answer}" "gold answer"'
 MAX_CHARS = 500  # rule 5
 CACHE_PAIRS = 50_000  # about 20 MB of short answers
-START_SECONDS = 120.0  # importing sympy takes 1 to 2 s, more from a cold network disk
+START_SECONDS = 120  # importing sympy takes 1 to 2 s, more from a cold network disk
 NUMBER = re.compile("[+-]?([0-9]{1,6}[.][0-9]{1,6}|[0-9]{1,12}/0*[1-9][0-9]{0,11}|[0-9]{1,18})")
 FRACTION = re.compile(r"^([+-]?)\\[dt]?frac *\{([0-9]+)\}\{([0-9]+)\}$")  # -\dfrac{1}{2}
 # x_{\max}=, \det(A)= or P(X>2)=: a left side that the grammar lacks and that can be a name
@@ -72,36 +69,32 @@ def grade_responses(
 
 
 class Verifier(AbstractContextManager):
-    """Grades answers in worker processes that can be killed.
+    """Grades answers in worker processes, each started when first needed.
 
-    workers: processes, each started when first needed. seconds: wall-clock limit of one answer,
-    start-up not counted. memory_mb: limit on each worker's address space, in MiB (not on macOS).
-    Threads may share one Verifier; their calls are served one at a time.
+    A fresh interpreter: a fork of a process with CUDA or threads can hang, and multiprocessing
+    imports the caller's script again. It reads from a pipe, and so ends with its caller: a JSON
+    line a pair, one a verdict (0.1 ms of the 1 to 10 ms of an answer).
+
+    workers: processes. seconds: wall-clock limit of one answer, start-up not counted. memory_mb:
+    limit on each worker's address space, in MiB (not on macOS). Not for several threads.
     """
 
     def __init__(self, workers: int = 2, seconds: float = 3.0, memory_mb: int = 1024):
-        if workers < 1 or seconds <= 0 or memory_mb < 1:
-            got = f"{workers}, {seconds}, {memory_mb}"
-            raise ValueError(f"Verifier needs workers >= 1, seconds > 0, memory_mb >= 1; got {got}")
         self.seconds, self.memory_mb = seconds, memory_mb
-        self._workers = [_Worker(seconds, memory_mb) for _ in range(workers)]
+        self._workers: list[subprocess.Popen | None] = [None] * workers
         self._cache: dict[tuple[str, str], str] = {}
-        self._lock, self._count, self._closed = threading.Lock(), workers, False
 
     def __exit__(self, *exception):
-        self.close()
-
-    def close(self):
-        """Kill the workers. May be called twice, or not at all: they end with their caller."""
-        with self._lock:
-            self._closed = True
-            for worker in self._workers:
-                worker.stop()
+        """Kills the workers, which also end with their caller. The next answer starts others."""
+        for worker in filter(None, self._workers):
+            worker.kill()
+            worker.communicate()  # closes the pipes and waits
+        self._workers = [None] * len(self._workers)
 
     def grade(self, pairs: list[tuple[str | None, str]]) -> list[str]:
         """Verdict of each (extracted answer or None, gold): correct, wrong, no_answer or timeout.
 
-        Raises ValueError for an unusable gold, RuntimeError if closed or if workers cannot start.
+        Raises ValueError for an unusable gold, RuntimeError if a worker cannot start.
         """
         verdicts = self._grade(pairs)
         for verdict, (_, gold) in zip(verdicts, pairs, strict=True):
@@ -121,34 +114,51 @@ class Verifier(AbstractContextManager):
 
     def plain(self, pairs: list[tuple[str, str]]) -> list[str]:
         """What math-verify alone, without this file's rules, says of (whole response, gold)."""
-        with self._lock:
-            return self._ask_workers([(response, gold, True) for response, gold in pairs])
+        with ThreadPoolExecutor(len(self._workers)) as threads:
+            return list(threads.map(self._ask, [(*pair, True) for pair in pairs]))
 
     def _grade(self, pairs):
         """Verdicts; what makes the gold unusable stands in a verdict's place."""
-        with self._lock:
-            # A verdict, or the two values that a worker must compare.
-            verdicts = {pair: _quick_verdict(*pair) for pair in pairs}
-            todo = [v for v in verdicts.values() if type(v) is tuple and v not in self._cache]
-            todo = list(dict.fromkeys(todo))
-            self._cache.update(zip(todo, self._ask_workers(todo), strict=True))
-            verdicts = [self._cache.get(verdicts[pair], verdicts[pair]) for pair in pairs]
-            while len(self._cache) > CACHE_PAIRS:
-                del self._cache[next(iter(self._cache))]  # the oldest
-            return verdicts
+        # A verdict, or the two values that a worker must compare.
+        found = [_quick_verdict(*pair) for pair in pairs]
+        todo = [v for v in dict.fromkeys(found) if type(v) is tuple and v not in self._cache]
+        with ThreadPoolExecutor(len(self._workers)) as threads:
+            self._cache.update(zip(todo, threads.map(self._ask, todo), strict=True))
+        verdicts = [self._cache.get(verdict, verdict) for verdict in found]
+        while len(self._cache) > CACHE_PAIRS:
+            del self._cache[next(iter(self._cache))]  # the oldest
+        return verdicts
 
-    def _ask_workers(self, todo):
-        def ask(pair):
-            worker = self._workers.pop()  # never empty: there are no more threads than workers
-            try:
-                return worker.ask(pair)
-            finally:
-                self._workers.append(worker)
+    def _ask(self, pair):
+        """A worker's verdict, "timeout" if it dies of this pair."""
+        worker = used = self._workers.pop()  # never empty: no more threads than workers
+        try:
+            worker = worker or self._start()
+            with suppress(BrokenPipeError):  # it died while idle, and the line is empty
+                worker.stdin.write(json.dumps(pair).encode() + b"\n")  # lone surrogates escaped
+                worker.stdin.flush()
+            line = worker.stdout.readline()
+            if line:
+                return json.loads(line)
+            worker.communicate()
+            late, worker = worker.returncode == -signal.SIGALRM, None
+        finally:
+            self._workers.append(worker)
+        # A used worker may have died of what earlier pairs left in memory: a fresh one decides.
+        return self._ask(pair) if used and not late else "timeout"
 
-        if self._closed:
-            raise RuntimeError("this Verifier is closed")
-        with ThreadPoolExecutor(self._count) as threads:
-            return list(threads.map(ask, todo))
+    def _start(self):
+        command = [sys.executable, __file__, "--worker", str(self.seconds), str(self.memory_mb)]
+        # sympy's paths follow the order of sets: with this, same answer, same verdict.
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # A session of its own: Ctrl-C ends the caller in good order.
+        worker = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+        if not worker.stdout.readline():
+            worker.communicate()
+            message = "its own message is above (is math-verify installed?)"
+            raise RuntimeError(f"a worker of verify.py did not start; {message}")
+        return worker
 
 
 def _quick_verdict(answer, gold):
@@ -160,7 +170,7 @@ def _quick_verdict(answer, gold):
     try:
         gold, gold_unit = normal(gold)
     except ValueError as problem:
-        return f"it {problem}"
+        return str(problem)
     try:
         answer, unit = ("", "") if _too_much(answer) else normal(answer)
     except ValueError:
@@ -185,72 +195,28 @@ def _too_much(text):
     return bool(re.search(r"[({\[]", text))
 
 
-class _Worker:
-    """One grading process and the pipes to it: one JSON line per pair, one per verdict.
-
-    A fresh interpreter: a fork of a process with CUDA or threads can hang, and multiprocessing
-    imports the caller's script again. One pair at a time: the pipes take 0.1 ms of the 1 to 10 ms.
-    """
-
-    process = None
-
-    def __init__(self, seconds, memory_mb):
-        self.seconds, self.memory_mb = seconds, memory_mb
-
-    def start(self):
-        command = [sys.executable, __file__, "--worker", str(self.seconds), str(self.memory_mb)]
-        # sympy's paths follow the order of sets: with this, same answer, same verdict.
-        environment = {**os.environ, "PYTHONHASHSEED": "0"}
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        # A session of its own: Ctrl-C ends the caller in good order.
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-        if not self.read(START_SECONDS):
-            self.stop()
-            message = "its own message is above (is math-verify installed?)"
-            raise RuntimeError(f"a worker of verify.py did not start; {message}")
-
-    def stop(self):
-        if self.process:
-            self.process.kill()
-            self.process.communicate()  # closes the pipes and waits
-            self.process = None
-
-    def read(self, seconds):
-        """The next line; b"" when the process has died, None when the time is over."""
-        return self.process.stdout.readline() if wait([self.process.stdout], seconds) else None
-
-    def ask(self, pair):
-        used = self.process
-        if not used:
-            self.start()
-        with suppress(BrokenPipeError):  # it died while idle, and `read` returns b""
-            self.process.stdin.write(json.dumps(pair).encode() + b"\n")  # lone surrogates escaped
-            self.process.stdin.flush()
-        line = self.read(self.seconds)
-        if line:
-            return json.loads(line)
-        self.stop()
-        # A used worker may have died of what earlier pairs left in memory: a fresh one decides.
-        return self.ask(pair) if line == b"" and used else "timeout"
-
-
 def _serve(seconds, memory_mb):
-    """The worker process: [answer, gold] lines from stdin, verdicts to stdout, until stdin ends."""
+    """The worker: [answer, gold] lines from stdin, verdicts to stdout, until stdin ends. The alarm
+    of the system kills it when a pair takes too long, whatever loop it is in."""
     import resource
 
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # callers may have ignored or blocked it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    signal.alarm(START_SECONDS)
     verdicts = os.fdopen(os.dup(1), "w")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # what a library prints must not be read as a verdict
     with suppress(ValueError, OSError):  # macOS, or a lower limit is set already
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     grader = _make_grader()
-    grader("\\frac{x}{2}", "(1,2)")  # the first parse builds tables for 0.1 s
     os.dup2(nowhere, 2)  # import errors were for the user, what follows is noise
+    grader("\\frac{x}{2}", "(1,2)")  # the first parse builds tables for 0.1 s
+    signal.alarm(0)
     print("ready", file=verdicts, flush=True)
     for line in sys.stdin:
-        signal.alarm(int(seconds) + 2)  # ends us if the caller was killed
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         verdict = grader(*json.loads(line))
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(verdict), file=verdicts, flush=True)
 
 
@@ -259,10 +225,9 @@ def _make_grader():
     from latex2sympy2_extended.latex2sympy2 import latex2sympy
     from math_verify import LatexExtractionConfig, grader, verify
     from math_verify import parse as search
-    from sympy import E, Eq, FiniteSet, Float, Set, Tuple, Union, floor, log, preorder_traversal
+    from sympy import E, Eq, Float, Union, log, preorder_traversal
     from sympy.core.random import seed
 
-    logging.disable()
     # boxed="none": math-verify would pick an inner \fbox{3} out of `5 \fbox{3}`. units: see rule 3.
     config = replace(LatexExtractionConfig().normalization_config, boxed="none", units=False)
 
@@ -288,36 +253,28 @@ def _make_grader():
             return value, []
         chain = getattr(value, "_unsorted_args", [value])
         sides = [chain[0].lhs, *(equation.rhs for equation in chain)]
-        names = [side for side in sides if not is_number(side) or side == E is sides[0]]
-        known = [side for side in sides if side not in names]
+        known = [side for side in sides[sides[0] == E :] if is_number(side)]
+        names = [side for side in sides if side not in known]  # e of `e=5` is one
         if known:
             value = Eq(names[0], known[-1], evaluate=False) if names else known[-1]
         return value, known
 
-    def zeros_of(gold):
-        """How many zeros stand behind the point of its smallest number, if that is below 0.01."""
-        sizes = [abs(n.doit().evalf(5)) for n in preorder_traversal(gold) if is_number(n)]
-        return max((-int(floor(log(s, 10)).evalf()) for s in sizes if 0 < s < 0.01), default=0)
-
     def equal(gold, answer):
-        # No time limit: math-verify's is an exception, which C loops survive; ours is a kill.
-        zeros = min(zeros_of(gold), 9999)
-        digits = dict(float_rounding=max(6, 4 + zeros), numeric_precision=15 + zeros)
-        options = dict(allow_set_relation_comp=True, timeout_seconds=None)
+        sizes = [abs(part.doit().evalf(5)) for part in preorder_traversal(gold) if is_number(part)]
+        zeros = max((int(-log(size, 10).evalf()) for size in sizes if 0 < size < 1), default=0)
+        digits = dict(float_rounding=max(6, 5 + zeros), numeric_precision=15 + zeros)
         # In brackets: a bare list (`\operatorname{cols}(...)` gives one) would be several guesses.
-        if verify([gold], [answer], **digits, **options):
-            return True
-        twice = isinstance(answer, FiniteSet) and not isinstance(gold, (Set, Tuple))
-        return twice and all(equal(gold, part) for part in answer.args)  # 1/2 or 0.5
+        # No time limit: math-verify's is an exception, which C loops survive; ours is a kill.
+        options = dict(allow_set_relation_comp=True, timeout_seconds=None)
+        return verify([gold], [answer], **digits, **options)
 
     def agree(side, other):
         """Whether they are equal, or one is a decimal and the other rounds to it."""
-        for exact, decimal in ((side, other), (other, side)):
-            if isinstance(decimal, Float):
-                places = len(str(decimal).rstrip("0").partition(".")[2])
-                if abs(float(exact.doit()) - float(decimal)) <= 0.5000001 * 10**-places:
-                    return True
-        return equal(side, other)
+        decimals = [str(value).rstrip("0") for value in (side, other) if isinstance(value, Float)]
+        if not decimals:
+            return equal(side, other)
+        places = min(len(decimal.partition(".")[2]) for decimal in decimals)
+        return abs(float(side.doit()) - float(other.doit())) <= 0.5000001 / 10**places
 
     def plain(response, gold):
         gold = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
