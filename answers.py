@@ -4,16 +4,14 @@ The normal form is a value (LaTeX for the grammar) and a unit. The table of spel
 can be spelled in several ways and drops dress: a box around all, a leading `=`, a final period.
  a. `1,000`, `1 000`, `1\,000` and `1{,}000` are one number, `3 1/2` is 3\frac{1}{2}.
  b. Words after a number are its unit: `15 balls`, `9 (apples)`, `5\text{ cm}^2`, `1.5 km/h`, and
-    so are `\$` of `\$18`, `^\circ`, the base of `4210_5` and what a letter stands for (`4k, k\in
-    \mathbb Z`). Letters that touch the number are variables, but for STUCK (`5cm`); so are a single
-    letter (`5 m`: the metre is `\text{m}`) and bare letters after a variable (`2x abc`). Percent
-    stays: to math-verify `50\%` is 0.5 or 50.
+    so are `\$` of `\$18`, `^\circ`, the base of `4210_5` and Z of `4k, k\in\mathbb Z`. Letters that
+    touch the number are variables, but for STUCK (`5cm`); so are a single letter (`5 m`: the metre
+    is `\text{m}`) and bare letters after a variable (`2x abc`). To math-verify `50\%` is 0.5 or 50.
+    Two units agree if one is missing (a base only from the answer), if they are spellings of one
+    name, or if one says the same in more words (`balls`, `red balls`); none is converted.
  c. `5\pm2` is two answers, or four if there are two of them; one \mp ties all.
  d. Other words after a number (`5 million`, `12 hours and 30 minutes`), two numbers side by side
     (`10 80`) and sentences are not read: such an answer is wrong, such a gold is unusable.
-
-Two units agree if one is missing (a base only from the answer), if they are spellings of one name,
-or if one says the same in more words (`balls`, `red balls`); none is converted.
 """
 
 import re
@@ -51,6 +49,11 @@ TABLE = r"""
 ^(?:\\\((.*)\\\)|\\\[(.*)\\\])$   \1\2   \(5\)
 (?<![0-9:.])([0-9]{1,2}): ?([0-5][0-9])(?![0-9:])   (\1,\2)   8:30 is no fraction
 (?: |TEXT)([aApP])(?:|\. ?)[mM]\.? ?\}?$   \text{ \1m}   8:30 p.m.
+VALUE(?:FOR ?\}? ?)?([A-Za-z]) ?\\in ?\\mathbb\{([A-Z])\}\)?$   \1\text{ \2\3}   4k, k\in\mathbb Z
+VALUEFOR integers? ?\}? ?([A-Za-z])$   \1\text{ \2Z}   4k \text{ for any integer } k
+VALUEFOR ?\}? ?([A-Za-z]) (?:TEXT)?is an integer ?\}?$   \1\text{ \2Z}   4k, where k is an integer
+VALUEFOR(?: real)?(?: numbers?)? ?\}? ?[A-Za-z](?: ?RELATION ?-?[0-9]+)?$   \1   3^n for all n\ge0
+(?=.*(?<![A-Za-z\\])([A-Za-z])(?![A-Za-z]).*, ?\1)VALUE\1 ?RELATION ?-?[0-9]+$   \2   3^n, n\ge0
 ^([-+]?) ?(\\?\$|[€£₹]) ?(.+)   \1\3\text{ \2}   -\$5
 (\\?\$|[€£¢₹])$   \text{ \1}   18\$
  ?(?:\\?%|(?:TEXT|(?<![A-Za-z]))(?:\\?%|percent|percentage|pct) ?\}?)$   \%   50 percent
@@ -65,6 +68,9 @@ PARTS = {
     "E10": r" ?(?:[eE]|\\(?:text|mathrm) ?\{[eE]\})",  # e of 2.5e3
     "ONE": r"([0-9A-Za-z]|\\pi(?![A-Za-z]))",  # what TeX takes without braces
     "ANSWER": r"(?:[Tt]he )?(?:(?:final|correct) )?[Aa]nswer(?: ?:| is:?) ?",
+    "VALUE": r"^((?:(?!\\in |\\[lg]e)[^<>≤≥])+?)[ ,(]+",  # no relation
+    "FOR": r"(?:TEXT)?(?:for|where|with)(?: (?:all|any|every|some))?",
+    "RELATION": r"(?:[<>≤≥]|\\n?eq?|\\[lg]eq?)",
     "TEXT": TEXT,
     "NOTHING": "",
     "SPACE": " ",
@@ -119,18 +125,7 @@ COUNTS = re.compile(r"_ ?\{?[^{}]*i|(?<![A-Za-z])i ?(?:[=<>≤≥]|\\(?:in|[lg]e
 IMAGINARY = re.compile(  # i of 5i, or of bi behind a sign
     r"(?:(?<![A-Za-z\\])|(?<=[-+][A-Za-z])|(?<=[-+] [A-Za-z]))i(?![A-Za-z])"
 )
-# b. First what a letter stands for, at the end: , k\in\mathbb{Z} or \text{ for all } n\ge0 or
-# , where k is an integer
-WORDS = (
-    r"(?:[ ,(){}$]|\\(?:text|mathrm|mbox)\{|\\forall|(?:all|any|an?|every|each|some|where|with|for"
-    r"|real|is|numbers?|integers?)(?![A-Za-z]))*"
-)
-DOMAIN = re.compile(
-    rf"(?=[ ,(\\]){WORDS}([A-Za-z]) ?(?:\\in ?\\mathbb\{{([A-Z])\}}"
-    r"|(?:[<>≤≥]|\\n?eq?|\\[lg]eq?) ?-?[0-9]+)?"
-    rf"(?![A-Za-z=+*/^_-]){WORDS}$"
-)
-SIGN = re.compile(r"[<>≤≥]|\\in(?![a-z])|\\[lg]e")
+# b.
 STUCK = "mm|cm|dm|km|mg|kg|ml|cl|kWh|mph|ft|lb|oz"  # cm of 5cm
 POWER = r"(?: ?\^ ?(?:-?[0-9]|\{ ?-?[0-9] ?\}))?"  # ^2 or ^{-1} or nothing
 UPRIGHT = rf"(?>{TEXT}(?:[^{{}}0-9]|base [0-9]+|\^-?[0-9]|\^\{{-?[0-9]\}})*\}}{POWER})"
@@ -150,11 +145,10 @@ NOT_UNITS = set(
 )
 SHORT = dict(
     pair.split("=")
-    for pair in "millimeter=mm centimeter=cm decimeter=dm kilometer=km meter=m milligram=mg gram=g"
-    " kilogram=kg milliliter=ml liter=l second=s sec=s minute=min hour=h hr=h year=yr feet=ft"
-    " foot=ft inch=in yard=yd mile=mi pound=lb ounce=oz celsius=c fahrenheit=f usd=$ dollar=$"
-    " €=euro £=lb ¢=cent people=person men=man women=woman children=child square=sq cubic=cu"
-    " two=2 three=3 four=4 five=5 six=6 seven=7 eight=8 nine=9 ten=10".split()
+    for pair in "millimeter=mm centimeter=cm kilometer=km meter=m gram=g kilogram=kg liter=l"
+    " millimetre=mm centimetre=cm kilometre=km metre=m litre=l second=s sec=s minute=min hour=h"
+    " hr=h year=yr feet=ft foot=ft inch=in yard=yd mile=mi pound=lb celsius=c fahrenheit=f"
+    " dollar=$ €=euro ¢=cent people=person square=sq cubic=cu per=/ unit=".split()
 )
 PLURAL = re.compile(r"(?:(?<=ss|[cs]h)|(?<=x))es$|(?<!s)s$")  # es of boxes, s of balls
 # c.
@@ -166,9 +160,9 @@ UNREAD = re.compile(
     r"|[0-9] (?!(?:and|or|sqrt|inf|infinity)(?![A-Za-z]))[A-Za-z]{3}"  # 5 million
     rf"|[0-9] ?{TEXT}(?!(?:and|or)(?![A-Za-z]))[A-Za-z]{{2}}"  # 5\text{ hundred}
 )
-PROSE = re.compile(  # There are 5 ways, of a text with a digit or a comma
-    r"^(?=.*[0-9,]).*(?<![A-Za-z\\])(?!(?:and|or) )[A-Za-z]{2,}[,:]? [A-Za-z0-9]+ (?!(?:and|or) )"
-    "[A-Za-z]{2}"
+PROSE = re.compile(  # There are 5 ways, of a text with a digit or, before all commands, a comma
+    r"^(?=.*[0-9]|[^\\]*,).*(?<![A-Za-z\\])(?!(?:and|or) )[A-Za-z]{2,}[,:]? (?!(?:and|or) )"
+    "[A-Za-z0-9]+ (?!(?:and|or) )[A-Za-z]{2}"
 )
 
 
@@ -211,31 +205,15 @@ def normal(text: str) -> tuple[str, str]:
     if approx:  # B=A, whose A is the answer; 6.0 as what other sides have to round to
         (value, unit), (decimal, other) = normal(exact), normal(decimal)
         return re.sub("^([+-]?[0-9]+)$", r"\1.0", decimal) + "=" + value, other or unit
-    text, stands = split_domain(text)
     text, unit = split_unit(text)
     text = THOUSANDS.sub(lambda match: re.sub("[ ,{}]", "", match[0]), text)
-    if PROSE.search(re.sub(rf"{TEXT}|[{{}}]", "", text.rpartition("=")[2])):
-        raise ValueError("it is prose")
-    if UNREAD.search(text):
-        raise ValueError("it has words or numbers beside a number that are no unit (answers.py)")
+    if UNREAD.search(text) or PROSE.search(text.rpartition("=")[2]):
+        raise ValueError("it is prose, or words or numbers beside a number are no unit")
     if not COUNTS.search(text):
         text = IMAGINARY.sub("(I)", text)  # in brackets, or the grammar drops a power
     if (PM.search(text) or MP.search(text)) and "\\{" not in text and len(PM.findall(text)) < 4:
         text = ",".join(way for part in COMMA.split(text) for way in ways(part))
-    return text, f"{unit} {stands}".strip()
-
-
-def split_domain(text: str) -> tuple[str, str]:
-    r"""Rule b: (4k, kZ) of `4k, k\in\mathbb Z`."""
-    found = DOMAIN.search(text)
-    value = text[: found.start()] if found else ""
-    if not found or SIGN.search(value) or value.count("(") != value.count(")"):
-        return text, ""
-    letter, of = found[1], found[2] or ("Z" if "integer" in found[0] else "")
-    stated = of or re.search(r"for|where|[<>≤≥=]|\\[nlg]e", found[0])
-    if not stated or not re.search(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", value):
-        return text, ""
-    return value, letter + of if of else ""
+    return text, unit
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -243,26 +221,25 @@ def split_unit(text: str) -> tuple[str, str]:
     match = UNIT.fullmatch(text)
     if not match:
         return text, ""
-    value, bare, upright = match.groups()
-    words = re.findall("[a-z]+", re.sub(TEXT, "", (bare or "") + upright).lower())
+    value, bare, upright = match.groups("")
+    words = re.findall("[a-z]+", re.sub(TEXT, "", bare + upright).lower())
     words += [word.removesuffix("s") for word in words]
     variables = re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+|^[A-Za-z] ?=", "", value))
-    if NOT_UNITS.intersection(words) or (bare and variables) or not re.search("[0-9]", value):
+    counted = re.search("[0-9]", value) or re.search(" [A-Za-z][A-Z]}$", upright)  # k\pi, k in Z
+    if NOT_UNITS.intersection(words) or (bare and variables) or not counted:
         return text, ""
-    return value, unit_name(f"{bare or ''} {upright}")
+    return value, unit_name(f"{bare} {upright}")
 
 
 def unit_name(text: str) -> str:
     """One name for all spellings: `square centimeters` and `\\mathrm{cm}^{2}` are "cm ^2"."""
     text = re.sub(TEXT, " ", text).lower().replace(".", "").replace("mph", "mi/h")
-    text = re.sub("(met|lit)re", r"\1er", re.sub(r"\bper\b", "/", text))
     names = []
     for word in re.findall(r"[a-z]+|[0-9]+|[$€£¢₹/]|\^[{ ]*-?[0-9]", text):
-        singular = PLURAL.sub("", word) if len(word) > 2 else word
-        names.append(SHORT.get(word) or SHORT.get(singular) or re.sub("ie$", "y", singular))
-    name = " ".join(names).replace("{", "").replace("^ ", "^")
-    name = re.sub(r"\bcu (\S+)", r"\1 ^3", re.sub(r"\bsq (\S+)", r"\1 ^2", name))
-    return re.sub(r"\bunit\b", "", name).strip()
+        word = PLURAL.sub("", word) if len(word) > 2 and word not in SHORT else word
+        names.append(SHORT.get(word, word).replace("{", "").replace(" ", ""))
+    name = " ".join(filter(None, names))
+    return re.sub(r"\bcu (\S+)", r"\1 ^3", re.sub(r"\bsq (\S+)", r"\1 ^2", name))
 
 
 def units_agree(answer: str, gold: str) -> bool:

@@ -5,14 +5,12 @@ Grading rules (1 to 3 are answers.py's):
     never closed leaves no answer: put back the one that a chat template writes into the prompt.
  2. The answer is in the last complete `\\boxed{...}`, or in the last ones if only a comma, "and" or
     "or" stands between them. No box, or an empty one, is "no_answer".
- 3. Answer and gold are brought to a normal form, a value and a unit: see the top of answers.py.
-    A unit (`15 balls`, `5\\text{ cm}`, `\\$18`) may be left out, but two units must agree.
+ 3. Answer and gold become a value and a unit (`15 balls`, `\\$18`), which one of them may lack.
  4. Values are compared by math-verify: LaTeX grammar to sympy, then `verify(gold, prediction)`
-    (strict; floats equal to 6 decimals, small ones to 5 digits; 15 digits; `x<2` is an interval),
-    its own dropping of units off. Plain numbers are compared here, with the same result, which
-    needs no worker and no time. Of `A=B`, B is the answer, and sides that are numbers have to
-    agree; an A that the grammar lacks is a name. math_verify.parse is not used: it *searches* a
-    text (in `3}+` it finds the 3), compares strings, and passes digits to sympy's eval.
+    (strict; floats equal to 6 decimals, small ones to 5 digits; `x<2` is an interval), and plain
+    numbers here, with the same result. Of `A=B`, B is the answer, and sides that are numbers have
+    to agree; an A that the grammar lacks is a name. What else it lacks is wrong: math_verify.parse
+    *searches* a text (in `3}+` it finds the 3), and is not used.
  5. An answer of more than 500 characters, with brackets 13 deep or more than 40 of `^_|` is wrong
     unread: parsing takes seconds from there on, or Python's stack, which differs by version.
  6. An answer that passes the time limit or kills its grader (memory) is "timeout", so incorrect.
@@ -35,10 +33,10 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import chain
 
 from answers import TEXT, extract, normal, units_agree
 
-USAGE = 'usage: python verify.py "response with \\boxed{answer}" "gold answer"'
 MAX_CHARS = 500  # rule 5
 CACHE_PAIRS = 50_000  # about 20 MB of short answers
 START_SECONDS = 120  # importing sympy takes 1 to 2 s, more from a cold network disk
@@ -69,14 +67,14 @@ def grade_responses(
 
 
 class Verifier(AbstractContextManager):
-    """Grades answers in worker processes, each started when first needed.
+    """Grades answers in worker processes, each started when first needed; not for several threads.
 
     A fresh interpreter: a fork of a process with CUDA or threads can hang, and multiprocessing
     imports the caller's script again. It reads from a pipe, and so ends with its caller: a JSON
     line a pair, one a verdict (0.1 ms of the 1 to 10 ms of an answer).
 
-    workers: processes. seconds: wall-clock limit of one answer, start-up not counted. memory_mb:
-    limit on each worker's address space, in MiB (not on macOS). Not for several threads.
+    seconds: wall-clock limit of one answer, start-up not counted. memory_mb: limit on each worker's
+    address space, in MiB (not on macOS).
     """
 
     def __init__(self, workers: int = 2, seconds: float = 3.0, memory_mb: int = 1024):
@@ -104,18 +102,10 @@ class Verifier(AbstractContextManager):
 
     def check_golds(self, golds: list[str]) -> list[str | None]:
         """What makes each gold unusable (rule 7), or None. The loader asks, and names the row."""
-        problems = {
-            "correct": None,
-            "wrong": "it is not equal to itself to math-verify",
-            "timeout": f"grading it takes more than {self.seconds:g} s or {self.memory_mb} MiB",
-        }
-        verdicts = self._grade([(gold, gold) for gold in golds])
-        return [problems.get(verdict, verdict) for verdict in verdicts]
-
-    def plain(self, pairs: list[tuple[str, str]]) -> list[str]:
-        """What math-verify alone, without this file's rules, says of (whole response, gold)."""
-        with ThreadPoolExecutor(len(self._workers)) as threads:
-            return list(threads.map(self._ask, [(*pair, True) for pair in pairs]))
+        late = f"grading it takes more than {self.seconds:g} s or {self.memory_mb} MiB"
+        unequal = "it is not equal to itself to math-verify"
+        problems = {"correct": None, "wrong": unequal, "timeout": late}
+        return [problems.get(v, v) for v in self._grade([(gold, gold) for gold in golds])]
 
     def _grade(self, pairs):
         """Verdicts; what makes the gold unusable stands in a verdict's place."""
@@ -177,9 +167,9 @@ def _quick_verdict(answer, gold):
         return "wrong"
     if not answer or not units_agree(unit, gold_unit):
         return "wrong"
-    plain = [FRACTION.sub(r"\1\2/\3", text) for text in (answer, gold)]
-    if all(map(NUMBER.fullmatch, plain)):
-        ours, theirs = map(Fraction, plain)
+    numbers = [FRACTION.sub(r"\1\2/\3", text) for text in (answer, gold)]
+    if all(map(NUMBER.fullmatch, numbers)):
+        ours, theirs = map(Fraction, numbers)
         # Numbers that near each other may be equal to math-verify, which rounds.
         if ours == theirs or abs(ours - theirs) >= 2e-6:
             return "correct" if ours == theirs else "wrong"
@@ -224,7 +214,6 @@ def _make_grader():
     """(answer, gold) -> correct, wrong or what makes the gold unusable; sympy is imported here."""
     from latex2sympy2_extended.latex2sympy2 import latex2sympy
     from math_verify import LatexExtractionConfig, grader, verify
-    from math_verify import parse as search
     from sympy import E, Eq, Float, Union, log, preorder_traversal
     from sympy.core.random import seed
 
@@ -276,22 +265,15 @@ def _make_grader():
         places = min(len(decimal.partition(".")[2]) for decimal in decimals)
         return abs(float(side.doit()) - float(other.doit())) <= 0.5000001 / 10**places
 
-    def plain(response, gold):
-        gold = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
-        gold, answer = (search(text, parsing_timeout=None) for text in (gold, response))
-        return verify(gold, answer, timeout_seconds=None)
-
-    def grade(answer, gold, alone=False):
+    def grade(answer, gold):
         seed(0)  # sympy tests some identities at random points: same answer, same verdict
-        failure = "wrong" if alone else "math-verify cannot parse it"
+        failure = "math-verify cannot parse it"
         # As in math_verify.parser, but for both, or a real x is not a complex x. Equations without
         # real solutions would all be the same: they are solved in complex numbers.
         equations = all("=" in text and not re.search("[<>]", text) for text in (answer, gold))
         strange = any("(I)" in t or grader.should_treat_as_complex(t) for t in (answer, gold))
         real = None if equations or strange else True
         try:
-            if alone:
-                return "correct" if plain(answer, gold) else "wrong"
             gold = claim(parse(gold, real))[0]
             failure = "wrong"
             answer, known = claim(parse(answer, real))
@@ -305,35 +287,42 @@ def _make_grader():
     return grade
 
 
-def disagreements(path: str) -> list[dict]:
-    """Of what eval.py --out holds: the responses of which plain math-verify says otherwise."""
+def plain(response, gold):
+    """What math-verify alone, without this file's rules, says of a whole response."""
+    from math_verify import parse, verify
+
+    gold = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
+    return "correct" if verify(parse(gold), parse(response)) else "wrong"
+
+
+def disagreements(path):
+    """Prints what eval.py --out holds of responses of which plain math-verify says otherwise.
+
+    It has its own limits of 5 s, which a tower of powers survives.
+    """
+    count = 0
     with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
         benchmarks = json.load(file)["responses"]
-    rows = []
     for models in benchmarks.values():
-        for responses in models.values():
-            rows += responses
-    with Verifier(seconds=10) as verifier:
-        verdicts = verifier.plain([(row["response"], row["gold"]) for row in rows])
-    both = [{**row, "math-verify": plain} for row, plain in zip(rows, verdicts, strict=True)]
-    return [r for r in both if (r["math-verify"] == "correct") != (r["verdict"] == "correct")]
+        for row in chain(*models.values()):
+            row["math-verify"] = plain(row["response"], row["gold"])
+            if (row["math-verify"] == "correct") != (row["verdict"] == "correct"):
+                print(json.dumps(row, ensure_ascii=False))
+                count += 1
+    print(f"math-verify says otherwise of {count} responses")
 
 
 def main(argv):
     if argv[:1] == ["--worker"]:
         return _serve(float(argv[1]), int(argv[2]))
     if len(argv) != 2:  # no argparse: answers begin with a minus sign
-        asked = argv in (["-h"], ["--help"])
-        print(__doc__ if asked else USAGE, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+        print('usage: python verify.py "so \\boxed{answer}" "gold answer"', file=sys.stderr)
+        return 2
     sys.stdout.reconfigure(errors="backslashreplace")
     text, gold = argv
     try:
         if text == "--disagreements":
-            found = disagreements(gold)
-            print(*(json.dumps(row, ensure_ascii=False) for row in found), sep="\n")
-            print(f"math-verify says otherwise of {len(found)} responses")
-            return 0
+            return disagreements(gold)
         with Verifier(workers=1, seconds=10) as verifier:
             if problem := verifier.check_golds([gold])[0]:
                 raise ValueError(problem)
@@ -342,7 +331,7 @@ def main(argv):
         print(f"{gold}: {error}", file=sys.stderr)
         return 2
     print(f"answer:  {extract(text)}\nverdict: {verdict}")
-    return 0 if verdict == "correct" else 1
+    return int(verdict != "correct")
 
 
 if __name__ == "__main__":
