@@ -5,14 +5,12 @@ Grading rules (1 to 3 are answers.py's):
     never closed leaves no answer: put back the one that a chat template writes into the prompt.
  2. The answer is in the last complete `\\boxed{...}`, or in the last ones if only a comma, "and" or
     "or" stands between them. No box, or an empty one, is "no_answer".
- 3. Answer and gold are brought to a normal form, a value and a unit: see the top of answers.py.
-    A unit (`15 balls`, `5\\text{ cm}`, `\\$18`) may be left out, but two units must agree.
+ 3. Answer and gold become a value and a unit (`15 balls`, `\\$18`), which one of them may lack.
  4. Values are compared by math-verify: LaTeX grammar to sympy, then `verify(gold, prediction)`
-    (strict; floats equal to 6 decimals, small ones to 5 digits; 15 digits; `x<2` is an interval),
-    its own dropping of units off. Plain numbers are compared here, with the same result, which
-    needs no worker and no time. Of `A=B`, B is the answer, and sides that are numbers have to
-    agree; an A that the grammar lacks is a name. math_verify.parse is not used: it *searches* a
-    text (in `3}+` it finds the 3), compares strings, and passes digits to sympy's eval.
+    (strict; floats equal to 6 decimals, small ones to 5 digits; `x<2` is an interval), and plain
+    numbers here, with the same result. Of `A=B`, B is the answer, and sides that are numbers have
+    to agree; an A that the grammar lacks is a name. What else it lacks is wrong: math_verify.parse
+    *searches* a text (in `3}+` it finds the 3), and is not used.
  5. An answer of more than 500 characters, with brackets 13 deep or more than 40 of `^_|` is wrong
     unread: parsing takes seconds from there on, or Python's stack, which differs by version.
  6. An answer that passes the time limit or kills its grader (memory) is "timeout", so incorrect.
@@ -25,26 +23,23 @@ Grading rules (1 to 3 are answers.py's):
 
 import gzip
 import json
-import logging
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
-from multiprocessing.connection import wait
+from itertools import chain
 
 from answers import TEXT, extract, normal, units_agree
 
-USAGE = 'usage: python verify.py "response with \\boxed{answer}" "gold answer"'
 MAX_CHARS = 500  # rule 5
 CACHE_PAIRS = 50_000  # about 20 MB of short answers
-START_SECONDS = 120.0  # importing sympy takes 1 to 2 s, more from a cold network disk
+START_SECONDS = 120  # importing sympy takes 1 to 2 s, more from a cold network disk
 NUMBER = re.compile("[+-]?([0-9]{1,6}[.][0-9]{1,6}|[0-9]{1,12}/0*[1-9][0-9]{0,11}|[0-9]{1,18})")
 FRACTION = re.compile(r"^([+-]?)\\[dt]?frac *\{([0-9]+)\}\{([0-9]+)\}$")  # -\dfrac{1}{2}
 # x_{\max}=, \det(A)= or P(X>2)=: a left side that the grammar lacks and that can be a name
@@ -72,36 +67,32 @@ def grade_responses(
 
 
 class Verifier(AbstractContextManager):
-    """Grades answers in worker processes that can be killed.
+    """Grades answers in worker processes, each started when first needed; not for several threads.
 
-    workers: processes, each started when first needed. seconds: wall-clock limit of one answer,
-    start-up not counted. memory_mb: limit on each worker's address space, in MiB (not on macOS).
-    Threads may share one Verifier; their calls are served one at a time.
+    A fresh interpreter: a fork of a process with CUDA or threads can hang, and multiprocessing
+    imports the caller's script again. It reads from a pipe, and so ends with its caller: a JSON
+    line a pair, one a verdict (0.1 ms of the 1 to 10 ms of an answer).
+
+    seconds: wall-clock limit of one answer, start-up not counted. memory_mb: limit on each worker's
+    address space, in MiB (not on macOS).
     """
 
     def __init__(self, workers: int = 2, seconds: float = 3.0, memory_mb: int = 1024):
-        if workers < 1 or seconds <= 0 or memory_mb < 1:
-            got = f"{workers}, {seconds}, {memory_mb}"
-            raise ValueError(f"Verifier needs workers >= 1, seconds > 0, memory_mb >= 1; got {got}")
         self.seconds, self.memory_mb = seconds, memory_mb
-        self._workers = [_Worker(seconds, memory_mb) for _ in range(workers)]
+        self._workers: list[subprocess.Popen | None] = [None] * workers
         self._cache: dict[tuple[str, str], str] = {}
-        self._lock, self._count, self._closed = threading.Lock(), workers, False
 
     def __exit__(self, *exception):
-        self.close()
-
-    def close(self):
-        """Kill the workers. May be called twice, or not at all: they end with their caller."""
-        with self._lock:
-            self._closed = True
-            for worker in self._workers:
-                worker.stop()
+        """Kills the workers, which also end with their caller. The next answer starts others."""
+        for worker in filter(None, self._workers):
+            worker.kill()
+            worker.communicate()  # closes the pipes and waits
+        self._workers = [None] * len(self._workers)
 
     def grade(self, pairs: list[tuple[str | None, str]]) -> list[str]:
         """Verdict of each (extracted answer or None, gold): correct, wrong, no_answer or timeout.
 
-        Raises ValueError for an unusable gold, RuntimeError if closed or if workers cannot start.
+        Raises ValueError for an unusable gold, RuntimeError if a worker cannot start.
         """
         verdicts = self._grade(pairs)
         for verdict, (_, gold) in zip(verdicts, pairs, strict=True):
@@ -111,44 +102,59 @@ class Verifier(AbstractContextManager):
 
     def check_golds(self, golds: list[str]) -> list[str | None]:
         """What makes each gold unusable (rule 7), or None. The loader asks, and names the row."""
-        problems = {
-            "correct": None,
-            "wrong": "it is not equal to itself to math-verify",
-            "timeout": f"grading it takes more than {self.seconds:g} s or {self.memory_mb} MiB",
-        }
-        verdicts = self._grade([(gold, gold) for gold in golds])
-        return [problems.get(verdict, verdict) for verdict in verdicts]
+        late = f"grading it takes more than {self.seconds:g} s or {self.memory_mb} MiB"
+        unequal = "it is not equal to itself to math-verify"
+        problems = {"correct": None, "wrong": unequal, "timeout": late}
+        return [problems.get(v, v) for v in self._grade([(gold, gold) for gold in golds])]
 
-    def plain(self, pairs: list[tuple[str, str]]) -> list[str]:
-        """What math-verify alone, without this file's rules, says of (whole response, gold)."""
-        with self._lock:
-            return self._ask_workers([(response, gold, True) for response, gold in pairs])
+    def plain(self, pairs: list[tuple[str, str]]) -> list[bool]:
+        """Whether math-verify alone, without this file's rules, accepts each (response, gold)."""
+        with ThreadPoolExecutor(len(self._workers)) as threads:
+            verdicts = threads.map(self._ask, [(*pair, True) for pair in pairs])
+        return [verdict == "correct" for verdict in verdicts]
 
     def _grade(self, pairs):
         """Verdicts; what makes the gold unusable stands in a verdict's place."""
-        with self._lock:
-            # A verdict, or the two values that a worker must compare.
-            verdicts = {pair: _quick_verdict(*pair) for pair in pairs}
-            todo = [v for v in verdicts.values() if type(v) is tuple and v not in self._cache]
-            todo = list(dict.fromkeys(todo))
-            self._cache.update(zip(todo, self._ask_workers(todo), strict=True))
-            verdicts = [self._cache.get(verdicts[pair], verdicts[pair]) for pair in pairs]
-            while len(self._cache) > CACHE_PAIRS:
-                del self._cache[next(iter(self._cache))]  # the oldest
-            return verdicts
+        # A verdict, or the two values that a worker must compare.
+        found = [_quick_verdict(*pair) for pair in pairs]
+        todo = [v for v in dict.fromkeys(found) if type(v) is tuple and v not in self._cache]
+        with ThreadPoolExecutor(len(self._workers)) as threads:
+            self._cache.update(zip(todo, threads.map(self._ask, todo), strict=True))
+        verdicts = [self._cache.get(verdict, verdict) for verdict in found]
+        while len(self._cache) > CACHE_PAIRS:
+            del self._cache[next(iter(self._cache))]  # the oldest
+        return verdicts
 
-    def _ask_workers(self, todo):
-        def ask(pair):
-            worker = self._workers.pop()  # never empty: there are no more threads than workers
-            try:
-                return worker.ask(pair)
-            finally:
-                self._workers.append(worker)
+    def _ask(self, pair):
+        """A worker's verdict, "timeout" if it dies of this pair."""
+        worker = used = self._workers.pop()  # never empty: no more threads than workers
+        try:
+            worker = worker or self._start()
+            with suppress(BrokenPipeError):  # it died while idle, and the line is empty
+                worker.stdin.write(json.dumps(pair).encode() + b"\n")  # lone surrogates escaped
+                worker.stdin.flush()
+            line = worker.stdout.readline()
+            if line:
+                return json.loads(line)
+            worker.communicate()
+            late, worker = worker.returncode == -signal.SIGALRM, None
+        finally:
+            self._workers.append(worker)
+        # A used worker may have died of what earlier pairs left in memory: a fresh one decides.
+        return self._ask(pair) if used and not late else "timeout"
 
-        if self._closed:
-            raise RuntimeError("this Verifier is closed")
-        with ThreadPoolExecutor(self._count) as threads:
-            return list(threads.map(ask, todo))
+    def _start(self):
+        command = [sys.executable, __file__, "--worker", str(self.seconds), str(self.memory_mb)]
+        # sympy's paths follow the order of sets: with this, same answer, same verdict.
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # A session of its own: Ctrl-C ends the caller in good order.
+        worker = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+        if not worker.stdout.readline():
+            worker.communicate()
+            message = "its own message is above (is math-verify installed?)"
+            raise RuntimeError(f"a worker of verify.py did not start; {message}")
+        return worker
 
 
 def _quick_verdict(answer, gold):
@@ -160,16 +166,16 @@ def _quick_verdict(answer, gold):
     try:
         gold, gold_unit = normal(gold)
     except ValueError as problem:
-        return f"it {problem}"
+        return str(problem)
     try:
         answer, unit = ("", "") if _too_much(answer) else normal(answer)
     except ValueError:
         return "wrong"
     if not answer or not units_agree(unit, gold_unit):
         return "wrong"
-    plain = [FRACTION.sub(r"\1\2/\3", text) for text in (answer, gold)]
-    if all(map(NUMBER.fullmatch, plain)):
-        ours, theirs = map(Fraction, plain)
+    numbers = [FRACTION.sub(r"\1\2/\3", text) for text in (answer, gold)]
+    if all(map(NUMBER.fullmatch, numbers)):
+        ours, theirs = map(Fraction, numbers)
         # Numbers that near each other may be equal to math-verify, which rounds.
         if ours == theirs or abs(ours - theirs) >= 2e-6:
             return "correct" if ours == theirs else "wrong"
@@ -185,72 +191,28 @@ def _too_much(text):
     return bool(re.search(r"[({\[]", text))
 
 
-class _Worker:
-    """One grading process and the pipes to it: one JSON line per pair, one per verdict.
-
-    A fresh interpreter: a fork of a process with CUDA or threads can hang, and multiprocessing
-    imports the caller's script again. One pair at a time: the pipes take 0.1 ms of the 1 to 10 ms.
-    """
-
-    process = None
-
-    def __init__(self, seconds, memory_mb):
-        self.seconds, self.memory_mb = seconds, memory_mb
-
-    def start(self):
-        command = [sys.executable, __file__, "--worker", str(self.seconds), str(self.memory_mb)]
-        # sympy's paths follow the order of sets: with this, same answer, same verdict.
-        environment = {**os.environ, "PYTHONHASHSEED": "0"}
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        # A session of its own: Ctrl-C ends the caller in good order.
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-        if not self.read(START_SECONDS):
-            self.stop()
-            message = "its own message is above (is math-verify installed?)"
-            raise RuntimeError(f"a worker of verify.py did not start; {message}")
-
-    def stop(self):
-        if self.process:
-            self.process.kill()
-            self.process.communicate()  # closes the pipes and waits
-            self.process = None
-
-    def read(self, seconds):
-        """The next line; b"" when the process has died, None when the time is over."""
-        return self.process.stdout.readline() if wait([self.process.stdout], seconds) else None
-
-    def ask(self, pair):
-        used = self.process
-        if not used:
-            self.start()
-        with suppress(BrokenPipeError):  # it died while idle, and `read` returns b""
-            self.process.stdin.write(json.dumps(pair).encode() + b"\n")  # lone surrogates escaped
-            self.process.stdin.flush()
-        line = self.read(self.seconds)
-        if line:
-            return json.loads(line)
-        self.stop()
-        # A used worker may have died of what earlier pairs left in memory: a fresh one decides.
-        return self.ask(pair) if line == b"" and used else "timeout"
-
-
 def _serve(seconds, memory_mb):
-    """The worker process: [answer, gold] lines from stdin, verdicts to stdout, until stdin ends."""
+    """The worker: [answer, gold] lines from stdin, verdicts to stdout, until stdin ends. The alarm
+    of the system kills it when a pair takes too long, whatever loop it is in."""
     import resource
 
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # callers may have ignored or blocked it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    signal.alarm(START_SECONDS)
     verdicts = os.fdopen(os.dup(1), "w")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # what a library prints must not be read as a verdict
     with suppress(ValueError, OSError):  # macOS, or a lower limit is set already
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     grader = _make_grader()
-    grader("\\frac{x}{2}", "(1,2)")  # the first parse builds tables for 0.1 s
     os.dup2(nowhere, 2)  # import errors were for the user, what follows is noise
+    grader("\\frac{x}{2}", "(1,2)")  # the first parse builds tables for 0.1 s
+    signal.alarm(0)
     print("ready", file=verdicts, flush=True)
     for line in sys.stdin:
-        signal.alarm(int(seconds) + 2)  # ends us if the caller was killed
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         verdict = grader(*json.loads(line))
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(verdict), file=verdicts, flush=True)
 
 
@@ -259,10 +221,9 @@ def _make_grader():
     from latex2sympy2_extended.latex2sympy2 import latex2sympy
     from math_verify import LatexExtractionConfig, grader, verify
     from math_verify import parse as search
-    from sympy import E, Eq, FiniteSet, Float, Set, Tuple, Union, floor, log, preorder_traversal
+    from sympy import E, Eq, Float, Union, log, preorder_traversal
     from sympy.core.random import seed
 
-    logging.disable()
     # boxed="none": math-verify would pick an inner \fbox{3} out of `5 \fbox{3}`. units: see rule 3.
     config = replace(LatexExtractionConfig().normalization_config, boxed="none", units=False)
 
@@ -288,53 +249,42 @@ def _make_grader():
             return value, []
         chain = getattr(value, "_unsorted_args", [value])
         sides = [chain[0].lhs, *(equation.rhs for equation in chain)]
-        names = [side for side in sides if not is_number(side) or side == E is sides[0]]
-        known = [side for side in sides if side not in names]
+        known = [side for side in sides[sides[0] == E :] if is_number(side)]
+        names = [side for side in sides if side not in known]  # e of `e=5` is one
         if known:
             value = Eq(names[0], known[-1], evaluate=False) if names else known[-1]
         return value, known
 
-    def zeros_of(gold):
-        """How many zeros stand behind the point of its smallest number, if that is below 0.01."""
-        sizes = [abs(n.doit().evalf(5)) for n in preorder_traversal(gold) if is_number(n)]
-        return max((-int(floor(log(s, 10)).evalf()) for s in sizes if 0 < s < 0.01), default=0)
-
     def equal(gold, answer):
-        # No time limit: math-verify's is an exception, which C loops survive; ours is a kill.
-        zeros = min(zeros_of(gold), 9999)
-        digits = dict(float_rounding=max(6, 4 + zeros), numeric_precision=15 + zeros)
-        options = dict(allow_set_relation_comp=True, timeout_seconds=None)
+        sizes = [abs(part.doit().evalf(5)) for part in preorder_traversal(gold) if is_number(part)]
+        zeros = max((int(-log(size, 10).evalf()) for size in sizes if 0 < size < 1), default=0)
+        digits = dict(float_rounding=max(6, 5 + zeros), numeric_precision=15 + zeros)
         # In brackets: a bare list (`\operatorname{cols}(...)` gives one) would be several guesses.
-        if verify([gold], [answer], **digits, **options):
-            return True
-        twice = isinstance(answer, FiniteSet) and not isinstance(gold, (Set, Tuple))
-        return twice and all(equal(gold, part) for part in answer.args)  # 1/2 or 0.5
+        # No time limit: math-verify's is an exception, which C loops survive; ours is a kill.
+        options = dict(allow_set_relation_comp=True, timeout_seconds=None)
+        return verify([gold], [answer], **digits, **options)
 
     def agree(side, other):
         """Whether they are equal, or one is a decimal and the other rounds to it."""
-        for exact, decimal in ((side, other), (other, side)):
-            if isinstance(decimal, Float):
-                places = len(str(decimal).rstrip("0").partition(".")[2])
-                if abs(float(exact.doit()) - float(decimal)) <= 0.5000001 * 10**-places:
-                    return True
-        return equal(side, other)
+        decimals = [str(value).rstrip("0") for value in (side, other) if isinstance(value, Float)]
+        if not decimals:
+            return equal(side, other)
+        places = min(len(decimal.partition(".")[2]) for decimal in decimals)
+        return abs(float(side.doit()) - float(other.doit())) <= 0.5000001 / 10**places
 
-    def plain(response, gold):
-        gold = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
-        gold, answer = (search(text, parsing_timeout=None) for text in (gold, response))
-        return verify(gold, answer, timeout_seconds=None)
-
-    def grade(answer, gold, alone=False):
+    def grade(answer, gold, plain=False):
         seed(0)  # sympy tests some identities at random points: same answer, same verdict
-        failure = "wrong" if alone else "math-verify cannot parse it"
+        failure = "math-verify cannot parse it"
         # As in math_verify.parser, but for both, or a real x is not a complex x. Equations without
         # real solutions would all be the same: they are solved in complex numbers.
         equations = all("=" in text and not re.search("[<>]", text) for text in (answer, gold))
         strange = any("(I)" in t or grader.should_treat_as_complex(t) for t in (answer, gold))
         real = None if equations or strange else True
         try:
-            if alone:
-                return "correct" if plain(answer, gold) else "wrong"
+            if plain:
+                gold = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
+                gold, answer = (search(text, parsing_timeout=None) for text in (gold, answer))
+                return "correct" if verify(gold, answer, timeout_seconds=None) else "wrong"
             gold = claim(parse(gold, real))[0]
             failure = "wrong"
             answer, known = claim(parse(answer, real))
@@ -348,35 +298,32 @@ def _make_grader():
     return grade
 
 
-def disagreements(path: str) -> list[dict]:
-    """Of what eval.py --out holds: the responses of which plain math-verify says otherwise."""
+def disagreements(path):
+    """Prints what eval.py --out holds of responses of which plain math-verify says otherwise."""
     with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
         benchmarks = json.load(file)["responses"]
     rows = []
     for models in benchmarks.values():
-        for responses in models.values():
-            rows += responses
+        rows += chain(*models.values())
     with Verifier(seconds=10) as verifier:
-        verdicts = verifier.plain([(row["response"], row["gold"]) for row in rows])
-    both = [{**row, "math-verify": plain} for row, plain in zip(rows, verdicts, strict=True)]
-    return [r for r in both if (r["math-verify"] == "correct") != (r["verdict"] == "correct")]
+        accepted = verifier.plain([(row["response"], row["gold"]) for row in rows])
+    pairs = zip(rows, accepted, strict=True)
+    rows = [row for row, plain in pairs if plain != (row["verdict"] == "correct")]
+    print(*(json.dumps(row, ensure_ascii=False) for row in rows), sep="\n")
+    print(f"math-verify says otherwise of {len(rows)} responses")
 
 
 def main(argv):
     if argv[:1] == ["--worker"]:
         return _serve(float(argv[1]), int(argv[2]))
     if len(argv) != 2:  # no argparse: answers begin with a minus sign
-        asked = argv in (["-h"], ["--help"])
-        print(__doc__ if asked else USAGE, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+        print('usage: python verify.py "so \\boxed{answer}" "gold answer"', file=sys.stderr)
+        return 2
     sys.stdout.reconfigure(errors="backslashreplace")
     text, gold = argv
     try:
         if text == "--disagreements":
-            found = disagreements(gold)
-            print(*(json.dumps(row, ensure_ascii=False) for row in found), sep="\n")
-            print(f"math-verify says otherwise of {len(found)} responses")
-            return 0
+            return disagreements(gold)
         with Verifier(workers=1, seconds=10) as verifier:
             if problem := verifier.check_golds([gold])[0]:
                 raise ValueError(problem)
@@ -385,7 +332,7 @@ def main(argv):
         print(f"{gold}: {error}", file=sys.stderr)
         return 2
     print(f"answer:  {extract(text)}\nverdict: {verdict}")
-    return 0 if verdict == "correct" else 1
+    return int(verdict != "correct")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ class Part(NamedTuple):
     """One evaluation of reproduce.sh."""
 
     title: str
-    # new: SEEDS, three: the first FEW of these, ready: those that are there; old: OLD_SEEDS, few:
-    # the first FEW of these; real: REAL_SEEDS
+    # new: SEEDS, ready: those of these that are there; old: OLD_SEEDS, few: the first FEW of these;
+    # real: REAL_SEEDS
     seeds: str = "old"
 
 
@@ -56,6 +56,7 @@ PARTS = {
     "settled-contexts": Part("A wrong solution, an instruction: after 40 steps and settled", "new"),
     "lora": Part("With --lora 16 --lr 1e-3: after 40 steps and settled", "new"),
     GATED: Part("References without and with the gate agreement, settled", "ready"),
+    "sibling": Part("A correct sibling as the reference: after 40 steps and settled", "ready"),
     "filters": Part("Filters and divergences after RLVR, 40 steps"),
     "contexts": Part("Contexts, 40 steps"),
     "order": Part("RLVR, and OPSD before it: changes against SFT"),
@@ -302,9 +303,12 @@ def update(path, tables):
 def main(argv=None):
     args = parse_args(argv)
     groups = dict(new=args.seeds, old=args.old_seeds, few=args.old_seeds[:FEW])
-    groups |= dict(real=args.real_seeds, three=args.seeds[:FEW])
-    groups["ready"] = [s for s in args.seeds if os.path.exists(results.evaluation(GATED, s))]
-    seeds = {part: groups[PARTS[part].seeds] for part in PARTS}
+    groups["real"] = args.real_seeds
+    seeds = {
+        part: groups.get(PARTS[part].seeds)
+        or [s for s in args.seeds if os.path.exists(results.evaluation(part, s))]
+        for part in PARTS
+    }
     tables, traces, text = {}, {}, [HEAD]
 
     def add(name, title, table):

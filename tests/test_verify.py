@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -78,8 +77,8 @@ def test_verdicts(verifier):
 def test_what_math_verify_says_of_them(verifier):
     rows = [row for row in VERDICTS if row[4]]
     plain = verifier.plain([(response, gold) for _, gold, _, response, _ in rows])
-    for row, verdict in zip(rows, plain, strict=True):
-        assert row[4] == ("agrees" if (verdict == C) == (row[2] == C) else "differs"), row
+    for row, accepts in zip(rows, plain, strict=True):
+        assert row[4] == ("agrees" if accepts == (row[2] == C) else "differs"), row
 
 
 # Mutants that pass: 7 with another bracket at infinity, 2 in a name (\det[A)=5), 5 of 2 is 5 of 3,
@@ -162,7 +161,7 @@ def test_plain_numbers_are_compared_as_math_verify_does(verifier, monkeypatch):
     pairs = [(answer, gold) for answer in texts for gold in texts]
     with Verifier(workers=1) as exact:
         verdicts = exact.grade(pairs)
-        assert not exact._workers[0].process  # they need no worker
+        assert exact._workers == [None]  # they need no worker
     monkeypatch.setattr(verify, "NUMBER", re.compile("never"))
     assert verifier.grade(pairs) == verdicts and set(verdicts) == {C, W}
 
@@ -228,31 +227,27 @@ def test_a_verifier_works_on_after_time_outs_interrupts_and_deaths():
             verifier.grade([("9^{9^{8}}", "1/2"), ("8^{8^{9}}", "1/2")])
         # No verdict of the interrupted call is left in the pipe.
         assert verifier.grade([("\\sqrt6", "2"), ("\\sqrt9", "3")]) == [W, C]
-        first = verifier._workers[0].process
+        first = verifier._workers[0]
         first.kill()  # as the system does when memory runs out
         assert verifier.grade([("\\sqrt{16}", "4")]) == [C] and first.poll() is not None
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
-def test_nothing_leaks_and_close_is_final(verifier):
+def test_nothing_leaks(verifier):
     pairs = READABLE[::4]
     expected, files = verifier.grade(pairs), len(os.listdir(FILES))
-    with Verifier(workers=2, seconds=5, memory_mb=1000) as other, ThreadPoolExecutor(2) as threads:
+    with Verifier(workers=2, seconds=5, memory_mb=1000) as other:
         assert other.grade([("9^{9^{9}}", "5"), ("8^{9^{10}}", "5")]) == ["timeout"] * 2
-        # Backwards, in other company and from two threads: the same verdicts.
-        halves = threads.map(other.grade, (pairs[1::2][::-1], pairs[::2][::-1]))
-        assert [half[::-1] for half in halves] == [expected[1::2], expected[::2]]
-        workers, used = [worker.process for worker in other._workers], len(os.listdir(FILES))
+        # Backwards and in other company: the same verdicts.
+        assert other.grade(pairs[1::2][::-1])[::-1] == expected[1::2]
+        assert other.grade(pairs[::2][::-1])[::-1] == expected[::2]
+        workers, used = set(other._workers), len(os.listdir(FILES))
         for i in range(100):
             assert other.grade([(f"\\frac{{{2 * i}\\pi}}{{14}}", f"{i}\\pi/7")]) == [C]
-        assert [worker.process for worker in other._workers] == workers and len(
-            os.listdir(FILES)
-        ) == used
-        assert str(1000 << 20) in Path(f"/proc/{workers[0].pid}/limits").read_text()
-    other.close()
+        assert set(other._workers) == workers and len(os.listdir(FILES)) == used
+        for worker in workers:
+            assert str(1000 << 20) in Path(f"/proc/{worker.pid}/limits").read_text()
     assert len(os.listdir(FILES)) == files and all(worker.returncode for worker in workers)
-    with pytest.raises(RuntimeError, match="closed"):
-        other.grade([("5", "5")])
 
 
 # No `if __name__` guard and never closed: both must be harmless.
@@ -262,7 +257,7 @@ assert not {"torch", "sympy", "math_verify"} & sys.modules.keys()
 from verify import Verifier
 verifier = Verifier(workers=1, seconds=2)
 verifier.grade([("x", "1x")])
-print(verifier._workers[0].process.pid, flush=True)
+print(verifier._workers[0].pid, flush=True)
 """
 
 
@@ -282,9 +277,6 @@ def test_workers_do_not_outlive_their_parent(tmp_path, hang):
 
 
 def test_limits_golds_and_workers_that_cannot_be(verifier, monkeypatch):
-    for name in ("workers", "seconds", "memory_mb"):
-        with pytest.raises(ValueError, match="Verifier needs"):
-            Verifier(**{name: 0})
     golds = {"5": None, "0.\\overline{3}": "cannot parse", "\\frac{1}{0}": "to itself"}
     golds |= {"1+" * 300 + "1": "longer than 500", "5 million": "no unit", "10 80": "beside"}
     golds |= {"There are 5 ways to do it": "prose", "": "to itself"}
@@ -335,10 +327,9 @@ def test_disagreements(tmp_path, name, capsys):
     rows = [("2", "\\boxed{2}", C), ("5", "so 5", "no_answer"), ("0.5", "\\boxed{½}", C)]
     rows = [dict(gold=gold, response=text, verdict=verdict) for gold, text, verdict in rows]
     write_json(str(tmp_path / name), {"responses": {"math": {"a": rows[:2], "b": rows[2:]}}})
-    assert verify.main(["--disagreements", str(tmp_path / name)]) == 0
+    assert not verify.main(["--disagreements", str(tmp_path / name)])
     *found, last = capsys.readouterr().out.splitlines()
-    found = [(row["gold"], row["math-verify"]) for row in map(json.loads, found)]
-    assert found == [("5", C), ("0.5", W)]
+    assert [json.loads(row)["gold"] for row in found] == ["5", "0.5"]
     assert last == "math-verify says otherwise of 2 responses"
     missing = str(tmp_path / "missing.json")
     for path in (
