@@ -19,7 +19,6 @@ from tools import bench, show
 EVAL, SHOW = f"--model {TINY} ", "--out page.html "
 REFUSED = [
     # Nothing reads them.
-    (opsd, "--beta 0.3", "--beta: read only with --divergence jsd (--divergence is reverse_kl)"),
     (opsd, "--beta=0.5", "--beta: read only with --divergence jsd"),  # the default, but typed
     (opsd, "--teacher every --ema 0.9", "--ema: read only with --teacher ema"),
     (opsd, "--refresh 5", "--refresh: read only with --teacher every (--teacher is frozen)"),
