@@ -49,11 +49,6 @@ TABLE = r"""
 ^(?:\\\((.*)\\\)|\\\[(.*)\\\])$   \1\2   \(5\)
 (?<![0-9:.])([0-9]{1,2}): ?([0-5][0-9])(?![0-9:])   (\1,\2)   8:30 is no fraction
 (?: |TEXT)([aApP])(?:|\. ?)[mM]\.? ?\}?$   \text{ \1m}   8:30 p.m.
-VALUE(?:FOR ?\}? ?)?([A-Za-z]) ?\\in ?\\mathbb\{([A-Z])\}\)?$   \1\text{ \2\3}   4k, k\in\mathbb Z
-VALUEFOR integers? ?\}? ?([A-Za-z])$   \1\text{ \2Z}   4k \text{ for any integer } k
-VALUEFOR ?\}? ?([A-Za-z]) (?:TEXT)?is an integer ?\}?$   \1\text{ \2Z}   4k, where k is an integer
-VALUEFOR(?: real)?(?: numbers?)? ?\}? ?[A-Za-z](?: ?RELATION ?-?[0-9]+)?$   \1   3^n for all n\ge0
-(?=.*(?<![A-Za-z\\])([A-Za-z])(?![A-Za-z]).*, ?\1)VALUE\1 ?RELATION ?-?[0-9]+$   \2   3^n, n\ge0
 ^([-+]?) ?(\\?\$|[€£₹]) ?(.+)   \1\3\text{ \2}   -\$5
 (\\?\$|[€£¢₹])$   \text{ \1}   18\$
  ?(?:\\?%|(?:TEXT|(?<![A-Za-z]))(?:\\?%|percent|percentage|pct) ?\}?)$   \%   50 percent
@@ -68,9 +63,6 @@ PARTS = {
     "E10": r" ?(?:[eE]|\\(?:text|mathrm) ?\{[eE]\})",  # e of 2.5e3
     "ONE": r"([0-9A-Za-z]|\\pi(?![A-Za-z]))",  # what TeX takes without braces
     "ANSWER": r"(?:[Tt]he )?(?:(?:final|correct) )?[Aa]nswer(?: ?:| is:?) ?",
-    "VALUE": r"^((?:(?!\\in |\\[lg]e)[^<>≤≥])+?)[ ,(]+",  # no relation
-    "FOR": r"(?:TEXT)?(?:for|where|with)(?: (?:all|any|every|some))?",
-    "RELATION": r"(?:[<>≤≥]|\\n?eq?|\\[lg]eq?)",
     "TEXT": TEXT,
     "NOTHING": "",
     "SPACE": " ",
@@ -85,6 +77,25 @@ CHARACTERS = dict(
 def ascii_of(match: re.Match) -> str:
     """12 for full-width or raised digits."""
     return normalize("NFKC", match[0]).replace("−", "-")
+
+
+# , k\in\mathbb{Z} or \text{ for all } n\ge0 or , where k is an integer; not the n of 1,n
+QUALIFIER = re.compile(
+    rf"(?<![ ,(])[ ,(]++(?=.*(?:for|where|with|[<>≤≥=\\]))(?:(?:{TEXT})?(?:for|where|with)"
+    r"(?: (?:all|any|every|some))?)?(?: real)?( integers?)?(?: numbers?)? ?\}? ?([A-Za-z])(?: ?"
+    r"\\in ?\\mathbb\{([A-Z])\}| ?(?:[<>≤≥]|\\n?eq?|\\[lg]eq?) ?-?[0-9]+"
+    rf"| (?:{TEXT})?is an (integer))? ?\}}?\)?$"
+)
+
+
+def domain(match: re.Match) -> str:
+    r"""\text{ kZ} for `, k\in\mathbb Z`, nothing for `, k>0`, if k is in what stands before."""
+    value, letter = match.string[: match.start()], match[2]
+    named = re.search(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", value)
+    if not named or re.search(r"[<>≤≥]|\\in(?![a-z])|\\[lg]e", value):
+        return match[0]
+    of = match[3] or ("Z" if match[1] or match[4] else "")
+    return rf"\text{{ {letter}{of}}}" if of else ""
 
 
 def spelling(row: str) -> tuple[re.Pattern, str]:
@@ -105,6 +116,7 @@ SPELLINGS = [
     (re.compile("[０-９（），：＝＜＞＋．]+"), ascii_of),
     *map(spelling, TABLE.strip("\n").split("\n")),
     (re.compile(r"\b([0-9]+)_\{?([2-9])\}? ?(?==)"), lambda m: str(int(m[1], int(m[2])))),  # 11_2=3
+    (QUALIFIER, domain),
 ]
 # `\\` is a LaTeX line break, so the brace after it is a real one; it is left alone before "boxed"
 # because models do write `\\boxed{5}`.
@@ -199,8 +211,11 @@ def normal(text: str) -> tuple[str, str]:
     if text.count("$") % 2 == 0:
         text = re.sub(r"(?<!\\)\$", "", text)
     for _ in range(4):  # dress in dress
+        before = text
         for pattern, new in SPELLINGS:
             text = pattern.sub(new, text)
+        if text == before:
+            break
     exact, approx, decimal = text.partition("\\approx")
     if approx:  # B=A, whose A is the answer; 6.0 as what other sides have to round to
         (value, unit), (decimal, other) = normal(exact), normal(decimal)
