@@ -81,7 +81,7 @@ def ascii_of(match: re.Match) -> str:
 
 # , k\in\mathbb{Z} or \text{ for all } n\ge0 or , where k is an integer; not the n of 1,n
 QUALIFIER = re.compile(
-    rf"[ ,(]+(?=.*(?:for|where|with|[<>≤≥=\\]))(?:(?:{TEXT})?(?:for|where|with)"
+    rf"(?<![ ,(])[ ,(]++(?=.*(?:for|where|with|[<>≤≥=\\]))(?:(?:{TEXT})?(?:for|where|with)"
     r"(?: (?:all|any|every|some))?)?(?: real)?( integers?)?(?: numbers?)? ?\}? ?([A-Za-z])(?: ?"
     r"\\in ?\\mathbb\{([A-Z])\}| ?(?:[<>≤≥]|\\n?eq?|\\[lg]eq?) ?-?[0-9]+"
     rf"| (?:{TEXT})?is an (integer))? ?\}}?\)?$"
@@ -211,8 +211,11 @@ def normal(text: str) -> tuple[str, str]:
     if text.count("$") % 2 == 0:
         text = re.sub(r"(?<!\\)\$", "", text)
     for _ in range(4):  # dress in dress
+        before = text
         for pattern, new in SPELLINGS:
             text = pattern.sub(new, text)
+        if text == before:
+            break
     exact, approx, decimal = text.partition("\\approx")
     if approx:  # B=A, whose A is the answer; 6.0 as what other sides have to round to
         (value, unit), (decimal, other) = normal(exact), normal(decimal)

@@ -140,6 +140,8 @@ def test_random_numbers_against_fractions(verifier, value, nudge, factor, one, o
 READABLE = [row[:2] for row in VERDICTS if row[2] in (C, W) and len(row[1]) < 100]
 TOKENS = re.findall(r"\\[A-Za-z]+\{?|[0-9]+|\s*[A-Za-z]+|.", "".join(g for _, g in READABLE))
 PIECES = [*dict.fromkeys(TOKENS), "\0", "\ud800", "\u202e", "\u0665", "\n"]
+HARD = ["{1}", "1 000", "5/", "x<1 or ", "k ", "1e", "x, for all n ", "4k("]
+HARD += [r"\text{ cm}/", ", ", "ℝ", "≈5", "½"]  # once exponential, or a square of the length
 PIECE, STRANGE = st.sampled_from(PIECES), "\\frac{271828}{314159}"
 
 
@@ -172,7 +174,7 @@ def test_reading_is_linear():  # a square of these lengths would not end
     ones = ["\\boxed{1}" * 10**5, "\\boxed{1}," * 10**5, "</think>" * 10**5 + "\\boxed{1}"]
     assert {extract(text) for text in [*ones, "\\boxed{0\\boxed{1}0}"]} == {"1"}
     assert len(extract("\\boxed{" + "{" * 10_000 + "1" + "}" * 10_001)) == 20_001
-    for piece in [*PIECES, "{1}", "1 000", "5/", "x<1 or ", "k ", "1e", "x, for all n ", "4k("]:
+    for piece in [*PIECES, *HARD]:
         with suppress(ValueError):
             answers.normal(piece * (500 // len(piece)))
 
