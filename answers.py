@@ -223,7 +223,7 @@ def normal(text: str) -> tuple[str, str]:
     text, unit = split_unit(text)
     text = THOUSANDS.sub(lambda match: re.sub("[ ,{}]", "", match[0]), text)
     if UNREAD.search(text) or PROSE.search(text.rpartition("=")[2]):
-        raise ValueError("it is prose, or words or numbers beside a number are no unit")
+        raise ValueError("it is prose, or has words or numbers that are no unit")
     if not COUNTS.search(text):
         text = IMAGINARY.sub("(I)", text)  # in brackets, or the grammar drops a power
     if (PM.search(text) or MP.search(text)) and "\\{" not in text and len(PM.findall(text)) < 4:

@@ -369,7 +369,7 @@ def test_rows_whose_gold_no_rule_reads_end_the_run_or_are_dropped(tmp_path, caps
     golds = ["5", "5 million", "There are 5 of them", "\\foo", "7", "10 80"]
     rows = "\n".join(ROW.replace("How", str(i)) % json.dumps(g) for i, g in enumerate(golds))
     error = refused(load, tmp_path, rows)
-    says = "line 2: gold answer '5 million': it has words or numbers beside a number that are no"
+    says = "line 2: gold answer '5 million': it is prose, or has words or numbers that are no unit"
     assert says in error and "(4 of 6 rows are so; --skip-unreadable drops them)" in error
     assert load(tmp_path, rows, skip=True) == ["5", "7"]
     said = capsys.readouterr().out.splitlines()
