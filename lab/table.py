@@ -346,8 +346,8 @@ def main(argv=None):
     text = "\n".join(text)
     tables |= {name: picked_table(records, name) for name in PICKS}
 
-    documents = [os.path.join(HERE, page) for page in ("README.md", "docs/findings.md")]
-    documents += glob.glob(os.path.join(HERE, "lab", "*.md"))
+    pages = "README.md", "docs/findings.md", "lab/*.md"
+    documents = sum((glob.glob(os.path.join(HERE, page)) for page in pages), [])
     updated = {path: update(path, tables) for path in sorted(documents)}
     if args.check:
         stale = [

@@ -58,6 +58,7 @@ def test_pretrained_problems_end_right_and_traces_only_add_checks():
 BRANCHES = {part: [e.branch for e in paper.EXPERIMENTS if e.part == part] for part in table.PARTS}
 SETTLED = ["correct", "incorrect", "all"]
 BRANCHES["settled"] = [f"settled-{name}{after}" for name in SETTLED for after in (" after 40", "")]
+BRANCHES[table.GATED] = [branch for pair in plot.GATE.values() for branch in pair]
 for picked, branch, _ in itertools.chain(*paper.PICKS.values()):
     if branch not in BRANCHES[picked]:
         BRANCHES[picked].append(branch)
@@ -104,6 +105,9 @@ def write_results(path, seed):
         rows += [dict(step=step, kept=5 + step / 10, loss_tokens=step) for step in (20, 40, 80)]
         write_gz(path / "metrics" / f"{name}-{seed}.jsonl.gz", *map(json.dumps, rows))
     write_gz(path / "metrics" / f"settled-correct-{seed}.jsonl.gz", *map(json.dumps, way()))
+    for _, gated in plot.GATE.values():
+        row = json.dumps(dict(kept=1, loss_tokens=1, gate_mass=seed / 4))
+        write_gz(path / "metrics" / f"{gated}-{seed}.jsonl.gz", row)
 
 
 def way():
@@ -136,7 +140,7 @@ def results(tmp_path, monkeypatch):
     for seed in (1, 2):
         write_results(tmp_path, seed)
     write_bench(tmp_path)
-    names = "experiments", "other-than-the-paper", "wrong-references", "traces"
+    names = "experiments", "other-than-the-paper", "wrong-references", "agreement", "traces"
     marks = [line for name in names for line in (f"<!-- {name} -->", "old", "<!-- end -->")]
     write(tmp_path / "README.md", "before", *marks, "after")
     monkeypatch.setattr(table, "HERE", str(tmp_path))
@@ -159,6 +163,8 @@ def test_tables_from_the_runs_own_files(results, capsys):
     ours = "+25.0 [+25.0, +25.0] | -21.5 [-27.9, -15.1]"
     assert f"\n| all, `--reinject 32` | {ours} | -4.2 pp, -33% |\n" in readme
     assert f"\n| correct, `--context other` | {ours} |\n" in readme  # none of these is the paper's
+    gate = "| all responses, a wrong solution | +25.0 [+25.0, +25.0] | +25.0 [+25.0, +25.0] "
+    assert f"\n{gate}| +0.0 [+0.0, +0.0] | -21.5, -21.5 | 38 |\n" in readme
     traces = readme.split("<!-- traces -->\n")[1].split("\n")[2:-3]
     assert [row.split(" | ")[0] for row in traces] == [f"| {name}" for name in table.TRACE_PICKS]
     printed = capsys.readouterr().out
@@ -252,14 +258,14 @@ def test_pairs_are_a_row_a_reference_and_outcome(monkeypatch):
         costs = {"settled-wrong-correct": (10, 30)}
         return {
             name: [dict(change=dict(accuracy=[-c], length=[-50])) for c in costs.get(name, (0, 0))]
-            for name in plot.ROWS
+            for (name,) in plot.PAIRS.values()
         }
 
     monkeypatch.setattr(plot, "changes", found)
     with figure(os.devnull) as axes:
         monkeypatch.setattr(axes.figure, "savefig", lambda *args, **kwargs: None)
         plot.pairs(axes, [])
-        place = list(plot.ROWS).index("settled-wrong-correct")
+        place = list(plot.PAIRS.values()).index(["settled-wrong-correct"])
         dots = [line for line in axes.get_lines() if list(line.get_xdata()) == [-10, -30]]
         (mean,) = [line for line in axes.get_lines() if list(line.get_xdata()) == [-20]]
         assert len(dots) == 1 and list(mean.get_ydata()) == [place]
