@@ -98,8 +98,9 @@ def main(argv=None):
                 write = rollout.make_writer(sampler, tokenizer, args, args.seed)
                 for context in args.context if path == args.model[0] else []:
                     name, texts = f"{path} reading {context}", CONTEXTS[context](own, write, args)
-                    failed = f"{texts.count(None)} of {len(texts)} contexts failed (left out)"
-                    print(f"evaluating {name} on {benchmark}, {failed}", flush=True)
+                    failed = f"{texts.count(None)} of {len(texts)} contexts failed"
+                    without = "; those responses are without one" if None in texts else ""
+                    print(f"evaluating {name} on {benchmark}, {failed}{without}", flush=True)
                     named[benchmark].append((name, evaluate(*inputs, texts)))
     records = report(benchmarks, named, args)
     if args.out:

@@ -316,6 +316,9 @@ def disagreements(path):
 def main(argv):
     if argv[:1] == ["--worker"]:
         return _serve(float(argv[1]), int(argv[2]))
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if len(argv) != 2:  # no argparse: answers begin with a minus sign
         print('usage: python verify.py "so \\boxed{answer}" "gold answer"', file=sys.stderr)
         return 2

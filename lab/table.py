@@ -178,6 +178,14 @@ def mechanisms(part, seeds):
     return rows
 
 
+def by_branch(part, seeds):
+    """Of each seed {branch: its record over all problems}."""
+    return [
+        {branch_of(r["name"], seed): r for r in file["records"] if r["group"] == "all"}
+        for seed, file in zip(seeds, evaluations(part, seeds), strict=True)
+    ]
+
+
 def pipelines_table(part, columns, pair, seeds):
     """A row a pipeline, changes with their 95% interval over problems; then the means over the
     pipelines, with the interval over pipelines and that over the problems of these pipelines.
@@ -185,10 +193,7 @@ def pipelines_table(part, columns, pair, seeds):
     columns: {(branch, accuracy or length): its header}. pair: the branches that the last column
     compares, the accuracy of the first minus that of the second.
     """
-    found = [
-        {branch_of(r["name"], seed): r for r in evaluation["records"] if r["group"] == "all"}
-        for seed, evaluation in zip(seeds, evaluations(part, seeds), strict=True)
-    ]
+    found = by_branch(part, seeds)
     before = [pipeline["rlvr"]["accuracy"] for pipeline in found]
     changes = {(b, key): [pipeline[b]["change"][key] for pipeline in found] for b, key in columns}
     pairs = [changes[branch, "accuracy"] for branch in pair]
@@ -232,18 +237,15 @@ def gate_table(seeds):
     """Without and with the gate `agreement`, and the difference in pairs, by which responses are
     trained on and what the teacher reads.
     """
-    found = [
-        {branch_of(r["name"], seed): r["change"] for r in file["records"] if r["group"] == "all"}
-        for seed, file in zip(seeds, evaluations(GATED, seeds), strict=True)
-    ]
-    rows = []
+    found, rows = by_branch(GATED, seeds), []
     for label, branches in GATE.items():
-        plain, gated = ([p[branch]["accuracy"][0] for p in found] for branch in branches)
-        lengths = [mean_interval([p[b]["length"][0] for p in found])[0] for b in branches]
+        pair = [[pipeline[branch]["change"] for pipeline in found] for branch in branches]
+        plain, gated = ([changed["accuracy"][0] for changed in of_one] for of_one in pair)
+        lengths = [np.mean([changed["length"][0] for changed in of_one]) for of_one in pair]
         lines = [line for seed in seeds for line in read_lines(log_of(f"{branches[1]}-{seed}"))]
         mass = np.mean([line["gate_mass"] for line in lines if line.get("kept")])
-        pairs = np.subtract(gated, plain)
-        cells = [change(mean_interval(values)) for values in (plain, gated, pairs)]
+        in_pairs = np.subtract(gated, plain)
+        cells = [change(mean_interval(values)) for values in (plain, gated, in_pairs)]
         both = ", ".join(f"{length:+.1f}" for length in lengths)
         rows.append([label.replace("\n", " "), *cells, both, f"{100 * mass:.0f}"])
     header = ["responses, what the teacher reads", "all tokens, points", "agreement, points"]

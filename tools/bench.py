@@ -9,7 +9,7 @@
 Each variant runs in a process of its own; medians over rounds. Memory is the peak during one pass
 (of the process; of a card's allocator) above what was held before (weights and inputs). Time is
 that of the next pass, on a card the median of five. All variants get the same numbers and must give
-the same gradient, which is checked. Ratios are to the table's first row.
+the same gradient, which is checked (adapters aside). Ratios are to the table's first row.
 """
 
 import ctypes
