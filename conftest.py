@@ -16,6 +16,13 @@ from tests.helpers import CPU, TINY
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def own_dicts(monkeypatch):
+    """What a test, or a script that it calls, adds to opsd's dicts is gone after it."""
+    for name in ("FILTERS", "TEACHERS", "DIVERGENCES", "GATES"):
+        monkeypatch.setattr(opsd, name, dict(getattr(opsd, name)))
+
+
 @pytest.fixture(scope="module")
 def tiny():
     torch.set_num_threads(1)
