@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as evaluation
 import opsd
@@ -119,6 +120,24 @@ def test_keys_and_values_have_the_computation_dtype_and_a_copy_follows_pushes(
         sampler.push(model)
     assert set(seen) == {getattr(torch, dtype)}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_frozen_heads_weights_are_never_copied_for_each_row(dtype, tiny, tokenizer):
+    products = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+                products.add((str(func.overloadpacket), *args[1].shape[-2:]))
+            return func(*args, **(kwargs or {}))
+
+    sampler = sampler_of(opsd.frozen_copy(tiny[0]), tokenizer, dtype=dtype)
+    prompts, (vocabulary, width) = prompts_of(tokenizer, 4), tiny[0].lm_head.weight.shape
+    with Record():
+        sampler.sample(prompts, 3)
+    assert ("aten.mm", width, vocabulary) in products
+    assert ("aten.bmm", width, vocabulary) not in products
 
 
 # ------------------------------------------------------------------------------------------------
