@@ -367,7 +367,7 @@ def written(template, frame=MEMO):
 
     def context(rollouts, write, args):
         texts = write([fill(template, r) for r in rollouts])
-        return [text and frame.format(text=text) for text in texts]
+        return [None if text is None else frame.format(text=text) for text in texts]
 
     return context
 

@@ -7,11 +7,11 @@ tokens; the student moves towards it by a masked per-token KL (eq. 1):
     L = mean over kept y of 1/|y| sum_t KL( student(. | x, y_<t) || teacher(. | x, c, y_<t) )
 
 Where this code departs from the paper, or fills in what it left open:
-1. Truncated rollouts are a third group beside correct and incorrect: the filters `all`,
+1. Truncated rollouts are a third group beside correct and incorrect: only the filters `all`,
    `not-correct` and `truncated` keep them.
 2. --group N samples N responses a problem, each other's siblings (1: the paper). --resample N
-   draws again until --batch x --group rollouts are kept, so that filters are compared at equal
-   update size; 0 is the paper's single draw.
+   draws up to N times more until --batch x --group rollouts are kept, so that filters are compared
+   at equal update size; 0 is the paper's single draw.
 3. Sampling is at temperature 1, the student's own distribution (the paper: 0.7).
 4. No clipping of the loss, no top-k, no loss temperature: the full distribution in float32.
 5. The default context is the worked solution; the defaults are the embedded task's. The paper's:
@@ -114,9 +114,8 @@ def parse_args(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# Filters: (rollouts of a draw, args) -> those that reach the loss. A new one is an entry, as in
-# each of the dicts below. Whole rollouts are kept or left out; the loss of a kept one is the same
-# whatever its outcome.
+# Filters: (rollouts of a draw, args) -> those that reach the loss, whole. A new one is an entry, as
+# in each of the dicts below.
 
 
 def shortest(rollouts, args):
@@ -180,8 +179,8 @@ def move_weights(teacher, student, keep=0.0):
             old.lerp_(new.to(old.dtype), 1 - keep)
 
 
-# (teacher, student, step, args) -> None, after each update. The teacher is always its own copy;
-# `step` is the step's record, see step_record.
+# (teacher, student, step, args) -> None, after each update. The teacher is a copy (with --lora the
+# student itself, adapters off); `step` is what the step's record has by then: see step_record.
 TEACHERS = {
     "frozen": lambda teacher, student, step, args: None,
     "current": lambda teacher, student, step, args: move_weights(teacher, student),
@@ -201,7 +200,7 @@ class Tokens(NamedTuple):
 
     ids: torch.Tensor  # the sampled ids
     outcome: torch.Tensor  # its rollout's, as the index in rollout.OUTCOMES: 0 is correct
-    advantage: torch.Tensor  # its rollout's; 0 here, rlvr.py has them
+    advantage: torch.Tensor  # its rollout's, 0 unless you set it
     position: torch.Tensor  # in its response, from 0
     weight: torch.Tensor  # in the step's loss
     tag: torch.Tensor  # the number that somebody put into its rollout's `tags`; 0 without
@@ -325,7 +324,7 @@ def accumulate_gradients(student, teacher, rollouts, args):
     """
     for r in rollouts:  # the one denominator: eq. 1's, over the whole step
         r.weight = 1 / (len(rollouts) * len(r.response_ids))
-    lengths = [sum(map(len, r.teacher_row)) for r in rollouts]  # the student's are no longer
+    lengths = [sum(map(len, r.teacher_row)) for r in rollouts]  # the student's are shorter
     parts = []
     for group, counts in progress(my_micro_batches(lengths, args.micro_tokens), "training"):
         micro = [rollouts[i] for i in group]
@@ -354,8 +353,9 @@ def main(argv=None):
     data.require_thinking_switch(tokenizer, args.teacher_thinking == "on", "--teacher-thinking")
     identity = fingerprint([*problems, *held_out], model)
     ranks.prepare(model, args, device)
-    # EMA weights in bfloat16 would stand still: their changes are lost to rounding.
-    teacher = frozen_copy(model, args, device, low=args.teacher != "ema")
+    # An average in bfloat16 would stand still: its changes are lost to rounding.
+    low = args.teacher in ("frozen", "current", "every")
+    teacher = frozen_copy(model, args, device, low)
     sampler = samplers.make_sampler(model, tokenizer, args)
     teacher_sampler = samplers.make_sampler(teacher, tokenizer, args, sampler)
     problems = rollout.drop_long(problems, tokenizer, args, sampler.limit, args.context)

@@ -1,4 +1,4 @@
-"""Rollouts: sampling and grading them, and contexts that the teacher writes."""
+"""Rollouts: sampling, grading, contexts that the teacher writes, and what is logged of a step."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -6,7 +6,8 @@ from itertools import zip_longest
 
 import torch
 
-from data import CONTEXTS, WRITTEN, Problem, chat_ids, plain, render_prompt
+import data
+from data import CONTEXTS, WRITTEN, Problem
 from ranks import gather, rank_and_world, share
 from run import fail, peak_memory
 from verify import grade_responses
@@ -59,7 +60,7 @@ def make_rollouts(sampler, tokenizer, problems, args, seed, contexts=None, logps
     contexts = contexts or [""] * len(problems)
     rollouts = []
     for problem, context in share(list(zip(problems, contexts, strict=True))):
-        prompt = render_prompt(tokenizer, problem, context or "", thinking, context_first)
+        prompt = data.render_prompt(tokenizer, problem, context or "", thinking, context_first)
         rollouts.append(Rollout(problem, prompt))
     prompts = [r.prompt_ids for r in rollouts]
     longest = max(map(len, prompts), default=0)
@@ -139,8 +140,8 @@ def drop_long(problems, tokenizer, args, limit, context="none"):
     teacher_thinking = getattr(args, "teacher_thinking", args.thinking) == "on"
     long = set()
     for i, (problem, text) in enumerate(zip(look_at, contexts, strict=True)):
-        student = render_prompt(tokenizer, problem, "", args.thinking == "on")
-        teacher = render_prompt(tokenizer, problem, text, teacher_thinking)
+        student = data.render_prompt(tokenizer, problem, "", args.thinking == "on")
+        teacher = data.render_prompt(tokenizer, problem, text, teacher_thinking)
         if limit and max(len(student), len(teacher)) + args.max_new_tokens > limit:
             long.add(i)
     room = f"--max-new-tokens {args.max_new_tokens}"
@@ -175,7 +176,7 @@ def make_writer(sampler, tokenizer, args, seed):
     """
 
     def write(prompts):
-        rows = [chat_ids(tokenizer, plain(tokenizer, p), False) for p in share(prompts)]
+        rows = [data.chat_ids(tokenizer, data.plain(tokenizer, p), False) for p in share(prompts)]
         room = room_to_write(sampler.limit, args)
         fits = [i for i, row in enumerate(rows) if len(row) <= room]
         texts = [None] * len(rows)
@@ -195,14 +196,16 @@ def make_writer(sampler, tokenizer, args, seed):
 
 
 def measure_metrics(kept):
-    """Means over the tokens of the loss, {name: nats}; logprob_gap: mean absolute difference of the
+    """Means over the tokens of the loss, {name: mean}; logprob_gap: mean absolute difference of the
     sampler's and the trainer's log-probabilities, None where the model itself samples.
     """
     gaps = [
         (torch.tensor(r.sampler_logps) - r.measures["logp"]).abs() for r in kept if r.sampler_logps
     ]
     names = kept[0].measures if kept else ()
-    means = {name: torch.cat([r.measures[name] for r in kept]).mean().item() for name in names}
+    means = {
+        name: torch.cat([r.measures[name] for r in kept]).float().mean().item() for name in names
+    }
     return dict(means, logprob_gap=torch.cat(gaps).mean().item() if gaps else None)
 
 

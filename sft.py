@@ -26,7 +26,7 @@ import torch
 import data
 import ranks
 import toy_model
-from data import CONTEXTS, render_prompt
+from data import CONTEXTS
 from model import (
     backward_in_chunks,
     load_model,
@@ -72,14 +72,14 @@ def embedded_row(tokenizer, problem, rng):
     """One draw from the mixture of toy_model.py."""
     shares = [share for share, _, _ in toy_model.MIXTURE]
     _, context, thinking = toy_model.MIXTURE[rng.choice(len(shares), p=shares)]
-    prompt = render_prompt(tokenizer, problem, context_of(problem, context), thinking)
+    prompt = data.render_prompt(tokenizer, problem, context_of(problem, context), thinking)
     text = toy_model.reference_trace(problem, rng, context, thinking) + tokenizer.eos_token
     return prompt, tokenizer(text, add_special_tokens=False).input_ids
 
 
 def real_row(tokenizer, problem, end):
     """The row of a real problem; `end` is the id that ends a response."""
-    prompt = render_prompt(tokenizer, problem)
+    prompt = data.render_prompt(tokenizer, problem)
     solution, answer = (data.plain(tokenizer, t) for t in (problem.solution, problem.answer))
     text = f"<think>\n{solution}\n</think>\n\n\\boxed{{{answer}}}"
     text = text.removeprefix(opened_think(tokenizer, prompt))

@@ -294,12 +294,14 @@ def test_a_long_prompt_among_others_is_dropped_with_a_word(tokenizer, capsys):
     assert "dropped 2 of 3 problems, the first being number 2" in capsys.readouterr().out
     problems = [Problem("1+1?", "2", context="long " * 3000), Problem("1+2?", "3")]
     assert drop_long(problems, tokenizer, args, 2048, "given") == problems[1:]
-    # Of a sibling only the frame is known.
-    frame = data.REFERENCE.format(solution="", answer=3)
-    room = len(render_prompt(tokenizer, problems[1], frame)) + args.max_new_tokens
-    assert drop_long(problems, tokenizer, args, room, "sibling") == problems
-    with pytest.raises(SystemExit):
-        drop_long(problems, tokenizer, args, room - 1, "sibling")
+    # Of a sibling, and of what the teacher will write, only the frame is known.
+    args.context_tokens = 9
+    sibling = data.REFERENCE.format(solution="", answer=3)
+    for context, frame in (("sibling", sibling), ("reflection", data.MEMO.format(text=""))):
+        room = len(render_prompt(tokenizer, problems[1], frame)) + args.max_new_tokens
+        assert drop_long(problems, tokenizer, args, room, context) == problems
+        with pytest.raises(SystemExit):
+            drop_long(problems, tokenizer, args, room - 1, context)
 
 
 # ------------------------------------------------------------------------------------------------
