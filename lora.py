@@ -32,13 +32,10 @@ def add_adapters(model, args):
     for weight in model.parameters():
         if not weight.requires_grad:
             weight.data = weight.data.to(getattr(torch, args.dtype))
-    for layer in layers_of(model):
-        layer.cast_input_dtype_enabled = False  # autocast and FSDP2 do that, and copy no inputs
+    for module in model.modules():
+        if isinstance(module, LoraLayer):  # autocast and FSDP2 cast its inputs, and copy none
+            module.cast_input_dtype_enabled = False
     model.lora_scale = 2  # of B A: alpha / rank; that it is there says that there are adapters
-
-
-def layers_of(model):
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 class AdaptersOff:
@@ -47,7 +44,8 @@ class AdaptersOff:
     lora_scale = 0
 
     def __init__(self, model):
-        self.model, self.layers = model, layers_of(model)
+        self.model = model
+        self.layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -68,8 +66,7 @@ def merged(model, tensors):
         layer, adapted, last = name.rpartition(".base_layer.")
         if ".lora_" in name:
             continue
-        weight = full(tensor.detach())
-        weight = weight.float() if weight.is_floating_point() else weight
+        weight = full(tensor.detach(), torch.float32 if tensor.is_floating_point() else None)
         if adapted and last == "weight":
             a, b = (full(tensors[f"{layer}.lora_{x}.default.weight"].detach()) for x in "AB")
             weight = weight + model.lora_scale * (b @ a)
