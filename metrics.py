@@ -152,13 +152,13 @@ def table_of(records):
 
     # Columns that say nothing are left out; the line below the table says it.
     rates = [key for key in ("truncated", "no_answer") if any(r[key] for r in records)]
-    header = ["", "", "accuracy", "change, points", "length", "change, percent", "correct", "wrong"]
+    header = ["", "", "accuracy", "change, points", "length", "correct", "wrong", "change, percent"]
     rows = [[*header, *(key.replace("_", " ") for key in rates), "markers"]]
     for r in records:
         first = r["group"] == "all"
         row = [r["name"] if first else "", r["group"], f"{r['accuracy']:.1f}"]
-        row += [changed(r, "accuracy"), f"{r['length']:.1f}", changed(r, "length", "%")]
-        row += [number(r["length_correct"]), number(r["length_incorrect"])]
+        row += [changed(r, "accuracy"), f"{r['length']:.1f}", number(r["length_correct"])]
+        row += [number(r["length_incorrect"]), changed(r, "length", "%")]
         rows.append(row + [f"{r[key]:.1f}%" for key in rates] + [f"{r['markers']:.1f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
@@ -166,7 +166,9 @@ def table_of(records):
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         cells[:2] = row[0].ljust(widths[0]), row[1].ljust(widths[1])
         lines.append("  ".join(cells))
-    lines += ["length in tokens: of all, of correct, of wrong responses; markers per 1,000 tokens"]
+    lines += [
+        "length: tokens of all, of correct, of wrong responses; markers (wait, ...) per 1,000"
+    ]
     zero = [key.replace("_", " ") for key in ("truncated", "no_answer") if key not in rates]
     return "\n".join(lines + ([f"{' and '.join(zero)}: 0.0%"] if zero else []))
 

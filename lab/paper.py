@@ -200,7 +200,7 @@ PICKS = {
         ("settled", "settled-all", "all"),
         ("settled-contexts", "settled-instruction-incorrect", "incorrect, `--context instruction`"),
         ("settled-contexts", "settled-wrong-correct", "correct, `--context wrong`"),
-        ("settled-contexts", "settled-wrong-incorrect", "incorrect, `--context wrong`"),
+        ("sibling", "sibling-correct", "correct, `--context sibling` (three)"),
     ],
     "adapters": [
         ("settled", "settled-correct", "correct, all weights"),
@@ -232,7 +232,7 @@ def picked_table(records, name):
     """The table of that name in PICKS."""
     found = {(r["part"], r["branch"]): r for r in records if r["group"] == "all"}
     papers = {(e.part, e.branch): e.paper for e in EXPERIMENTS}
-    header, rows = ["answers trained on", "accuracy, points", "length, %"], []
+    header, rows = ["responses trained on", "accuracy, points", "length, %"], []
     for part, branch, row in PICKS[name]:
         r = found[part, branch]
         paper = "filters" if part == "settled" else part, branch.removeprefix("settled-")

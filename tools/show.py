@@ -51,7 +51,7 @@ UNREAD = {  # of opsd.py's flags
 }
 EMBEDDED_NOTE = (
     "The problems are chains of sums; “-59?” is a smudged digit that a quick scan takes for 5 "
-    "and a careful one for 9."
+    "and a careful one for 9; either may be wrong."
 )
 
 
