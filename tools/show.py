@@ -20,7 +20,7 @@ each context in turn. Every token is coloured by a measure (S student, T teacher
 docs/tokens.html and its picture; the address names what is seen (#r7after.t32.answer.ratio.dark).
     python opsd.py --filter correct --out runs/opsd-correct-001
     python -m tools.show --run runs/opsd-correct-001 --problems 16 --out docs/tokens.html
-    chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1400,1300 \\
+    chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1400,930 \\
         --user-data-dir=.chromium --screenshot=docs/tokens.png "file://$PWD/docs/tokens.html"
 """
 
