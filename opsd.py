@@ -46,7 +46,6 @@ import metrics
 import ranks
 import rollout
 import samplers
-from data import CONTEXTS
 from model import (
     backward_in_chunks,
     frozen_copy,
@@ -80,7 +79,7 @@ def parse_args(argv=None):
     add("--filter", default="correct", choices=list(FILTERS), help="rollouts that reach the loss")
     add("--group", type=int, default=1, help="responses a problem, which are siblings")
     add("--resample", type=int, default=0, help="further draws until a step is full; 0 = none")
-    add("--context", default="solution", choices=list(CONTEXTS), help="what the teacher reads too")
+    add("--context", default="solution", choices=list(data.CONTEXTS), help="what the teacher reads")
     rollout.add_context_flags(add)
     add("--reinject", type=int, default=0, help="of --context: tokens between recalls; 0 = off")
     add("--teacher-thinking", choices=["on", "off"], help="of its prompt (else as --thinking)")
@@ -388,7 +387,7 @@ def main(argv=None):
             kept, trained_from = kept[: len(batch)], time.time()
             # 4. loss: the teacher reads the same tokens behind its own prompt
             write = rollout.make_writer(teacher_sampler, tokenizer, args, args.seed + drawn)
-            contexts = CONTEXTS[args.context](kept, write, args)
+            contexts = data.CONTEXTS[args.context](kept, write, args)
             kept, failed = add_teacher_rows(kept, contexts, tokenizer, args, sampler.limit)
             if kept and not run.updates:
                 rollout.show_prompts(run, tokenizer, kept[0], step + 1)
