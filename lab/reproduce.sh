@@ -132,12 +132,12 @@ groups() {
 
 # Seed: the three stages with a pretrained model; longer; controls; and OPSD before RLVR.
 real() {
-    local task="--data runs/real/train-$1.jsonl --dtype bfloat16 --micro-tokens 4096"
+    local task="--data runs/real/short/train-$1.jsonl --dtype bfloat16 --micro-tokens 4096"
     local sample="--max-new-tokens 200 $REAL_SAMPLER" start=runs/table/real-rlvr-$1
     local opsd="$task $sample --context-first --batch 16 --resample 3 --steps 10 --lr 1e-5"
     opsd="$opsd --state-every 0"
-    local way="--eval-data runs/real/dev.jsonl --eval-problems 100 --eval-every 5"
-    local test="--data runs/real/test.jsonl --dtype bfloat16 $sample"
+    local way="--eval-data runs/real/short/dev.jsonl --eval-problems 100 --eval-every 5"
+    local test="--data runs/real/short/test.jsonl --dtype bfloat16 $sample"
     local contexts="solution answer instruction other"
     local short="--state-every 0 --batch 8"
     run sft real-sft "$1" --model runs/real/model $task $short --fields solution=trace --steps 20 \
@@ -172,7 +172,23 @@ real() {
     evaluate real-order "$1" "real-sft real-rlvr real-sft-correct real-sft-incorrect" $test \
         --context-first --context $contexts
 }
-export -f keep run evaluate pipeline groups real
+
+# Seed: a pretrained model that solves most of its problems before OPSD.
+four() {
+    local task="--data runs/real/four/train-$1.jsonl --dtype bfloat16 --micro-tokens 4096"
+    local sample="--max-new-tokens 200 $REAL_SAMPLER" short="--state-every 8 --batch 8"
+    run sft real-four-sft "$1" --model runs/real/model $task $short --fields solution=trace \
+        --steps 20 --lr 1e-4 --warmup 5
+    run rlvr real-four-rlvr "$1" --model "runs/table/real-four-sft-$1" $task $sample $short \
+        --steps 32 --lr 5e-6
+    for filter in correct incorrect; do
+        run opsd real-four-$filter "$1" --model "runs/table/real-four-rlvr-$1" $task $sample \
+            --context-first --batch 16 --resample 3 --steps 40 --lr 1e-5 --filter $filter
+    done
+    evaluate real-four "$1" "real-four-rlvr real-four-correct real-four-incorrect" $sample \
+        --data runs/real/four/test.jsonl --dtype bfloat16 --context-first --context solution
+}
+export -f keep run evaluate pipeline groups real four
 
 files() { for seed in $SEEDS; do echo "$results/${1/SEED/$seed}"; done; }
 
@@ -187,7 +203,7 @@ if [ "${1:-}" = real ]; then
     if python -c "import vllm" 2> /dev/null; then
         REAL_SAMPLER="--backend vllm --vllm-eager --vllm-memory 0.15"
     fi
-    echo $REAL_SEEDS | xargs -P "$JOBS" -n 1 bash -c 'set -euo pipefail; real "$1"' _
+    echo $REAL_SEEDS | xargs -P "$JOBS" -n 1 bash -c 'set -euo pipefail; real "$1"; four "$1"' _
     SEEDS=$REAL_SEEDS
     python -m lab.table --real-seeds $SEEDS --docs
     for figure in path trajectory; do
@@ -197,7 +213,7 @@ if [ "${1:-}" = real ]; then
     python -m tools.plot position $(files kl_by_position/real-all-SEED.jsonl.gz) \
         --out $results/real-position
     first=${SEEDS%% *}
-    python -m tools.show --model "runs/table/real-rlvr-$first" --data runs/real/dev.jsonl \
+    python -m tools.show --model "runs/table/real-rlvr-$first" --data runs/real/short/dev.jsonl \
         --problems 100 --draw 100 --contexts solution --context-first --threads 1 \
         --max-new-tokens 200 --jsonl runs/real/tokens.jsonl --out runs/real/tokens.html --overwrite
     python -m lab.top_tokens runs/real/tokens.jsonl > $results/real-tokens.md
@@ -214,7 +230,9 @@ cp runs/gates/figure.svg $results/gates.svg
 
 python -m lab.table --seeds $SEEDS --real-seeds $REAL_SEEDS --docs
 python -m lab.plot pairs $(files evaluations/settled-SEED.json.gz) \
-    $(files evaluations/settled-contexts-SEED.json.gz) --out $results/pairs
+    $(files evaluations/settled-contexts-SEED.json.gz) \
+    $(SEEDS=$FEW files evaluations/sibling-SEED.json.gz) \
+    $(SEEDS=$FEW files evaluations/cap44-SEED.json.gz) --out $results/pairs
 python -m lab.plot gate $(files evaluations/settled-gate-SEED.json.gz) --out $results/gate
 python -m tools.plot path $(files metrics/settled-correct-SEED.jsonl.gz) \
     $(files metrics/settled-incorrect-SEED.jsonl.gz) --out $results/figure1
