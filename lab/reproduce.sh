@@ -120,11 +120,14 @@ groups() {
             --divergence $divergence
     done
     evaluate shortest "$1" "rlvr shortest/step-40 shortest rft-shortest/step-40 rft-shortest"
-    for cap in 70 44; do
+    for cap in 44 70; do
         names=
-        for filter in correct incorrect truncated all; do
-            run opsd cap$cap-$filter "$1" $from --filter $filter --max-new-tokens $cap
-            names="$names cap$cap-$filter/step-40 cap$cap-$filter"
+        for filter in truncated correct incorrect all; do
+            local flags="$from --filter $filter --max-new-tokens $cap" settled=cap$cap-$filter
+            # At 70 tokens hardly a response is truncated after 20 steps, none after 60.
+            if [ $settled = cap70-truncated ]; then flags="$flags --steps 40" settled=; fi
+            run opsd cap$cap-$filter "$1" $flags
+            names="$names cap$cap-$filter/step-40 $settled"
         done
         evaluate cap$cap "$1" "rlvr $names"
     done
