@@ -208,6 +208,14 @@ PICKS = {
         ("settled", "settled-incorrect", "incorrect, all weights"),
         ("lora", "lora-incorrect", "incorrect, `--lora 16 --lr 1e-3`"),
     ],
+    "caps": [
+        ("cap44", "cap44-truncated", "44: truncated"),
+        ("cap44", "cap44-correct", "44: correct"),
+        ("cap44", "cap44-incorrect", "44: incorrect"),
+        ("cap44", "cap44-all", "44: all"),
+        ("cap70", "cap70-truncated after 40", "70: truncated, 40 steps"),
+        ("cap70", "cap70-correct", "70: correct"),
+    ],
     "other-than-the-paper": [
         ("filters", "split", "all, `--divergence split`"),
         ("baselines", "reinject-correct", "correct, `--reinject 32`"),

@@ -1,6 +1,6 @@
 """Figures of our pipelines from evaluations, as eval.py writes them or results/ keeps them.
 
-    python -m lab.plot pairs settled-2*.json.gz settled-contexts-*.json.gz --out pairs
+    python -m lab.plot pairs settled-*.json.gz sibling-*.json.gz cap44-*.json.gz --out pairs
     python -m lab.plot gate settled-gate-*.json.gz --out gate
     python -m lab.plot shift evaluation.json --out figure4
 
@@ -49,10 +49,13 @@ def changes(files):
 HOW = {"": "all tokens", "agreement-": "only those the teacher would have written"}
 # {label: its branches}, from the top.
 PAIRS = {
-    "right reference,\ncorrect responses": ["settled-correct"],
-    "right reference,\nincorrect responses": ["settled-incorrect"],
-    "wrong reference,\nincorrect responses": ["settled-wrong-incorrect"],
-    "wrong reference,\ncorrect responses": ["settled-wrong-correct"],
+    "a right solution,\ncorrect responses": ["settled-correct"],
+    "a right solution,\nincorrect responses": ["settled-incorrect"],
+    "a right solution,\ntruncated responses": ["cap44-truncated"],
+    "a correct sibling,\ncorrect responses": ["sibling-correct"],
+    "a correct sibling,\nincorrect responses": ["sibling-incorrect"],
+    "a wrong solution,\ncorrect responses": ["settled-wrong-correct"],
+    "a wrong solution,\nincorrect responses": ["settled-wrong-incorrect"],
 }
 REFERENCES = {
     "": "its solution",
@@ -73,6 +76,7 @@ def pairs(axes, files):
     """
     colours = [[COLOURS[branches[0].rpartition("-")[2]]] for branches in PAIRS.values()]
     dots(axes, changes(files), PAIRS, colours)
+    axes.figure.set_figheight(6)
 
 
 def gate(axes, files):

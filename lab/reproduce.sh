@@ -124,7 +124,7 @@ groups() {
         names=
         for filter in truncated correct incorrect all; do
             local flags="$from --filter $filter --max-new-tokens $cap" settled=cap$cap-$filter
-            # At 70 tokens hardly a response is truncated after 20 steps, none after 60.
+            # At 70 tokens hardly a response is truncated after ten steps; ten without end a run.
             if [ $settled = cap70-truncated ]; then flags="$flags --steps 40" settled=; fi
             run opsd cap$cap-$filter "$1" $flags
             names="$names cap$cap-$filter/step-40 $settled"

@@ -271,4 +271,4 @@ def test_pairs_are_a_row_a_reference_and_outcome(monkeypatch):
         assert len(dots) == 1 and list(mean.get_ydata()) == [place]
         assert mean.get_color() == COLOURS["correct"]
         lengths = [list(line.get_xdata()) for line in axes.child_axes[0].get_lines()]
-        assert lengths.count([-50, -50]) == 4 and [-50] in lengths
+        assert lengths.count([-50, -50]) == len(plot.PAIRS) and [-50] in lengths
