@@ -62,6 +62,7 @@ BRANCHES[table.GATED] = [branch for pair in plot.GATE.values() for branch in pai
 for picked, branch, _ in itertools.chain(*paper.PICKS.values()):
     if branch not in BRANCHES[picked]:
         BRANCHES[picked].append(branch)
+BRANCHES["settled-contexts"].append("settled-wrong-incorrect")  # of TRACE_PICKS
 
 
 def pairs(part, seed):
