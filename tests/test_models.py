@@ -216,7 +216,7 @@ def test_sft_targets_hold_one_end_and_one_think_block(tokenizer, monkeypatch):
     prompt, response = sft.real_row(tokenizer, problem, 2)
     assert response[-1] == 2 and tokenizer.decode(response[:-1]) == f"<think>\n{text}"
     opened = prompt + tokenizer("<think>\n").input_ids  # by the template
-    monkeypatch.setattr(sft, "render_prompt", lambda *args: opened)
+    monkeypatch.setattr(data, "render_prompt", lambda *args: opened)
     assert tokenizer.decode(sft.real_row(tokenizer, problem, 2)[1][:-1]) == text
 
 
