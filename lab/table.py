@@ -112,7 +112,10 @@ def collect(part, seeds):
     records = []
     files = [file["records"] for file in evaluations(part, seeds)]
     for rows in zip(*files, strict=True):
-        branch = branch_of(rows[0]["name"], seeds[0])
+        branches = [branch_of(row["name"], seed) for row, seed in zip(rows, seeds, strict=True)]
+        branch = branches[0]
+        if set(branches) != {branch}:
+            fail(f"evaluations of {part}: seeds have other branches, {', '.join(branches)}")
         record = dict(part=part, branch=branch, group=rows[0]["group"])
         for key in ("accuracy", "length", "truncated", "no_answer", "markers"):
             record[key] = mean_interval([row[key] for row in rows])
