@@ -32,9 +32,9 @@ def add_adapters(model, args):
     for weight in model.parameters():
         if not weight.requires_grad:
             weight.data = weight.data.to(getattr(torch, args.dtype))
-    for module in model.modules():
-        if isinstance(module, LoraLayer):  # autocast and FSDP2 cast its inputs, and copy none
-            module.cast_input_dtype_enabled = False
+    model.lora_layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in model.lora_layers:
+        layer.cast_input_dtype_enabled = False  # autocast and FSDP2 do that, and copy no inputs
     model.lora_scale = 2  # of B A: alpha / rank; that it is there says that there are adapters
 
 
@@ -45,17 +45,16 @@ class AdaptersOff:
 
     def __init__(self, model):
         self.model = model
-        self.layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
 
     def __getattr__(self, name):
         return getattr(self.model, name)
 
     def base_model(self, **inputs):
-        for layer in self.layers:
+        for layer in self.lora_layers:
             # Not its enable_adapters: that changes requires_grad too, which FSDP2 reads once only.
             layer._disable_adapters = True
         outputs = self.model.base_model(**inputs)
-        for layer in self.layers:
+        for layer in self.lora_layers:
             layer._disable_adapters = False
         return outputs
 

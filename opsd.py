@@ -323,7 +323,7 @@ def accumulate_gradients(student, teacher, rollouts, args):
     """
     for r in rollouts:  # the one denominator: eq. 1's, over the whole step
         r.weight = 1 / (len(rollouts) * len(r.response_ids))
-    lengths = [sum(map(len, r.teacher_row)) for r in rollouts]  # the student's are shorter
+    lengths = [sum(map(len, r.teacher_row)) for r in rollouts]  # at least the student's
     parts = []
     for group, counts in progress(my_micro_batches(lengths, args.micro_tokens), "training"):
         micro = [rollouts[i] for i in group]

@@ -153,7 +153,7 @@ class TransformersSampler:
         model.generation_config = GenerationConfig()  # generate merges the model's own in: not here
         # Of a slice, which generate takes, matmul would copy a frozen head's weights once a row.
         head = model.get_output_embeddings()
-        whole = head.register_forward_pre_hook(lambda _, states: states[0].contiguous())
+        hook = head.register_forward_pre_hook(lambda _, states: states[0].contiguous())
         results, rows, cache = [None] * len(prompts), list(range(len(prompts))), None
         if self.segment is None:
             self.segment = SEGMENT if rows_can_leave(model) else math.inf
@@ -188,7 +188,7 @@ class TransformersSampler:
             fail("the model's probabilities are not finite any more (is --lr too high?)")
         finally:
             model.generation_config = own
-            whole.remove()
+            hook.remove()
         return results
 
 

