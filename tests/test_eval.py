@@ -11,15 +11,7 @@ import pytest
 
 import eval as evaluation
 from data import Problem
-from metrics import (
-    compare,
-    interval,
-    paired_bootstrap,
-    per_problem,
-    shift,
-    summarise,
-    table_of,
-)
+from metrics import compare, interval, paired_bootstrap, per_problem, shift, summarise, table_of
 from rollout import Rollout
 from run import HERE
 from tests.helpers import TINY, graded, write

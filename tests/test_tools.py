@@ -98,8 +98,7 @@ def allocated(config, args):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    ["float32", "bfloat16 --checkpointing", "float32 --lora 16", "bfloat16 --lora 16"],
+    "flags", ["float32", "bfloat16 --checkpointing", "float32 --lora 16", "bfloat16 --lora 16"]
 )
 def test_memory_estimate_is_near_what_torch_allocates(flags):
     config = memory.qwen3_config(256, 768, 6, 4, 2, False, 8192, 64)

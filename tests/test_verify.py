@@ -98,9 +98,7 @@ def mutants(gold, symbols):
 
 @pytest.mark.parametrize("symbols", KINDS)
 def test_mutants_of_golds(verifier, symbols):
-    golds = dict.fromkeys(
-        gold for _, gold, v, *_ in VERDICTS if v != "unusable" and len(gold) < 100
-    )
+    golds = dict.fromkeys(row[1] for row in VERDICTS if row[2] != "unusable" and len(row[1]) < 100)
     changed = [mutant for gold in golds for mutant in mutants(gold, symbols)]
     verdicts = verifier.grade(changed)
     passed = [row for row, verdict in zip(changed, verdicts, strict=True) if verdict == C]
@@ -333,11 +331,7 @@ def test_disagreements(tmp_path, name, capsys):
     *found, last = capsys.readouterr().out.splitlines()
     assert [json.loads(row)["gold"] for row in found] == ["5", "0.5"]
     assert last == "math-verify says otherwise of 2 responses"
-    missing = str(tmp_path / "missing.json")
-    for path in (
-        missing,
-        write(tmp_path / "broken.json", "{"),
-        write(tmp_path / "other.json", "{}"),
-    ):
+    others = [write(tmp_path / "broken.json", "{"), write(tmp_path / "other.json", "{}")]
+    for path in (str(tmp_path / "missing.json"), *others):
         assert verify.main(["--disagreements", path]) == 2
         assert re.fullmatch(re.escape(path) + ": .+\n", capsys.readouterr().err)

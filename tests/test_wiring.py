@@ -26,15 +26,7 @@ import toy
 from data import embedded_problems, problem_batch
 from metrics import EVALUATION_SEED, compare, table_of
 from samplers import TransformersSampler
-from tests.helpers import (
-    TINY,
-    apart,
-    flat_gradient,
-    metrics,
-    read_lines,
-    weights,
-    write,
-)
+from tests.helpers import TINY, apart, flat_gradient, metrics, read_lines, weights, write
 
 FIRST = os.path.join(os.path.dirname(TINY), "sft")
 CLIP = 0.005  # below every norm here: AdamW's first updates hide a gradient's scale
