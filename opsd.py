@@ -86,13 +86,11 @@ def parse_args(argv=None):
     add("--divergence", default="reverse_kl", choices=list(DIVERGENCES), help="formulas above")
     add("--beta", type=float, default=0.5, help="of --divergence jsd: weight of the teacher")
     add("--gate", default="all", choices=list(GATES), help="tokens that count")
-    unit = f"of --gate {', '.join(BOUNDED)}: nats, or tokens from 0"
-    add("--gate-above", type=float, help=f"{unit}; from this on; none = no bound")
-    add("--gate-below", type=float, help=f"{unit}; below this count; none = no bound")
+    unit = f"of --gate {', '.join(BOUNDED)}: in nats, or tokens from 0; FROM <= value < BELOW"
+    add("--gate-range", type=float, nargs="+", metavar=("FROM", "BELOW"), help=unit)
     add("--teacher", default="frozen", choices=list(TEACHERS), help="how it follows the student")
     add("--ema", type=float, default=0.99, help="of --teacher ema: share of the old one kept")
     add("--refresh", type=int, default=10, help="of --teacher every: updates between copies")
-    add("--kl-by-position", type=int, default=0, help="tokens a bin of figure 2's log; 0 = off")
     samplers.add_sampling_flags(parser)
     data.add_held_out_flags(parser)
     add_training_flags(parser, steps=40, batch=96, lr=1e-4, state_every=10)
@@ -101,13 +99,13 @@ def parse_args(argv=None):
         fail("--context sibling: a response has siblings only with --group 2 or more")
     if args.divergence == "split" and args.filter in ("correct", "incorrect"):
         fail(f"--divergence split: --filter {args.filter} keeps one outcome only; use --filter all")
-    if args.gate in BOUNDED and (args.gate_above, args.gate_below) == (None, None):
-        fail(f"--gate {args.gate}: needs --gate-above or --gate-below")
+    if args.gate in BOUNDED and len(args.gate_range or ()) not in (1, 2):
+        fail(f"--gate {args.gate}: needs --gate-range FROM or --gate-range FROM BELOW")
     if args.lora and args.teacher != "frozen":
         fail(f"--teacher {args.teacher}: with --lora it is the student, adapters off: frozen only")
-    most = args.max_new_tokens if args.gate == "position" else math.inf
-    if (args.gate_above or 0) >= (most if args.gate_below is None else args.gate_below):
-        fail(f"--gate-above {args.gate_above}, --gate-below {args.gate_below}: no token is between")
+    low, high = [*(args.gate_range or [0]), math.inf][:2]
+    if low >= (min(high, args.max_new_tokens) if args.gate == "position" else high):
+        fail(f"--gate-range {low} {high}: no token is in it")
     args.teacher_thinking = args.teacher_thinking or args.thinking
     return args
 
@@ -261,10 +259,9 @@ def entropy(logps):
 
 
 def within(values, args):
-    """1 where --gate-above <= value < --gate-below; a bound that is not given bounds nothing."""
-    above = -math.inf if args.gate_above is None else args.gate_above
-    below = math.inf if args.gate_below is None else args.gate_below
-    return ((values >= above) & (values < below)).float()
+    """1 where --gate-range has the value. From 0 on is all of them: rounding may be below it."""
+    low, high = [*args.gate_range, math.inf][:2]
+    return ((values >= (low or -math.inf)) & (values < high)).float()
 
 
 GATES = {
@@ -440,9 +437,8 @@ def log_step(run, record, args, seen, kept):
             f"{record['sampling_seconds'] + record['training_seconds']:.1f} s",
             flush=True,
         )
-        if args.kl_by_position:
-            bins = rollout.kl_by_position(kept, args.kl_by_position)
-            run.log("kl_by_position", dict(step=record["step"], bin=args.kl_by_position, **bins))
+        bins = rollout.kl_by_position(kept, args.max_new_tokens)
+        run.log("kl_by_position", dict(step=record["step"], **bins))
 
 
 if __name__ == "__main__":

@@ -277,12 +277,13 @@ def log_not_finite(run, begin, record, rollouts):
     run.log("not_finite", dict(step=record["step"], loss=loss, grad_norm=norm, rows=rows))
 
 
-def kl_by_position(rollouts, width):
+def kl_by_position(rollouts, cap):
     """Figure 2: reverse KL (nats) by position in the response.
 
-    Per outcome the sum over tokens, the tokens and the rollouts in each bin of `width` tokens.
+    Per outcome the sum over tokens, the tokens and the rollouts in each of 20 bins up to `cap`.
     """
-    bins = {}
+    width = max(1, cap // 20)
+    bins = dict(bin=width)
     for name in OUTCOMES:
         rows = [r.measures["reverse_kl"].split(width) for r in rollouts if r.outcome == name]
         columns = [[part for part in column if part is not None] for column in zip_longest(*rows)]

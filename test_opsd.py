@@ -116,16 +116,16 @@ def test_gates_equal_a_hand_written_loop(name):
     expected = values = [gate_by_hand(name, *row) for row in zip(*columns, strict=True)]
     args = opsd.parse_args([])
     if name in BOUNDED:
-        args.gate_above, args.gate_below = sorted(values)[10], sorted(values)[30]
-        expected = [float(args.gate_above <= v < args.gate_below) for v in values]
-        if name != "position":  # rounding must not decide
-            args.gate_above, args.gate_below = args.gate_above - 1e-9, args.gate_below - 1e-9
+        low, high = sorted(values)[10], sorted(values)[30]
+        expected = [float(low <= v < high) for v in values]
+        rounding = 0 if name == "position" else 1e-9  # must not decide
+        args.gate_range = [low - rounding, high - rounding]
     assert opsd.GATES[name](s, t, tokens, args).tolist() == expected
     assert name == "all" or 0 < sum(expected) < len(expected)
     if name in BOUNDED:  # above and below one number are complements
-        args.gate_above, args.gate_below = 1.0, None
+        args.gate_range = [1.0]
         above = opsd.GATES[name](s, t, tokens, args)
-        args.gate_above, args.gate_below = None, 1.0
+        args.gate_range = [0, 1.0]
         assert torch.equal(above, 1 - opsd.GATES[name](s, t, tokens, args))
 
 

@@ -40,14 +40,14 @@ from verify import Verifier
 # entropy, 13% by the teacher's and 8% by gap; 58% lie in the first 40 tokens.
 GATES = {
     "all": "",
-    "student-entropy-high": "--gate student-entropy --gate-above 0.01",
-    "student-entropy-low": "--gate student-entropy --gate-below 0.01",
-    "teacher-entropy-high": "--gate teacher-entropy --gate-above 0.01",
-    "teacher-entropy-low": "--gate teacher-entropy --gate-below 0.01",
-    "gap-high": "--gate gap --gate-above 0.01",
-    "gap-low": "--gate gap --gate-below 0.01",
-    "early": "--gate position --gate-below 40",
-    "late": "--gate position --gate-above 40",
+    "student-entropy-high": "--gate student-entropy --gate-range 0.01",
+    "student-entropy-low": "--gate student-entropy --gate-range 0 0.01",
+    "teacher-entropy-high": "--gate teacher-entropy --gate-range 0.01",
+    "teacher-entropy-low": "--gate teacher-entropy --gate-range 0 0.01",
+    "gap-high": "--gate gap --gate-range 0.01",
+    "gap-low": "--gate gap --gate-range 0 0.01",
+    "early": "--gate position --gate-range 0 40",
+    "late": "--gate position --gate-range 40",
     "agreement": "--gate agreement",
     **{name: f"--gate {name}" for name in ORACLES},
 }

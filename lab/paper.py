@@ -19,7 +19,7 @@ class Experiment(NamedTuple):
 OPSD, EVAL = "python opsd.py --filter", "python eval.py --model tiny/rlvr"
 PLOT, LAB_PLOT = "python -m tools.plot", "python -m lab.plot"
 SHIFT = f"RUN --problems 1024 --samples 2 --out E; {LAB_PLOT} shift E --out F"
-POSITION = f"--kl-by-position 8 --out R; {PLOT} position R/kl_by_position.jsonl --out F"
+POSITION = f"--out R; {PLOT} position R/kl_by_position.jsonl --out F"
 TRAJECTORY = f"--eval-every 10 --out R; {PLOT} trajectory R/metrics.jsonl --out F"
 
 EXPERIMENTS = [

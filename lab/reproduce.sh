@@ -58,7 +58,7 @@ evaluate() {
 # the correct-only run says after 120 that it has not settled.
 pipeline() {
     local from="--model runs/table/rlvr-$1" end="--eval-problems 0" steps=120
-    local way="--eval-every 5 --eval-problems 256 --kl-by-position 8"
+    local way="--eval-every 5 --eval-problems 256"
     local first="opsd settled-correct $1 $from $way --filter correct --save-every 40 --steps"
     run sft sft "$1"
     run rlvr rlvr "$1" --model "runs/table/sft-$1" $end
@@ -148,7 +148,7 @@ real() {
     run rlvr real-rlvr "$1" --model "runs/table/real-sft-$1" $task $sample $short --steps 8 \
         --lr 5e-6
     for filter in correct incorrect all; do
-        run opsd real-$filter "$1" --model $start $opsd $way --filter $filter --kl-by-position 8
+        run opsd real-$filter "$1" --model $start $opsd $way --filter $filter
     done
     keep "runs/table/real-all-$1/kl_by_position.jsonl" "kl_by_position/real-all-$1.jsonl"
     evaluate real "$1" "real-rlvr real-correct real-incorrect real-all" $test --context-first \

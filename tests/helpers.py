@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 SMALL = "--batch 6 --max-new-tokens 90 --eval-problems 8 --threads 1".split()
 WATCHED = ["--eval-every", "2", *SMALL]
 STAGES = [
-    (opsd, "--filter all --teacher every --refresh 3 --kl-by-position 8".split() + WATCHED),
+    (opsd, "--filter all --teacher every --refresh 3".split() + WATCHED),
     (rlvr, WATCHED),
     (sft, ["--batch", "4", "--threads", "1"]),
 ]

@@ -35,7 +35,7 @@ def compile_by(monkeypatch):
 
 def arguments(divergence="reverse_kl", gate="all"):
     args = opsd.parse_args(["--filter", "all", "--divergence", divergence])
-    args.gate, args.gate_above = gate, 1.0
+    args.gate, args.gate_range = gate, [1.0]
     return args
 
 

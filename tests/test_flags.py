@@ -22,8 +22,7 @@ REFUSED = [
     (opsd, "--beta=0.5", "--beta: read only with --divergence jsd"),  # the default, but typed
     (opsd, "--teacher every --ema 0.9", "--ema: read only with --teacher ema"),
     (opsd, "--refresh 5", "--refresh: read only with --teacher every (--teacher is frozen)"),
-    (opsd, "--gate-above 1", "--gate-above: read only with --gate student-entropy"),
-    (opsd, "--gate agreement --gate-below 1", "--gate-below: read only with --gate student"),
+    (opsd, "--gate agreement --gate-range 1", "--gate-range: read only with --gate student"),
     (opsd, "--context none --reinject 20", "--reinject: read only with --context"),
     (opsd, "--context none --context-first", "--context-first: read only with --context"),
     (opsd, "--context-tokens 99", "--context-tokens: read only with --context reflection"),
@@ -43,7 +42,7 @@ REFUSED = [
     (show, SHOW + "--context-tokens 9", "--context-tokens: read only with --context reflection"),
     # Nothing could come of them.
     (opsd, "--device mps", "--device: invalid choice: 'mps'"),
-    (opsd, "--gate gap", "--gate gap: needs --gate-above or --gate-below"),
+    (opsd, "--gate gap", "--gate gap: needs --gate-range FROM or"),
     (opsd, "--divergence split", "--divergence split: --filter correct keeps one outcome only"),
     (opsd, "--context sibling", "--context sibling: a response has siblings only with --group 2"),
     (opsd, "--lora 4 --teacher ema", "--teacher ema: with --lora it is the student"),
@@ -61,13 +60,13 @@ REFUSED = [
     (opsd, "--ema 1", "--ema 1.0: must be 0 or more and below 1"),
     (opsd, "--vllm-memory 1.5", "--vllm-memory 1.5: must be above 0 and below 1"),
     (opsd, "--top-p 1.5", "--top-p 1.5: must be above 0 and at most 1"),
-    (opsd, "--gate gap --gate-above -1", "--gate-above -1.0: must be 0 or more"),
+    (opsd, "--gate gap --gate-range -1", "--gate-range -1.0: must be 0 or more"),
+    (opsd, "--gate gap --gate-range 1 2 3", "--gate gap: needs --gate-range FROM or"),
     (opsd, "--threads 100000", "--threads 100000: must be 0 or more and below 1025"),
     (opsd, "--temperature inf", "--temperature inf: must be 0 or more and finite"),
     (opsd, "--lr nan", "--lr nan: must be above 0 and finite"),
-    (opsd, "--gate gap --gate-above 10 --gate-below 5", "--gate-above 10.0, --gate-below 5.0"),
-    (opsd, "--gate gap --gate-below 0", "--gate-below 0.0: no token is between"),
-    (opsd, "--gate position --gate-above 160", "--gate-above 160.0, --gate-below None: no token"),
+    (opsd, "--gate gap --gate-range 10 5", "--gate-range 10.0 5.0: no token is in it"),
+    (opsd, "--gate position --gate-range 160", "--gate-range 160.0 inf: no token is in it"),
     (bench, "loss --tokens 8 -1", "--tokens -1: must be above 0"),
     # Twice, or equal anyhow.
     (evaluation, f"--model {TINY} {TINY}/", "one of them stands there twice"),
@@ -83,7 +82,7 @@ def test_a_flag_that_cannot_be_meant_is_named(script, line, complaint, refused):
 
 READ = [
     (opsd, "--divergence jsd --beta 0.3 --teacher ema --ema 0.9 --context none"),
-    (opsd, "--gate gap --gate-above 1 --gate-below 2 --reinject 20 --context-first"),
+    (opsd, "--gate gap --gate-range 1 2 --reinject 20 --context-first"),
     (opsd, "--context two-line --context-tokens 99 --out x --overwrite"),
     (opsd, "--data a.jsonl --eval-data b.jsonl --fields answer=gold --eval-every 40"),
     (opsd, "--backend vllm --vllm-memory 0.5 --top-p 0.5 --seed 9223372036854775807"),

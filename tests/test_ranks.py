@@ -54,7 +54,7 @@ WRITTEN = "--context reflection --context-tokens 100"
 GROUPS = "--temperature 0 --batch 3 --group 4 --kl 0.1"
 RANKS = {
     # Other numbers of micro-batches on the two ranks.
-    "opsd": (opsd, GREEDY + "--teacher ema --micro-tokens 300 --kl-by-position 8".split()),
+    "opsd": (opsd, GREEDY + "--teacher ema --micro-tokens 300".split()),
     # Nothing to sample, write or score for one of them.
     "lone": (opsd, GREEDY + "--batch 1 --context reflection --context-tokens 200".split()),
     "tied": (opsd, GREEDY + "--model TIED --teacher current --max-new-tokens 20".split()),

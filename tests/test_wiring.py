@@ -323,13 +323,15 @@ RUNS = {
 }
 
 
-def check_bins(line, step, kept):
-    """A line of kl_by_position.jsonl: sums over bins of 8 tokens."""
-    assert (line["step"], line["bin"]) == (step, 8)
+def check_bins(line, step, kept, width):
+    """A line of kl_by_position.jsonl: sums over bins of `width` tokens."""
+    assert (line["step"], line["bin"]) == (step, width)
     for outcome in rollout.OUTCOMES:
         rows = [r.kl for r in kept if r.outcome == outcome]
-        starts = range(0, max(map(len, rows), default=0), 8)
-        bins = [[row[start : start + 8] for row in rows if len(row) > start] for start in starts]
+        starts = range(0, max(map(len, rows), default=0), width)
+        bins = [
+            [row[start : start + width] for row in rows if len(row) > start] for start in starts
+        ]
         found = line[outcome]
         assert found["kl"] == pytest.approx([sum(map(sum, b)) for b in bins], rel=1e-2, abs=1e-4)
         assert found["tokens"] == [sum(map(len, b)) for b in bins]
@@ -342,7 +344,7 @@ def test_opsd_does_what_its_flags_say(
 ):
     monkeypatch.setitem(opsd.GATES, "soft", soft)
     (flags, is_), out = RUNS[name], str(tmp_path / "run")
-    flags = [*flags.split(), *"--lr 2e-3 --kl-by-position 8".split()]
+    flags = [*flags.split(), "--lr", "2e-3"]
     args, resample = opsd.parse_args(flags), is_.get("resample", 0)
     batch, group, full = args.batch, args.group, args.batch * args.group
     thinking, memo, shortest = is_.get("thinking", True), "memo" in is_, "shortest" in is_
@@ -438,7 +440,8 @@ def test_opsd_does_what_its_flags_say(
         check_step_line(line, seen, kept)
         shown = check_samples(samples, number, seen)
         assert [row["kept"] for row in shown] == [any(r is k for k in kept) for r in seen[:2]]
-        check_bins(read_lines(os.path.join(out, "kl_by_position.jsonl"))[number - 1], number, kept)
+        bins = read_lines(os.path.join(out, "kl_by_position.jsonl"))[number - 1]
+        check_bins(bins, number, kept, args.max_new_tokens // 20)
         if number == 1:
             prompts = prompts_shown(samples)
             assert prompts["student_prompt"] == tokenizer.decode(kept[0].prompt)

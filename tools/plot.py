@@ -6,7 +6,7 @@
 
 trajectory: change of accuracy and length over the steps; path: the same steps in the plane of the
 two; both from the logs of runs with --eval-every. position: per-token KL by position and outcome,
-summed over steps, from opsd.py --kl-by-position.
+summed over steps, from runs of opsd.py.
 
 Several files: runs whose directories differ in a trailing -SEED alone, the run's own seed, are
 seeds of one thing. Files may be compressed (.gz).

@@ -45,7 +45,7 @@ BEST = 5  # tokens listed of each distribution
 SHOWN = ["none", "instruction", "other", "answer", "solution"]  # by what they give away
 UNREAD = {  # of opsd.py's flags
     *("--filter", "--group", "--resample", "--context", "--reinject", "--teacher-thinking"),
-    *("--divergence", "--beta", "--teacher", "--ema", "--refresh", "--kl-by-position"),
+    *("--divergence", "--beta", "--teacher", "--ema", "--refresh"),
     *("--steps", "--batch", "--lr", "--micro-tokens", "--checkpointing", "--offload", "--resume"),
     *("--state-every", "--save-every", "--eval-data", "--eval-problems", "--eval-every"),
 }
