@@ -329,9 +329,7 @@ def check_bins(line, step, kept, width):
     for outcome in rollout.OUTCOMES:
         rows = [r.kl for r in kept if r.outcome == outcome]
         starts = range(0, max(map(len, rows), default=0), width)
-        bins = [
-            [row[start : start + width] for row in rows if len(row) > start] for start in starts
-        ]
+        bins = [[row[at : at + width] for row in rows if len(row) > at] for at in starts]
         found = line[outcome]
         assert found["kl"] == pytest.approx([sum(map(sum, b)) for b in bins], rel=1e-2, abs=1e-4)
         assert found["tokens"] == [sum(map(len, b)) for b in bins]
