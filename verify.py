@@ -6,11 +6,11 @@ Grading rules (1 to 3 are answers.py's):
  2. The answer is in the last complete `\\boxed{...}`, or in the last ones if only a comma, "and" or
     "or" stands between them. No box, or an empty one, is "no_answer".
  3. Answer and gold become a value and a unit (`15 balls`, `\\$18`), which one of them may lack.
- 4. Values are compared by math-verify: LaTeX grammar to sympy, then `verify(gold, prediction)`
-    (strict; floats equal to 6 decimals, small ones to 5 digits; `x<2` is an interval), and plain
-    numbers here, with the same result. Of `A=B`, B is the answer, and sides that are numbers have
-    to agree; an A that the grammar lacks is a name. What else it lacks is wrong: math_verify.parse
-    *searches* a text (in `3}+` it finds the 3), and is not used.
+ 4. verify_worker.py compares values by math-verify: LaTeX grammar to sympy, then `verify(gold,
+    prediction)` (strict; floats equal to 6 decimals, small ones to 5 digits; `x<2` is an interval);
+    plain numbers are compared here, with the same result. Of `A=B`, B is the answer, and sides that
+    are numbers have to agree; an A that the grammar lacks is a name. What else it lacks is wrong:
+    math_verify.parse *searches* a text (in `3}+` it finds the 3), and is not used.
  5. An answer of more than 500 characters, with brackets 13 deep or more than 40 of `^_|` is wrong
     unread: parsing takes seconds from there on, or Python's stack, which differs by version.
  6. An answer that passes the time limit or kills its grader (memory) is "timeout", so incorrect.
@@ -62,8 +62,8 @@ class Verifier(AbstractContextManager):
     """Grades answers in worker processes, each started when first needed; not for several threads.
 
     A fresh interpreter: a fork of a process with CUDA or threads can hang, and multiprocessing
-    imports the caller's script again. It reads from a pipe, and so ends with its caller: a JSON
-    line a pair, one a verdict (0.1 ms of the 1 to 10 ms of an answer).
+    imports the caller's script again. It reads from a pipe, and so ends with its caller (0.1 ms of
+    the 1 to 10 ms of an answer).
 
     seconds: wall-clock limit of one answer, start-up not counted. memory_mb: limit on each worker's
     address space, in MiB (not on macOS).
