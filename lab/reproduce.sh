@@ -44,8 +44,10 @@ evaluate() {
     done
     if [ ! -f "$out.json" ]; then
         echo "== evaluation $1, seed $2"
-        python eval.py --seed "$2" --threads 1 --problems 1024 --samples 2 --out "$out.json" \
-            --model $models "${@:4}" > "$out.txt" 2>&1 || {
+        local flags=("${@:4}")
+        [[ "$*" = *--data* ]] || flags+=(--problems 1024)
+        python eval.py --seed "$2" --threads 1 --samples 2 --out "$out.json" \
+            --model $models "${flags[@]}" > "$out.txt" 2>&1 || {
             echo "failed: evaluation $1, seed $2"
             tail -n 3 "$out.txt"
             exit 255
@@ -104,6 +106,12 @@ pipeline() {
         done
     done
     evaluate settled-gate "$1" "rlvr $names"
+
+    run opsd settled-instruction-correct "$1" $from $end $long --filter correct \
+        --context instruction
+    names="settled-instruction-correct/step-40 settled-instruction-correct"
+    evaluate settled-more "$1" \
+        "rlvr $names settled-wrong-all/step-40 settled-instruction-all/step-40"
 }
 
 # Seed: several draws a problem, and tight caps; 120 steps from the RLVR model of `pipeline`.

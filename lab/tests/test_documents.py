@@ -2,6 +2,11 @@
 
 import glob
 import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -21,6 +26,46 @@ def test_commands_parse_and_links_lead_somewhere(page):
     else:
         parse_commands(page)
         follow_links(page)
+
+
+# Stands for python: notes how it was called, and leaves the files that are looked for.
+FAKE = """
+import json, os, sys
+from pathlib import Path
+argv = sys.argv[1:]
+with open("calls.jsonl", "a") as calls:
+    print(json.dumps(argv), file=calls)
+if argv[0] == "-c":
+    sys.exit(1)  # no vllm
+out = Path(argv[argv.index("--out") + 1]) if "--out" in argv else Path("runs/gates")
+(out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
+if out.suffix:
+    out.touch()
+else:
+    for name in "metrics.jsonl kl_by_position.jsonl table.json figure.png figure.svg".split():
+        (out / name).touch()
+"""
+
+
+@pytest.mark.parametrize("what", ["", "real"])
+def test_reproduce_calls_what_scripts_take(what, tmp_path):
+    (tmp_path / "lab").mkdir()
+    shutil.copy(os.path.join(HERE, "lab", "reproduce.sh"), tmp_path / "lab")
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text(f"#!{sys.executable}{FAKE}")
+    fake.chmod(0o755)
+    seeds = dict(SEEDS="1", REAL_SEEDS="1", PATH=f"{fake.parent}:{os.environ['PATH']}")
+    command = ["bash", "lab/reproduce.sh", *what.split()]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **seeds}, check=True)
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    for first, *argv in calls:
+        if first != "-c":
+            name, argv = (argv[0], argv[1:]) if first == "-m" else (first[:-3], argv)
+            script = importlib.import_module(name)
+            if hasattr(script, "parse_args"):
+                script.parse_args(argv)
+    assert len(calls) > 30
 
 
 def test_every_script_is_in_a_document():
