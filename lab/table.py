@@ -56,6 +56,7 @@ PARTS = {
     "settled-contexts": Part("A wrong solution, an instruction: after 40 steps and settled", "new"),
     "lora": Part("With --lora 16 --lr 1e-3: after 40 steps and settled", "new"),
     GATED: Part("References without and with the gate agreement, settled", "ready"),
+    "settled-more": Part("An instruction on correct ones; all ones after 40 steps", "ready"),
     "sibling": Part("A correct sibling as the reference: after 40 steps and settled", "ready"),
     "shortest": Part("The shortest correct one of four, after 40 steps and settled", "ready"),
     "cap70": Part("A cap of 70 tokens in training: half of the responses truncated", "ready"),
