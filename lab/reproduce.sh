@@ -107,6 +107,13 @@ pipeline() {
     done
     evaluate settled-gate "$1" "rlvr $names"
 
+    # Where the dip was deepest: does a smaller rate avoid it, does the gate?
+    if [[ $1 =~ ^(208|204|201)$ ]]; then
+        run opsd slow-correct "$1" $from --eval-every 10 --eval-problems 256 --filter correct \
+            --lr 3e-5 --steps 400
+        run opsd agreement-correct "$1" $from $way --filter correct --gate agreement --steps $steps
+    fi
+
     run opsd settled-instruction-correct "$1" $from $end $long --filter correct \
         --context instruction
     names="settled-instruction-correct/step-40 settled-instruction-correct"

@@ -77,6 +77,8 @@ PARTS = {
     "real-order": Part("A pretrained model: OPSD before RLVR, changes against SFT", "real"),
     "real-long": Part("A pretrained model: 24 steps instead of 10", "real"),
 }
+DEEPEST = "208", "204", "201"  # by table `way`
+DIP = "settled-correct", "slow-correct", "agreement-correct"
 HEAD = "# Every table in full\n\n[How to read them](../README.md#the-tables).\n"
 NO_TRACES = ("off", "dial-correct", "dial-incorrect")
 BENCHES = {
@@ -260,14 +262,14 @@ def gate_table(seeds):
     return markdown(header, rows)
 
 
-def way_table(seeds):
-    """How runs on correct rollouts got there, a row a pipeline, from their logs (256 held-out
-    problems): the mean reverse KL of their last three updates as a share of the first three's; the
-    deepest change of accuracy; where it is within a point of the run's last four evaluations again.
+def way_table(names):
+    """How runs on correct rollouts got there, a row a run, from their logs (256 held-out problems):
+    the mean reverse KL of their last three updates as a share of the first three's; the deepest
+    change of accuracy; where it is within a point of the run's last four evaluations again.
     """
     marks, rows = (10, 20, 40, 120), []
-    for seed in seeds:
-        lines = read_lines(log_of(f"settled-correct-{seed}"))
+    for name in names:
+        lines = read_lines(log_of(name))
         kls = [line["reverse_kl"] for line in lines if line.get("kept")]
         shares = [100 * np.mean(kls[step - 3 : step]) / np.mean(kls[:3]) for step in marks]
         found = []  # (step, change of accuracy)
@@ -279,8 +281,8 @@ def way_table(seeds):
         step, deepest = min(found, key=lambda pair: pair[1])
         back = next(at for at, gained in found if at >= step and gained >= end - 1)
         dip = [f"{deepest:+.1f}", str(step), str(back), f"{end:+.1f}"]
-        rows.append([str(seed), *(f"{share:.1f}" for share in shares), *dip])
-    header = ["pipeline", *(f"KL, step {step}, % of the first" for step in marks)]
+        rows.append([name, *(f"{share:.1f}" for share in shares), *dip])
+    header = ["run", *(f"KL, step {step}, % of the first" for step in marks)]
     header += ["deepest, points", "at step", "back at step", "at the end, points"]
     return markdown(header, rows)
 
@@ -341,7 +343,11 @@ def main(argv=None):
         tables["traces"] = markdown(TRACES[:5], [found[branch][:5] for branch in TRACE_PICKS])
         table = pipelines_table("settled", SETTLED_COLUMNS, SETTLED_PAIR, args.seeds)
         add("settled-pipelines", "Pipeline by pipeline, settled", table)
-        add("way", "The way there, correct rollouts (256 problems)", way_table(args.seeds))
+        table = way_table([f"settled-correct-{seed}" for seed in args.seeds])
+        add("way", "The way there, correct rollouts (256 problems)", table)
+        found = [f"{branch}-{seed}" for seed in DEEPEST for branch in DIP]
+        table = way_table([name for name in found if os.path.isfile(log_of(name))])
+        add("dip", "The deepest dips: --lr 3e-5 (400 steps), --gate agreement", table)
         table = pipelines_table("filters", OLD_COLUMNS, OLD_PAIR, args.old_seeds)
         add("pipelines", "Pipeline by pipeline, 40 steps", table)
         title = f"Without and with the gate agreement, settled; pipelines: {len(seeds[GATED])}"

@@ -55,7 +55,7 @@ def test_reproduce_calls_what_scripts_take(what, tmp_path):
     fake.parent.mkdir()
     fake.write_text(f"#!{sys.executable}{FAKE}")
     fake.chmod(0o755)
-    seeds = dict(SEEDS="1", REAL_SEEDS="1", PATH=f"{fake.parent}:{os.environ['PATH']}")
+    seeds = dict(SEEDS="201", REAL_SEEDS="1", PATH=f"{fake.parent}:{os.environ['PATH']}")
     command = ["bash", "lab/reproduce.sh", *what.split()]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, **seeds}, check=True)
     calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
