@@ -439,7 +439,7 @@ def test_opsd_does_what_its_flags_say(
         shown = check_samples(samples, number, seen)
         assert [row["kept"] for row in shown] == [any(r is k for k in kept) for r in seen[:2]]
         bins = read_lines(os.path.join(out, "kl_by_position.jsonl"))[number - 1]
-        check_bins(bins, number, kept, args.max_new_tokens // 20)
+        check_bins(bins, number, kept, CAP // 20)
         if number == 1:
             prompts = prompts_shown(samples)
             assert prompts["student_prompt"] == tokenizer.decode(kept[0].prompt)
