@@ -103,7 +103,7 @@ def parse_args(argv=None):
         fail(f"--gate {args.gate}: needs --gate-range FROM or --gate-range FROM BELOW")
     if args.lora and args.teacher != "frozen":
         fail(f"--teacher {args.teacher}: with --lora it is the student, adapters off: frozen only")
-    low, high = [*(args.gate_range or [0]), math.inf][:2]
+    low, high = bounds(args)
     if low >= (min(high, args.max_new_tokens) if args.gate == "position" else high):
         fail(f"--gate-range {low} {high}: no token is in it")
     args.teacher_thinking = args.teacher_thinking or args.thinking
@@ -258,9 +258,14 @@ def entropy(logps):
     return -torch.linalg.vecdot(logps.exp(), logps)
 
 
+def bounds(args):
+    """FROM and BELOW of --gate-range."""
+    return [*(args.gate_range or [0]), math.inf][:2]
+
+
 def within(values, args):
     """1 where --gate-range has the value. From 0 on is all of them: rounding may be below it."""
-    low, high = [*args.gate_range, math.inf][:2]
+    low, high = bounds(args)
     return ((values >= (low or -math.inf)) & (values < high)).float()
 
 

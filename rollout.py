@@ -280,7 +280,7 @@ def log_not_finite(run, begin, record, rollouts):
 def kl_by_position(rollouts, cap):
     """Figure 2: reverse KL (nats) by position in the response.
 
-    Per outcome the sum over tokens, the tokens and the rollouts in each of 20 bins up to `cap`.
+    Per outcome the sum over tokens, the tokens and the rollouts in bins of a twentieth of `cap`.
     """
     width = max(1, cap // 20)
     bins = dict(bin=width)

@@ -62,8 +62,8 @@ class Verifier(AbstractContextManager):
     """Grades answers in worker processes, each started when first needed; not for several threads.
 
     A fresh interpreter: a fork of a process with CUDA or threads can hang, and multiprocessing
-    imports the caller's script again. It reads from a pipe, and so ends with its caller (0.1 ms of
-    the 1 to 10 ms of an answer).
+    imports the caller's script again. It reads from a pipe, and so ends with its caller: a line
+    there and one back take 0.1 ms of the 1 to 10 ms of an answer.
 
     seconds: wall-clock limit of one answer, start-up not counted. memory_mb: limit on each worker's
     address space, in MiB (not on macOS).
