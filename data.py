@@ -159,6 +159,9 @@ def read_rows(path, flag="--data"):
         return
     shards = glob.glob(os.path.join(glob.escape(path), "*.parquet"))
     is_parquet = path.endswith(".parquet") or shards
+    names = map(os.path.basename, shards)
+    if len(splits := {name.partition("-")[0] for name in names if "-of-" in name}) > 1:
+        fail(f"{flag} {path}: has shards of several splits: {', '.join(sorted(splits))}")
     if not is_parquet and (os.path.exists(path) or path.count("/") != 1):
         fail(f"{flag} {path}: not a .jsonl or .parquet file, nor a data set id (owner/name)")
     try:
@@ -206,7 +209,9 @@ def read_table(path, is_parquet):
     rows = datasets.load_dataset(*name.split(":", 1), split=split or None)
     if split:
         return rows
-    return rows["train" if "train" in rows or len(rows) > 1 else next(iter(rows))]
+    if len(rows) > 1:
+        raise ValueError(f"name one of its splits, {path}@{', @'.join(rows)}")
+    return next(iter(rows.values()))
 
 
 def pick(row, part, fields, where, required):

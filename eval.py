@@ -72,6 +72,16 @@ def check_tokenizers(paths, problems):
             fail(f"--model {path}: another tokenizer than {paths[0]}'s: lengths do not compare")
 
 
+def drop_long(texts, rollouts, tokenizer, args, limit):
+    """`texts`, None in place of one whose prompt leaves no room for the response."""
+    kept = []
+    for text, r in zip(texts, rollouts, strict=True):
+        layout = args.thinking == "on", args.context_first
+        prompt = data.render_prompt(tokenizer, r.problem, text or "", *layout)
+        kept.append(text if not limit or len(prompt) + args.max_new_tokens <= limit else None)
+    return kept
+
+
 def main(argv=None):
     args = parse_args(argv)
     check_out(args, directory=False)
@@ -98,6 +108,7 @@ def main(argv=None):
                 write = rollout.make_writer(sampler, tokenizer, args, args.seed)
                 for context in args.context if path == args.model[0] else []:
                     name, texts = f"{path} reading {context}", CONTEXTS[context](own, write, args)
+                    texts = drop_long(texts, own, tokenizer, args, sampler.limit)
                     failed = f"{texts.count(None)} of {len(texts)} contexts failed"
                     without = "; those responses are without one" if None in texts else ""
                     print(f"evaluating {name} on {benchmark}, {failed}{without}", flush=True)

@@ -405,14 +405,14 @@ def main(argv=None):
             seconds = trained_from - begun, time.time() - trained_from
             record.update(rollout.rollout_metrics(seen, kept, *seconds, device))
             log_step(run, record, args, seen, kept)
-            run.count_update(updated, "" if kept else f"--filter {args.filter} kept nothing")
+            run.count_update(updated, "" if kept else "--filter and --context left nothing")
             held_out.evaluate(run, step + 1)
             if args.save_every and (step + 1) % args.save_every == 0:
                 save_model(os.path.join(run.path, f"step-{step + 1}"), model, tokenizer)
-            follows = None if args.teacher == "frozen" else ranks.full_state(teacher)
-            run.save_state(step + 1, model, optimizer, drawn=drawn, teacher=follows, kls=kls)
+            follows = None if args.teacher == "frozen" else teacher
+            run.save_state(step + 1, model, optimizer, follows, drawn=drawn, kls=kls)
         if not run.updates:
-            fail(f"--filter {args.filter}, --context {args.context}: no step was taken")
+            fail("no step was taken, the model is unchanged")
         held_out.evaluate(run, args.steps, last=True)
         save_model(run.path, model, tokenizer)
         run.finish(metrics.settled(kls))
@@ -432,7 +432,7 @@ def log_step(run, record, args, seen, kept):
     begin = f"step {record['step']}/{args.steps}  "
     if not kept:
         failed = f"{record['context_failed']} contexts failed or were too long"
-        print(f"{begin}nothing kept by --filter {args.filter}; {failed}; no update", flush=True)
+        print(f"{begin}--filter and --context left nothing ({failed}); no update", flush=True)
     elif not math.isfinite(record["grad_norm"]):
         rollout.log_not_finite(run, begin, record, kept)
     else:

@@ -219,7 +219,7 @@ def check_run_directory(args):
     names = set(os.listdir(args.out)) if args.out and os.path.isdir(args.out) else set()
     if not args.resume:
         check_out(args)
-        if names and not names & {"metrics.jsonl", "model.safetensors"}:
+        if names and "metrics.jsonl" not in names:
             fail(f"--out {args.out} --overwrite: not the directory of a run")
         if names and os.path.realpath(args.out) == os.path.realpath(str(args.model)):
             fail(f"--out {args.out} --overwrite: is --model as well")
@@ -362,8 +362,11 @@ class Run:
             reason = nothing or f"loss or gradient not finite (see {log}; is --lr too high?)"
             fail(f"{reason}, in the last of {GIVE_UP} steps in a row without an update")
 
-    def save_state(self, step, model, optimizer, **rest):
-        """Everything after `step` steps, and `rest`, if --state-every says so. Two are kept."""
+    def save_state(self, step, model, optimizer, teacher=None, **rest):
+        """Everything after `step` steps, and `rest`, if --state-every says so. Two are kept.
+
+        teacher: one that follows the student.
+        """
         every, last = self.args.state_every, step == self.args.steps
         if not every or step % every and not last:
             return
@@ -371,6 +374,7 @@ class Run:
         state.update(planned=self.state.get("planned", self.args.steps), **rest)
         state["model"] = ranks.full_state(model, trained=True)
         state["optimizer"] = ranks.full_state(model, optimizer)
+        state["teacher"] = None if teacher is None else ranks.full_state(teacher)
         state["generator"] = torch.get_rng_state()
         state["logs"] = {log.name: log.stat().st_size for log in Path(self.path).glob("*.jsonl")}
 

@@ -29,6 +29,7 @@ import toy_model
 from data import CONTEXTS
 from model import (
     backward_in_chunks,
+    context_limit,
     load_model,
     my_micro_batches,
     optimizer_step,
@@ -53,8 +54,11 @@ def parse_args(argv=None):
     parser.add_argument("--model", help="Hugging Face directory or id; without it a new tiny one")
     data.add_data_flags(parser)
     add = add_training_flags(parser, steps=1500, batch=32, lr=3e-3, state_every=100)
-    add("--warmup", type=int, default=100, help="steps up to --lr; then cosine to a tenth")
+    up = "steps up to --lr, then cosine to a tenth; else a tenth of --steps, at most 100"
+    add("--warmup", type=int, help=up)
     args = parser.parse_args(argv)
+    if args.warmup is None:
+        args.warmup = min(100, args.steps // 10)
     if args.data and not args.model:
         fail("--data without --model: the embedded model has a task of its own; name a model")
     return args
@@ -84,6 +88,16 @@ def real_row(tokenizer, problem, end):
     text = f"<think>\n{solution}\n</think>\n\n\\boxed{{{answer}}}"
     text = text.removeprefix(opened_think(tokenizer, prompt))
     return prompt, tokenizer(text, add_special_tokens=False).input_ids + [end]
+
+
+def drop_long(problems, tokenizer, end, limit):
+    """The problems whose rows the model's context of `limit` tokens holds; says how many do not."""
+    kept = [p for p in problems if sum(map(len, real_row(tokenizer, p, end))) <= limit]
+    if dropped := len(problems) - len(kept):
+        print(f"dropped {dropped} of {len(problems)} rows: beyond the model's context of {limit}")
+    if not kept:
+        fail(f"--data: no row fits in the model's context of {limit} tokens")
+    return kept
 
 
 def build_tiny(seed):
@@ -149,6 +163,8 @@ def main(argv=None):
     end = tokenizer.eos_token_id
     if end is None:
         end = stop_ids(model, tokenizer)[0]
+    if args.data and (limit := context_limit(model)[0]):
+        problems = drop_long(problems, tokenizer, end, limit)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )

@@ -279,7 +279,7 @@ def test_a_filter_that_keeps_nothing_is_logged_and_ends_the_run(tmp_path, monkey
     monkeypatch.setitem(opsd.FILTERS, "correct", lambda rollouts, args: rollouts[: next(counts)])
     monkeypatch.setattr(run, "GIVE_UP", 2)
     error = refused(opsd.main, ["--steps", "5", "--out", str(tmp_path / "run"), *SMALL])
-    assert "--filter correct kept nothing" in error and "2 steps in a row" in error
+    assert "--filter and --context left nothing" in error and "2 steps in a row" in error
     assert [step["kept"] for step in metrics(tmp_path / "run")[1:]] == [0, 6, 0, 0]
     samples = read_lines(tmp_path / "run" / "samples.jsonl")
     assert [row["step"] for row in samples if "teacher_prompt" in row] == [2]

@@ -113,6 +113,12 @@ def test_summary_keeps_the_groups_apart():
     assert (s["length"], s["length_correct"], s["markers"]) == (25, 10, pytest.approx(16))
 
 
+def test_a_context_that_leaves_no_room_is_none(tokenizer):
+    args, rows = evaluation.parse_args(["--model", "x"]), [Rollout(Problem("q", "1"), [])] * 3
+    texts = evaluation.drop_long(["", "long " * 3000, None], rows, tokenizer, args, 2048)
+    assert texts == ["", None, None]
+
+
 def test_a_rate_that_is_zero_everywhere_is_a_line_below_the_table():
     records = compare([("a", graded(["correct", "incorrect"], 10))])
     assert table_of(records).endswith("\ntruncated and no answer: 0.0%")

@@ -38,6 +38,7 @@ REFUSED = [
     (evaluation, EVAL + "--data a.jsonl --problems 5", "--problems: read only without --data"),
     (evaluation, EVAL + "--context solution --context-tokens 9", "--context-tokens: read"),
     (show, SHOW + "--lr 1e-5", "--lr: of opsd.py, not read here"),
+    (show, SHOW + "--lora 4", "--lora: of opsd.py, not read here"),
     (show, SHOW + "--context=solution", "--context: of opsd.py, not read here"),
     (show, SHOW + "--context-tokens 9", "--context-tokens: read only with --context reflection"),
     # Nothing could come of them.
@@ -127,8 +128,10 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
     write(tmp_path / "deep.json", "[" * 5000)
     for name in ("notes.txt", "broken.parquet"):
         write(tmp_path / name, "hello")
-    for name in ("dir.jsonl", "taken"):
+    for name in ("dir.jsonl", "taken", "mixed"):
         (tmp_path / name).mkdir()
+    for split in ("train", "test"):
+        write(tmp_path / "mixed" / f"{split}-00000-of-00001.parquet", "")
     for name, text in (("list", "[1]"), ("number", '{"args": 3}')):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "metrics.jsonl", text)
@@ -145,6 +148,7 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
         ("--data missing.jsonl", "missing.jsonl"),
         ("--data notes.txt", "notes.txt"),
         ("--data broken.parquet", "broken.parquet"),
+        ("--data mixed", "--data mixed: has shards of several splits: test, train"),
         ("--data long.jsonl", "--max-new-tokens 160: no prompt leaves room"),
         ("--data bare.jsonl", "--context solution: needs a solution, and problem 2 of 2 has none"),
         ("--data good.jsonl --context given", "needs a context, and problem 1 of 1"),
@@ -163,8 +167,11 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
     for line, complaint in cases:
         assert complaint in refused(opsd.main, [*bare, *line.split()]), line
     assert os.listdir(tmp_path) == before
-    argv = f"--model {TINY} --data bare.jsonl --steps 1 --warmup 0".split()
-    assert "sft.py needs a solution in every row" in refused(sft.main, argv)
+    for line, complaint in (
+        ("--data bare.jsonl", "sft.py needs a solution in every row"),
+        ("--data long.jsonl", "--data: no row fits in the model's context of 2048 tokens"),
+    ):
+        assert complaint in refused(sft.main, ["--model", TINY, *line.split(), "--steps", "1"])
     few = "--contexts sibling --problems 2 --draw 2 --threads 1".split()
     assert "none of the 2 responses has one" in refused(show.main, [*SHOW.split(), *few])
     monkeypatch.setattr(evaluation.samplers, "make_sampler", None)  # before anything is sampled
@@ -180,6 +187,7 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
         ("--jsonl good.jsonl", "--jsonl good.jsonl: exists already"),
         ("--jsonl page.html", "--jsonl page.html: is --out as well"),
         ("--data good.jsonl", "--problems 12: only 1 are drawn (--draw, --data)"),
+        ("--problems 2 --data bare.jsonl", "--context other: needs a solution"),
         ("--problems 500 --draw 4", "--problems 500: only 4 are drawn"),
     ):
         assert complaint in refused(show.main, [*SHOW.split(), *line.split()])

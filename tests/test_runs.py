@@ -287,11 +287,11 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, monkeypatch, refuse
     out = tmp_path / "run"
     for name in ("step-1", "adapter"):
         (out / name).mkdir(parents=True)
-    for name in ("train.jsonl", "notes.txt"):
+    for name in ("train.jsonl", "notes.txt", "model.safetensors"):  # somebody's own model
         write(out / name, "x")
     argv = [*BARE, "--overwrite", "--out", str(out)]
-    assert "not the directory of a run" in refused(opsd.main, argv) and len(names_in(out)) == 4
-    for name in ("metrics.jsonl", "kl_by_position.jsonl", "model.safetensors"):
+    assert "not the directory of a run" in refused(opsd.main, argv) and len(names_in(out)) == 5
+    for name in ("metrics.jsonl", "kl_by_position.jsonl"):
         write(out / name, "{}")
     error = refused(opsd.main, [*argv, "--model", os.path.join(out, "")])
     assert "is --model as well" in error and len(names_in(out)) == 7

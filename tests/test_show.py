@@ -30,7 +30,12 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("show")
     page, lines = str(folder / "page.html"), str(folder / "tokens.jsonl")
     flags = f"--problems 4 --draw 16 --threads 1 --run {TINY}/sft".split()
-    show.main([*flags, "--model", f"{TINY}/rlvr", "--out", page, "--jsonl", lines])
+    others, own = [], show.samplers.make_sampler
+    with pytest.MonkeyPatch.context() as patch:
+        make = lambda *args: others.append(args[3]) or own(*args)  # noqa: E731
+        patch.setattr(show.samplers, "make_sampler", make)
+        show.main([*flags, "--model", f"{TINY}/rlvr", "--out", page, "--jsonl", lines])
+    assert others[0] is None and others[1]  # vLLM: one engine for both
     return page, read_lines(lines)
 
 

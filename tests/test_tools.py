@@ -120,6 +120,8 @@ def test_shapes_are_qwens_and_more_cards_and_flags_need_less():
     flags = "--checkpointing", "--offload"
     sizes = [whole(1), whole(2), whole(8), whole(8, *flags[:1]), whole(8, *flags)]
     assert sizes == sorted(sizes, reverse=True)
+    args = opsd.parse_args([*memory.CUDA[:-1], "transformers"])  # from a copy in bfloat16
+    assert memory.estimate(memory.SHAPES["tiny"], args, 1, 8, False)["sampler"] > 0
 
 
 def test_the_bench_measures_each_case_and_says_what_cannot_be(monkeypatch, capsys):

@@ -615,7 +615,8 @@ def test_the_defaults_are_those_of_the_documents():
     for script, argv, wanted in (
         (opsd, [], dict(method, **numbers, steps=40, batch=96, lr=1e-4)),
         (rlvr, [], dict(steps=40, batch=32, lr=7e-5, group=8, length_penalty=0, kl=0)),
-        (sft, [], dict(steps=1500, batch=32, lr=3e-3)),
+        (sft, [], dict(steps=1500, batch=32, lr=3e-3, warmup=100)),
+        (sft, ["--steps", "50"], dict(warmup=5)),  # and not a run within its warm-up
         (evaluation, ["--model", "x"], dict(problems=512, samples=4)),
     ):
         args = vars(script.parse_args(argv))

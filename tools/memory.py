@@ -88,7 +88,7 @@ def estimate(config, args, gpus, tokens, sharded):
     frozen = b * whole if sharded else b * blocks + 4 * (whole - blocks)
     # With --lora A (rank, in) and B (out, rank) of seven layers a block, and no other teacher.
     trained = args.lora * layers * (2 * (2 * width + queries + keys) + 3 * (width + mlp)) or whole
-    copied = args.backend == "transformers" and (sharded or args.lora)
+    copied = args.backend == "transformers" and (sharded or args.lora or low)
     parts = {
         "weights": (4 * trained + (b * whole if args.lora else 0)) * on_card,
         "gradients": 4 * trained * on_card,

@@ -45,7 +45,7 @@ BEST = 5  # tokens listed of each distribution
 SHOWN = ["none", "instruction", "other", "answer", "solution"]  # by what they give away
 UNREAD = {  # of opsd.py's flags
     *("--filter", "--group", "--resample", "--context", "--reinject", "--teacher-thinking"),
-    *("--divergence", "--beta", "--teacher", "--ema", "--refresh"),
+    *("--divergence", "--beta", "--teacher", "--ema", "--refresh", "--lora"),
     *("--steps", "--batch", "--lr", "--micro-tokens", "--checkpointing", "--offload", "--resume"),
     *("--state-every", "--save-every", "--eval-data", "--eval-problems", "--eval-every"),
 }
@@ -86,12 +86,14 @@ def answer_problems(args, device):
         problems = data.embedded_problems(args.draw, args.seed, held_out=True)
     if len(problems) < args.problems:
         fail(f"--problems {args.problems}: only {len(problems)} are drawn (--draw, --data)")
-    answers, texts = {}, {}
+    for name in args.contexts:
+        data.require_parts(problems, name)
+    answers, texts, sampler = {}, {}, None
     with Verifier() as verifier:
         for path in filter(None, [args.model, args.run]):
             model, tokenizer = load_model(path, device, args.dtype)
             data.require_thinking_switch(tokenizer, args.thinking == "on")
-            sampler = samplers.make_sampler(model, tokenizer, args)
+            sampler = samplers.make_sampler(model, tokenizer, args, sampler)
             rollouts = evaluate(sampler, tokenizer, problems, verifier, args)
             answers[path] = model, rollouts
             if not texts:  # the teacher writes its contexts about its own answers
