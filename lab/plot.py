@@ -1,6 +1,6 @@
 """Figures of our pipelines from evaluations, as eval.py writes them or results/ keeps them.
 
-    python -m lab.plot pairs settled-*.json.gz sibling-*.json.gz cap44-*.json.gz --out pairs
+    python -m lab.plot pairs {settled,sibling,cap44}-*.json.gz --out pairs
     python -m lab.plot gate settled-gate-*.json.gz --out gate
     python -m lab.plot shift evaluation.json --out figure4
 
@@ -46,7 +46,7 @@ def changes(files):
     return found
 
 
-HOW = {"": "all tokens", "agreement-": "only those the teacher would have written"}
+HOW = {"": "all tokens", "agreement-": "only those that the teacher would have written too"}
 # {label: its branches}, from the top.
 PAIRS = {
     "a right solution,\ncorrect responses": ["settled-correct"],
@@ -54,14 +54,16 @@ PAIRS = {
     "a right solution,\ntruncated responses": ["cap44-truncated"],
     "a correct sibling,\ncorrect responses": ["sibling-correct"],
     "a correct sibling,\nincorrect responses": ["sibling-incorrect"],
+    "told to be concise,\ncorrect responses": ["settled-instruction-correct"],
+    "told to be concise,\nincorrect responses": ["settled-instruction-incorrect"],
     "a wrong solution,\ncorrect responses": ["settled-wrong-correct"],
     "a wrong solution,\nincorrect responses": ["settled-wrong-incorrect"],
 }
 REFERENCES = {
-    "": "its solution",
+    "": "the problem's solution",
     "other-": "another problem's solution",
     "wrong-": "a wrong solution",
-    "instruction-": "an instruction, no solution",
+    "instruction-": "told to be concise",
 }
 GATE = {
     f"{outcome} responses,\n{reference}": [f"settled-{how}{name}{outcome}" for how in HOW]
@@ -76,7 +78,7 @@ def pairs(axes, files):
     """
     colours = [[COLOURS[branches[0].rpartition("-")[2]]] for branches in PAIRS.values()]
     dots(axes, changes(files), PAIRS, colours)
-    axes.figure.set_figheight(6)
+    axes.figure.set_figheight(7)
 
 
 def gate(axes, files):

@@ -249,6 +249,7 @@ cp runs/gates/figure.svg $results/gates.svg
 python -m lab.table --seeds $SEEDS --real-seeds $REAL_SEEDS --docs
 python -m lab.plot pairs $(files evaluations/settled-SEED.json.gz) \
     $(files evaluations/settled-contexts-SEED.json.gz) \
+    $(files evaluations/settled-more-SEED.json.gz) \
     $(SEEDS=$FEW files evaluations/sibling-SEED.json.gz) \
     $(SEEDS=$FEW files evaluations/cap44-SEED.json.gz) --out $results/pairs
 python -m lab.plot gate $(files evaluations/settled-gate-SEED.json.gz) --out $results/gate

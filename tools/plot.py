@@ -75,13 +75,15 @@ def draw_runs(panel, files, x, y):
     """Columns of `curves_of`: a thin line a seed, a thick one for their mean. Returns the means,
     {label: (steps, 3)}.
     """
-    means = {}
-    for name, curves in curves_of(files).items():
+    means, found = {}, curves_of(files)
+    shared = os.path.commonprefix(list(found)).rpartition("-")[0] if len(found) > 1 else ""
+    for name, curves in found.items():
         common = min(map(len, curves))  # evaluations that all seeds have
         for curve in curves if len(curves) > 1 else ():
             panel.plot(curve[:, x], curve[:, y], color=colour(name), linewidth=0.6, alpha=0.5)
         means[name] = mean = np.mean([curve[:common] for curve in curves], 0)
-        panel.plot(mean[:, x], mean[:, y], "o-", color=colour(name), markersize=3, label=name)
+        label = name[len(shared) :].lstrip("-")
+        panel.plot(mean[:, x], mean[:, y], "o-", color=colour(name), markersize=3, label=label)
     panel.axhline(0, color="black", linewidth=0.8)
     return means
 
@@ -91,6 +93,7 @@ def panel_below(axes, height, xlabel, ylabel):
     below = axes.inset_axes([0, -height - 0.07, 1, height], sharex=axes)
     axes.tick_params(labelbottom=False)
     below.set(xlabel=xlabel, ylabel=ylabel)
+    below.spines[["top", "right"]].set_visible(False)
     return below
 
 
@@ -99,10 +102,10 @@ def panel_below(axes, height, xlabel, ylabel):
 
 
 def trajectory(axes, files):
-    below = panel_below(axes, 0.68, "step", "length, percent")
+    below = panel_below(axes, 0.68, "step", "change of length, percent")
     draw_runs(below, files, 0, 2)
     draw_runs(axes, files, 0, 1)
-    axes.set_ylabel("accuracy, points")
+    axes.set_ylabel("change of accuracy, points")
     axes.legend(frameon=False, fontsize=8)
 
 
