@@ -196,7 +196,7 @@ PICKS = {
         ("settled", "settled-all", "all"),
         ("settled-contexts", "settled-instruction-incorrect", "incorrect, `--context instruction`"),
         ("settled-contexts", "settled-wrong-correct", "correct, `--context wrong`"),
-        ("sibling", "sibling-correct", "correct, `--context sibling` (three)"),
+        ("sibling", "sibling-correct", "correct, `--context sibling` (three trainings)"),
     ],
     "adapters": [
         ("settled", "settled-correct", "correct, all weights"),

@@ -76,6 +76,7 @@ PARTS = {
     "real-contexts": Part("A pretrained model: contexts", "real"),
     "real-order": Part("A pretrained model: OPSD before RLVR, changes against SFT", "real"),
     "real-long": Part("A pretrained model: 24 steps instead of 10", "real"),
+    "real-four": Part("A pretrained model that solves most of its problems: 40 steps", "real"),
 }
 DEEPEST = "208", "204", "201"  # by table `way`
 DIP = "settled-correct", "slow-correct", "agreement-correct"
