@@ -196,7 +196,7 @@ PICKS = {
         ("settled", "settled-all", "all"),
         ("settled-contexts", "settled-instruction-incorrect", "incorrect, `--context instruction`"),
         ("settled-contexts", "settled-wrong-correct", "correct, `--context wrong`"),
-        ("sibling", "sibling-correct", "correct, `--context sibling` (three trainings)"),
+        ("sibling", "sibling-correct", "correct, `--context sibling` (three runs)"),
     ],
     "adapters": [
         ("settled", "settled-correct", "correct, all weights"),
