@@ -159,8 +159,7 @@ def read_rows(path, flag="--data"):
         return
     shards = glob.glob(os.path.join(glob.escape(path), "*.parquet"))
     is_parquet = path.endswith(".parquet") or shards
-    names = map(os.path.basename, shards)
-    if len(splits := {name.partition("-")[0] for name in names if "-of-" in name}) > 1:
+    if len(splits := {os.path.basename(s).partition("-")[0] for s in shards if "-of-" in s}) > 1:
         fail(f"{flag} {path}: has shards of several splits: {', '.join(sorted(splits))}")
     if not is_parquet and (os.path.exists(path) or path.count("/") != 1):
         fail(f"{flag} {path}: not a .jsonl or .parquet file, nor a data set id (owner/name)")
