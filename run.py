@@ -230,7 +230,8 @@ def check_run_directory(args):
     log = os.path.join(args.out, "metrics.jsonl")
     with suppress(ValueError, KeyError, TypeError), open(log) as stream:
         before = dict(json.loads(stream.readline())["args"])  # unless line 0 is not whole
-    if "model.safetensors" in names and state.get("step", args.steps) >= args.steps:
+    saved = names & {"model.safetensors", "model.safetensors.index.json"}  # whole, or in shards
+    if saved and state.get("step", args.steps) >= args.steps:
         fail(f"--resume: {args.out} is finished; with its state and more --steps it goes on")
     free = HARMLESS - ({"steps"} if "warmup" in now else set())  # sft.py's rates follow --steps
     others = [
@@ -410,7 +411,7 @@ class Run:
         if self.first:
             self.write_card()
             self.remove(*find_states(self.path)[1:])
-        print(f"\n{says}run directory {self.path}: the trained model, metrics.jsonl, samples.jsonl")
+        print(f"\n{says}run directory {self.path}: the trained model, its logs, its card")
         ranks.leave()
 
 

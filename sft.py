@@ -197,9 +197,9 @@ def main(argv=None):
             record.update(loss_tokens=tokens, tokens_per_second=tokens / seconds, seconds=seconds)
             log_step(run, dict(record, peak_memory_mb=peak_memory(device)), args, rows)
             run.count_update(updated)
-            run.save_state(step + 1, model, optimizer)
             if args.save_every and (step + 1) % args.save_every == 0:
                 save_model(f"{run.path}/step-{step + 1}", model, tokenizer)
+            run.save_state(step + 1, model, optimizer)
         if not run.updates:
             fail("no step was taken, the model is unchanged")
         save_model(run.path, model, tokenizer)

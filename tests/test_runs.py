@@ -338,6 +338,8 @@ def test_a_finished_run_goes_on_with_more_steps_and_the_same_problems(tmp_path, 
         for name in find_states(out):
             os.remove(os.path.join(out, name))
         assert finished in refused(script.main, [*argv, "5", "--resume"])
+        os.rename(f"{out}/model.safetensors", f"{out}/model.safetensors.index.json")  # in shards
+        assert finished in refused(script.main, [*argv, "5", "--resume"])
     argv = ["--batch", "2", "--threads", "1", "--out", str(tmp_path / "sft"), "--steps"]
     sft.main([*argv, "2"])
     assert "--steps 2 then, 3 now" in refused(sft.main, [*argv, "3", "--resume"])
