@@ -159,7 +159,7 @@ def read_rows(path, flag="--data"):
         return
     shards = glob.glob(os.path.join(glob.escape(path), "*.parquet"))
     is_parquet = path.endswith(".parquet") or shards
-    if len(splits := {os.path.basename(s).partition("-")[0] for s in shards if "-of-" in s}) > 1:
+    if len(splits := set(re.findall(r"([^/\n]+)-\d+-of-\d+\.", "\n".join(shards)))) > 1:
         fail(f"{flag} {path}: has shards of several splits: {', '.join(sorted(splits))}")
     if not is_parquet and (os.path.exists(path) or path.count("/") != 1):
         fail(f"{flag} {path}: not a .jsonl or .parquet file, nor a data set id (owner/name)")
