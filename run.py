@@ -233,6 +233,8 @@ def check_run_directory(args):
     saved = names & {"model.safetensors", "model.safetensors.index.json"}  # whole, or in shards
     if saved and state.get("step", args.steps) >= args.steps:
         fail(f"--resume: {args.out} is finished; with its state and more --steps it goes on")
+    if saved:
+        state["logs"] = None  # whole, with the evaluation after the last step: nothing to cut
     free = HARMLESS - ({"steps"} if "warmup" in now else set())  # sft.py's rates follow --steps
     others = [
         f"--{name.replace('_', '-')} {before.get(name)} then, {now.get(name)} now"
@@ -399,7 +401,7 @@ class Run:
             torch.set_rng_state(self.state["generator"])
         if self.state and self.first:
             self.remove(".saving*")  # what a crash left half-written
-            for log in Path(self.path).glob("*.jsonl"):
+            for log in Path(self.path).glob("*.jsonl") if self.state["logs"] else ():
                 content = log.read_bytes()[: self.state["logs"].get(log.name, 0)]
                 write_file(str(log), content[: content.rfind(b"\n") + 1])  # whole lines
         if self.args.resume:

@@ -329,12 +329,13 @@ def test_a_finished_run_goes_on_with_more_steps_and_the_same_problems(tmp_path, 
     finished = "is finished; with its state and more --steps it goes on"
     for script, flags in ((opsd, "--filter all"), (rlvr, "--group 4 --batch 2")):
         out = str(tmp_path / script.__name__)
-        argv = [*SMALL, *flags.split(), "--eval-problems", "0", "--out", out, "--steps"]
+        evaluated = "--eval-problems 2 --eval-every 2 --out".split()
+        argv = [*SMALL, *flags.split(), *evaluated, out, "--steps"]
         script.main([*argv, "2"])
         assert finished in refused(script.main, [*argv, "2", "--resume"])
         script.main([*argv, "3", "--resume"])
         script.main([*argv, "4", "--resume"])  # those of the first 2 steps still
-        assert steps_in(out) == [1, 2, 3, 4]
+        assert steps_in(out) == [1, 2, 2, 3, 3, 4, 4]  # no evaluation is lost
         for name in find_states(out):
             os.remove(os.path.join(out, name))
         assert finished in refused(script.main, [*argv, "5", "--resume"])
