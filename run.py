@@ -231,9 +231,9 @@ def check_run_directory(args):
     with suppress(ValueError, KeyError, TypeError), open(log) as stream:
         before = dict(json.loads(stream.readline())["args"])  # unless line 0 is not whole
     saved = names & {"model.safetensors", "model.safetensors.index.json"}  # whole, or in shards
-    if saved and state.get("step", args.steps) >= args.steps:
-        fail(f"--resume: {args.out} is finished; with its state and more --steps it goes on")
     if saved:
+        if state.get("step", args.steps) >= args.steps:
+            fail(f"--resume: {args.out} is finished; with its state and more --steps it goes on")
         state["logs"] = None  # whole, with the evaluation after the last step: nothing to cut
     free = HARMLESS - ({"steps"} if "warmup" in now else set())  # sft.py's rates follow --steps
     others = [

@@ -54,7 +54,7 @@ def parse_args(argv=None):
     parser.add_argument("--model", help="Hugging Face directory or id; without it a new tiny one")
     data.add_data_flags(parser)
     add = add_training_flags(parser, steps=1500, batch=32, lr=3e-3, state_every=100)
-    up = "steps up to --lr, then cosine to a tenth; else a tenth of --steps, at most 100"
+    up = "steps up to --lr, then cosine to a tenth (else a tenth of --steps, at most 100)"
     add("--warmup", type=int, help=up)
     args = parser.parse_args(argv)
     if args.warmup is None:
