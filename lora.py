@@ -20,15 +20,22 @@ from run import fail
 
 def add_adapters(model, args):
     """Freezes a loaded model in place and adds adapters, the same ones on all ranks."""
-    body = model.base_model.named_modules()
-    linear = [name for name, module in body if isinstance(module, torch.nn.Linear)]
+    flag, body = f"--lora {args.lora}: {type(model).__name__}", model.base_model
+    # A subclass, such as a router, has a forward of its own, which an adapter would not call.
+    linear = [name for name, module in body.named_modules() if type(module) is torch.nn.Linear]
     if not linear:
-        fail(f"--lora {args.lora}: {type(model).__name__} has no torch.nn.Linear in its body")
-    own = dict(task_type="CAUSAL_LM", base_model_name_or_path=args.model)
-    config = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules=linear, **own)
+        fail(f"{flag} has no torch.nn.Linear in its body")
+    own = dict(task_type="CAUSAL_LM", base_model_name_or_path=args.model, target_modules=linear)
+    config = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, **own)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        inject_adapter_in_model(config, model)
+        try:
+            inject_adapter_in_model(config, model)
+        except ValueError as error:  # a Mamba kernel reads weights past their layers
+            fail(f"{flag} and PEFT: {error}")
+    adapted = {name for name, module in body.named_modules() if isinstance(module, LoraLayer)}
+    if lost := sorted(set(linear) - adapted):
+        fail(f"{flag}: PEFT leaves out {lost[0]} and {len(lost) - 1} more")
     for weight in model.parameters():
         if not weight.requires_grad:
             weight.data = weight.data.to(getattr(torch, args.dtype))

@@ -97,3 +97,28 @@ def test_the_teacher_is_the_start_and_peft_loads_what_is_saved(dtype, model, tok
         first, logits = base(ids).logits, plain(ids).logits  # (1, T, V)
         adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
     assert apart(adapted, logits) < 1e-5 and apart(adapted, first) > 0.01
+
+
+MOE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+MOE.update(vocab_size=100, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize(
+    "family, shape, refusal",
+    [
+        ("Mamba", dict(vocab_size=100, hidden_size=32, num_hidden_layers=1), "'out_proj' is incom"),
+        ("Glm4Moe", dict(MOE, first_k_dense_replace=0), "leaves out layers.0.mlp.shared_experts"),
+        ("Phimoe", MOE, None),  # its router is a subclass of Linear that returns two tensors
+    ],
+)
+def test_a_family_gets_an_adapter_in_every_linear_layer_or_is_refused(
+    family, shape, refusal, capsys
+):
+    config = getattr(transformers, f"{family}Config")(**shape, pad_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    if refusal is None:
+        assert with_adapters(model)[0](torch.arange(4)[None]).logits.shape == (1, 4, 100)
+        return
+    with pytest.raises(SystemExit):
+        with_adapters(model)
+    assert refusal in capsys.readouterr().err

@@ -22,23 +22,27 @@ def test_figures_from_the_runs_own_files(tmp_path, refused):
     files = []
     for seed in (1, 2):
         rows = [dict(args=dict(out=f"runs/correct-{seed}", seed=seed))]
-        for step in (20, 40):
+        for step in (20, 40) if seed == 1 else (10, 20, 40):
             pair = [
                 ("before", graded(["correct"] * 3 + ["incorrect"], 100)),
                 ("after", graded(["correct"] * 4, 80 - seed - step)),
             ]
             rows.append(dict(step=step, evaluation=metrics.compare(pair)))
         files.append(write(tmp_path / f"{seed}.jsonl", *map(json.dumps, rows)))
+    bare = write(tmp_path / "bare.jsonl", json.dumps(rows[0]))  # no evaluation: left out
     for figure in ("path", "trajectory"):
-        plot.main([figure, *files, "--out", str(tmp_path / figure)])
+        plot.main([figure, bare, *files, "--out", str(tmp_path / figure)])
         assert (tmp_path / f"{figure}.png").stat().st_size > 5000
         assert (tmp_path / f"{figure}.svg").exists()
     # Runs that differ in their own seed are seeds of one thing.
     curves = plot.curves_of(files)
     assert list(curves) == ["correct"] and len(curves["correct"]) == 2
     assert curves["correct"][0][:, :2].tolist() == [[0, 0], [20, 25], [40, 25]]
+    with plot.figure(tmp_path / "mean") as axes:  # of seeds at the same step
+        assert plot.draw_runs(axes, files, 0, 1)["correct"][:, 0].tolist() == [0, 20, 40]
     none = write(tmp_path / "none.jsonl", "{}")
-    for file, says in ((none, "no files for this figure"), (none + "x", "No such file")):
+    refusals = {bare: "no run with an evaluation", none: "no files", none + "x": "No such file"}
+    for file, says in refusals.items():
         assert says in refused(plot.main, ["path", file, "--out", str(tmp_path / "x")])
 
 
@@ -56,6 +60,8 @@ def test_position_leaves_out_where_few_rollouts_are_left(tmp_path, monkeypatch, 
     write(tmp_path / "few.jsonl", json.dumps(dict(step=1, bin=8, **outcomes)))
     argv = ["position", str(tmp_path / "few.jsonl"), "--out", str(tmp_path / "f")]
     assert "no position with 10 rollouts" in refused(plot.main, argv)
+    write(tmp_path / "few.jsonl", *(json.dumps(dict(bin=bin, **outcomes)) for bin in (8, 16)))
+    assert "[8, 16] tokens wide" in refused(plot.main, argv)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ seeds of one thing. Files may be compressed (.gz).
 import json
 import os
 from contextlib import contextmanager
+from functools import reduce
 
 if __name__ == "__main__":
     from launch import start
@@ -62,10 +63,13 @@ def curves_of(files):
                     change = record["change"]
                     curve.append((row["step"], change["accuracy"][0], change["length"][0]))
         if len(curve) == 1:
-            raise ValueError(f"{file}: no evaluation in it (--eval-every)")
+            print(f"{file}: left out, no evaluation in it (--eval-every)")
+            continue
         args = head["args"]
         run = args["out"].rstrip("/").removesuffix(f"-{args['seed']}")
         found.setdefault(run, []).append(np.array(curve))
+    if not found:
+        raise ValueError("no run with an evaluation")
     short = [os.path.basename(run) for run in found]
     labels = short if len(set(short)) == len(short) else list(found)
     return dict(zip(labels, found.values(), strict=True))
@@ -78,10 +82,10 @@ def draw_runs(panel, files, x, y):
     means, found = {}, curves_of(files)
     shared = os.path.commonprefix(list(found)).rpartition("-")[0] if len(found) > 1 else ""
     for name, curves in found.items():
-        common = min(map(len, curves))  # evaluations that all seeds have
+        steps = reduce(np.intersect1d, [curve[:, 0] for curve in curves])  # that all seeds have
         for curve in curves if len(curves) > 1 else ():
             panel.plot(curve[:, x], curve[:, y], color=colour(name), linewidth=0.6, alpha=0.5)
-        means[name] = mean = np.mean([curve[:common] for curve in curves], 0)
+        means[name] = mean = np.mean([c[np.isin(c[:, 0], steps)] for c in curves], 0)
         label = name[len(shared) :].lstrip("-")
         panel.plot(mean[:, x], mean[:, y], "o-", color=colour(name), markersize=3, label=label)
     panel.axhline(0, color="black", linewidth=0.8)
@@ -125,6 +129,8 @@ def path(axes, files):
 def position(axes, files):
     """Mean reverse KL per token by position, where LEAST rollouts are left, and their number."""
     rows = [row for file in files for row in read_lines(file)]
+    if len(bins := {row["bin"] for row in rows}) > 1:
+        raise ValueError(f"runs whose bins are {sorted(bins)} tokens wide; one width at a time")
     below = panel_below(axes, 0.26, "position in the response, tokens", "rollouts")
     below.set_yscale("log")
     for outcome, color in COLOURS.items():
@@ -133,8 +139,8 @@ def position(axes, files):
             continue
         total = {key: np.zeros(length) for key in ("kl", "tokens", "rollouts")}
         for row in rows:
-            for key, bins in total.items():
-                bins[: len(row[outcome][key])] += row[outcome][key]
+            for key, sums in total.items():
+                sums[: len(row[outcome][key])] += row[outcome][key]
         x = (np.arange(length) + 0.5) * rows[0]["bin"]
         means = np.where(total["rollouts"] < LEAST, np.nan, total["kl"] / total["tokens"])
         axes.plot(x, means, color=color, label=outcome)
