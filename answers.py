@@ -149,11 +149,12 @@ BARE = (
 # 5 km/h\text{ $} or 5\text{ km}/\text{h}^2
 UNIT = re.compile(rf"(.*?[^ ]) ?(?=[^ ])({BARE})?((?: ?(?:(?:/|\\cdot) ?)?{UPRIGHT})*)")
 NOT_UNITS = set(
-    "and or not to if than plus minus hundred thousand million billion trillion dozen half halves"
+    "and or not to if than plus minus hundred thousand million billion trillion dozen"
     " squared cubed factorial pi sin cos tan cot csc log ln exp sqrt mod gcd lcm max choose"
-    " infinity lakh crore score quarter third fourth fifth sixth seventh eighth ninth tenth"
-    " hundredth thousandth millionth is are was were be but because since so no yes wait wrong"
-    " incorrect false right correct true percent maybe".split()
+    " infinity lakh crore bn mn tn score over divided multiplied below above half halves quarter"
+    " third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth sixteenth twentieth"
+    " hundredth thousandth millionth tens zero is are was were be but because since so no yes wait"
+    " wrong incorrect false right correct true percent maybe".split()
 )
 SHORT = dict(
     pair.split("=")
