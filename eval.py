@@ -72,7 +72,7 @@ def check_tokenizers(paths, problems):
             fail(f"--model {path}: another tokenizer than {paths[0]}'s: lengths do not compare")
 
 
-def drop_long(texts, rollouts, tokenizer, args, limit):
+def drop_long_contexts(texts, rollouts, tokenizer, args, limit):
     """`texts`, None in place of one whose prompt leaves no room for the response."""
     kept = []
     for text, r in zip(texts, rollouts, strict=True):
@@ -108,7 +108,7 @@ def main(argv=None):
                 write = rollout.make_writer(sampler, tokenizer, args, args.seed)
                 for context in args.context if path == args.model[0] else []:
                     name, texts = f"{path} reading {context}", CONTEXTS[context](own, write, args)
-                    texts = drop_long(texts, own, tokenizer, args, sampler.limit)
+                    texts = drop_long_contexts(texts, own, tokenizer, args, sampler.limit)
                     failed = f"{texts.count(None)} of {len(texts)} contexts failed"
                     without = "; those responses are without one" if None in texts else ""
                     print(f"evaluating {name} on {benchmark}, {failed}{without}", flush=True)

@@ -115,7 +115,7 @@ def test_summary_keeps_the_groups_apart():
 
 def test_a_context_that_leaves_no_room_is_none(tokenizer):
     args, rows = evaluation.parse_args(["--model", "x"]), [Rollout(Problem("q", "1"), [])] * 3
-    texts = evaluation.drop_long(["", "long " * 3000, None], rows, tokenizer, args, 2048)
+    texts = evaluation.drop_long_contexts(["", "long " * 3000, None], rows, tokenizer, args, 2048)
     assert texts == ["", None, None]
 
 
