@@ -203,8 +203,19 @@ four() {
         run opsd real-four-$filter "$1" --model "runs/table/real-four-rlvr-$1" $task $sample \
             --context-first --batch 16 --resample 3 --steps 40 --lr 1e-5 --filter $filter
     done
+    local context gate names=
+    for context in solution other; do
+        for gate in all agreement; do
+            run opsd real-four-$context-$gate "$1" --model "runs/table/real-four-rlvr-$1" $task \
+                $sample --context-first --batch 16 --steps 40 --lr 1e-5 --filter all \
+                --context $context --gate $gate
+            names+=" real-four-$context-$gate"
+        done
+    done
     evaluate real-four "$1" "real-four-rlvr real-four-correct real-four-incorrect" $sample \
         --data runs/real/four/test.jsonl --dtype bfloat16 --context-first --context solution
+    evaluate real-four-gates "$1" "real-four-rlvr$names" $sample \
+        --data runs/real/four/test.jsonl --dtype bfloat16
 }
 export -f keep run evaluate pipeline groups real four
 

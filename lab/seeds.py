@@ -10,7 +10,7 @@ from tools import markdown
 
 def changes_of(responses, seed):
     """{branch: {accuracy, length: (estimate, draws of it)}}: a seed's changes against its first
-    model, and those of each incorrect branch against the correct one.
+    model, and those of the incorrect or gated branches against the correct or ungated ones.
 
     Bootstraps of equally many problems draw the same ones: draws of seeds can be averaged.
     """
@@ -22,10 +22,10 @@ def changes_of(responses, seed):
     first, *others = sums
     changes = {branch: paired_bootstrap(sums[first], sums[branch]) for branch in others}
     for branch in others:
-        correct = branch.replace("incorrect", "correct")
-        if correct != branch:
-            pair = sums[correct], sums[branch]
-            changes[f"{branch} against correct"] = paired_bootstrap(*pair)
+        for which, against in (("incorrect", "correct"), ("agreement", "all")):
+            if which in branch:
+                pair = sums[branch.replace(which, against)], sums[branch]
+                changes[f"{branch} against {against}"] = paired_bootstrap(*pair)
     return changes
 
 

@@ -77,6 +77,7 @@ PARTS = {
     "real-order": Part("A pretrained model: OPSD before RLVR, changes against SFT", "real"),
     "real-long": Part("A pretrained model: 24 steps instead of 10", "real"),
     "real-four": Part("A pretrained model that solves most of its problems: 40 steps", "real"),
+    "real-four-gates": Part("The same model, all responses: without, with the gate", "real"),
 }
 DEEPEST = "208", "204", "201"  # by table `way`
 DIP = "settled-correct", "slow-correct", "agreement-correct"

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -68,20 +69,23 @@ def test_position_leaves_out_where_few_rollouts_are_left(tmp_path, monkeypatch, 
 # Memory and speed
 
 
-@pytest.mark.parametrize("context", ["solution", "reflection"])
+@pytest.mark.parametrize("context, more", [("solution", 0), ("reflection", 512), ("sibling", 120)])
 def test_a_planned_run_prints_prompt_and_memory_and_leaves_nothing(
-    context, tmp_path, monkeypatch, capsys
+    context, more, tmp_path, monkeypatch, capsys
 ):
     model = os.path.abspath(opsd.tiny("rlvr"))
     monkeypatch.chdir(tmp_path)
     for module in (modelling, opsd):
         monkeypatch.setattr(module, "load_model", None)  # no weights
-    flags = f"--gpus 1 --model {model} --context {context} --out {tmp_path}/run"
+    flags = f"--gpus 1 --model {model} --context {context} --group 2 --out {tmp_path}/run"
+    flags += " --micro-tokens 1 --max-new-tokens 120"
     memory.main(flags.split())
     said = capsys.readouterr().out
     assert said.count("<|im_start|>assistant") == 1
     assert "peak of training on each of 1 GPUs" in said
-    assert ("The answer is" in said) == (context == "solution")
+    prompt = int(re.search("teacher's prompt, ([0-9]+) tokens", said)[1])
+    assert f"micro-batches of {prompt + 120 + more} tokens" in said  # the longest that it may read
+    assert ("The answer is" in said) == (context in ("solution", "sibling"))
     assert ("(what the teacher will have written)" in said) == (context == "reflection")
     assert not os.listdir(tmp_path)
 

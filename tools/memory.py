@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 import data
 import opsd
 import ranks
-from data import CONTEXTS
+from data import CONTEXTS, WRITTEN
 from model import CHUNK, PIECE, load_tokenizer
 from rollout import Rollout
 from run import Parser, fail
@@ -153,8 +153,11 @@ def print_plan(args, gpus):
         args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     if args.backend == "auto":
         args.backend = "vllm" if args.device == "cuda" and find_spec("vllm") else "transformers"
-    # A micro-batch has at least one row; the teacher's is the longer one.
-    tokens = max(len(prompt) + args.max_new_tokens, args.micro_tokens)
+    # A micro-batch has at least one row; the teacher's is the longer one, longest with a written
+    # context or a sibling at its cap.
+    to_read = args.context_tokens if args.context in WRITTEN else 0
+    to_read = args.max_new_tokens if args.context == "sibling" else to_read
+    tokens = max(len(prompt) + to_read + args.max_new_tokens, args.micro_tokens)
     sharded = gpus > 1 or args.offload
     parts = estimate(config, args, gpus, tokens, sharded)
     terms = [f"{name} {value / 1e9:.3g}" for name, value in parts.items() if value]
