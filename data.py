@@ -7,7 +7,6 @@
 3. `CONTEXTS`: what the teacher reads besides the problem (paper, table 4).
 """
 
-import glob
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -157,14 +157,14 @@ def read_rows(path, flag="--data"):
     if path.endswith((".jsonl", ".json")):
         yield from read_json(path, flag)
         return
-    shards = glob.glob(os.path.join(glob.escape(path), "*.parquet"))
-    is_parquet = path.endswith(".parquet") or shards
-    if len(splits := set(re.findall(r"([^/\n]+)-\d+-of-\d+\.", "\n".join(shards)))) > 1:
-        fail(f"{flag} {path}: has shards of several splits: {', '.join(sorted(splits))}")
-    if not is_parquet and (os.path.exists(path) or path.count("/") != 1):
+    files = sorted(map(str, Path(path).glob("*.parquet"))) or [path] * path.endswith(".parquet")
+    split = r"(?:^|/)(train|test|val|dev|[^/\n]+(?=-\d+-of-\d+))[^/\n]*$"
+    if len(splits := set(re.findall(split, "\n".join(files), re.MULTILINE))) > 1:
+        fail(f"{flag} {path}: has several splits: {', '.join(sorted(splits))}; name a file")
+    if not files and (os.path.exists(path) or path.count("/") != 1):
         fail(f"{flag} {path}: not a .jsonl or .parquet file, nor a data set id (owner/name)")
     try:
-        rows = read_table(path, is_parquet)
+        rows = read_table(path, files)
     except Exception as error:  # a hub out of reach, a wrong id, a broken file: one line is enough
         fail(f"{flag} {path}: {type(error).__name__}: {one_line(error)}")
     for number, row in enumerate(rows, 1):
@@ -197,11 +197,11 @@ def read_json(path, flag):
             yield here, row
 
 
-def read_table(path, is_parquet):
-    if is_parquet:
+def read_table(path, files):
+    if files:
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return pyarrow.parquet.read_table(files).to_pylist()
     import datasets
 
     name, _, split = path.partition("@")

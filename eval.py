@@ -17,6 +17,8 @@ import os
 if __name__ == "__main__":
     from launch import start  # before torch: from now on Ctrl-C is one line
 
+from transformers import AutoConfig
+
 import data
 import ranks
 import rollout
@@ -24,7 +26,7 @@ import samplers
 from answers import extract
 from data import CONTEXTS
 from metrics import compare, compared, evaluate, table_of
-from model import load_model, load_tokenizer
+from model import context_limit, load_model, load_tokenizer
 from run import Parser, add_run_flags, check_out, fail, provenance, set_up, write_json
 from verify import Verifier
 
@@ -61,15 +63,23 @@ def load_benchmarks(args):
     return dict(zip(names, files, strict=True))
 
 
-def check_tokenizers(paths, problems):
-    """Ends the program at a wrong one, before any model is evaluated, and where two differ in how
-    they cut these problems: lengths in tokens would not compare.
+def check_prompts(args, benchmarks):
+    """Ends the program, before any model is evaluated, at a prompt that leaves no room for the
+    response, and where two tokenizers cut problems differently: lengths would not compare.
     """
+    problems = sum(benchmarks.values(), [])
     texts = [problem.question + problem.solution for problem in problems[:100]]
-    ids = [load_tokenizer(path)(texts).input_ids for path in paths]
-    for path, others in zip(paths, ids, strict=True):
-        if others != ids[0]:
-            fail(f"--model {path}: another tokenizer than {paths[0]}'s: lengths do not compare")
+    tokenizers = [load_tokenizer(path) for path in args.model]
+    for path, tokenizer in zip(args.model, tokenizers, strict=True):
+        if tokenizer(texts).input_ids != tokenizers[0](texts).input_ids:
+            others = f"{args.model[0]}'s: lengths do not compare"
+            fail(f"--model {path}: another tokenizer than {others}")
+        limit = context_limit(AutoConfig.from_pretrained(path))[0]
+        for problem in problems if limit else ():
+            count = len(data.render_prompt(tokenizer, problem, "", args.thinking == "on"))
+            if count + args.max_new_tokens > limit:
+                room = f"a prompt has {count} tokens and the context of {path} is {limit}"
+                fail(f"--max-new-tokens {args.max_new_tokens}: {room}")
 
 
 def drop_long_contexts(texts, rollouts, tokenizer, args, limit):
@@ -91,7 +101,7 @@ def main(argv=None):
     for problems in benchmarks.values():
         for context in args.context:
             data.require_parts(problems, context)
-    check_tokenizers(args.model, next(iter(benchmarks.values())))
+    check_prompts(args, benchmarks)
     named = {benchmark: [] for benchmark in benchmarks}
     sampler = None
     with Verifier() as verifier:
@@ -113,6 +123,8 @@ def main(argv=None):
                     without = "; those responses are without one" if None in texts else ""
                     print(f"evaluating {name} on {benchmark}, {failed}{without}", flush=True)
                     named[benchmark].append((name, evaluate(*inputs, texts)))
+            # Or it would still be in memory while the next one is loaded.
+            model = sampler.model = sampler.engine["holds"] = None
     records = report(benchmarks, named, args)
     if args.out:
         responses = {

@@ -106,19 +106,19 @@ def load_model(path, device, dtype="float32"):
     model.to(device).eval()  # eval for the whole run: no dropout, in the student or the teacher
     check_head(path, model)
     check_saving(path, model, tokenizer)
-    limit, short = context_limit(model)
+    limit, short = context_limit(model.config)
     if short:
         print(f"--model {path}: rows of at most {limit} tokens, where its rotary embedding changes")
     return model, tokenizer
 
 
-def context_limit(model):
+def context_limit(config):
     """(most tokens of a row or None, whether more would make rows depend on the longest one).
 
     The rotary embeddings `dynamic` and `longrope` change for the whole batch where its longest row
     passes the length of their first training.
     """
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):

@@ -26,6 +26,7 @@ import ranks
 from flags import complaint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+LOGS = "metrics.jsonl", "samples.jsonl", "not_finite.jsonl", "kl_by_position.jsonl"
 GIVE_UP = 10  # steps in a row without an update after which a run ends
 
 
@@ -231,10 +232,9 @@ def check_run_directory(args):
     with suppress(ValueError, KeyError, TypeError), open(log) as stream:
         before = dict(json.loads(stream.readline())["args"])  # unless line 0 is not whole
     saved = names & {"model.safetensors", "model.safetensors.index.json"}  # whole, or in shards
-    if saved:
-        if state.get("step", args.steps) >= args.steps:
-            fail(f"--resume: {args.out} is finished; with its state and more --steps it goes on")
-        state["logs"] = None  # whole, with the evaluation after the last step: nothing to cut
+    done = state.get("step", args.steps if saved else 0)
+    if done > args.steps or saved and done == args.steps:
+        fail(f"--resume: {args.out} has done {done} steps; with its state and more it goes on")
     free = HARMLESS - ({"steps"} if "warmup" in now else set())  # sft.py's rates follow --steps
     others = [
         f"--{name.replace('_', '-')} {before.get(name)} then, {now.get(name)} now"
@@ -243,7 +243,7 @@ def check_run_directory(args):
     ]
     if others:
         fail(f"--resume: the run in {args.out} is another experiment: {'; '.join(others)}")
-    return state
+    return state and dict(state, finished=bool(saved))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -312,8 +312,7 @@ class Run:
                 fail(f"--out {args.out}: another run is writing there")
         self.path = args.out = ranks.gather([args.out])[0]
         if self.first and not state:  # with --overwrite the run before goes, no other file
-            logs = "metrics.jsonl", "samples.jsonl", "not_finite.jsonl", "kl_by_position.jsonl"
-            self.remove(*logs, "state-*", "model*.safetensors*", "adapter", "step-*", ".saving*")
+            self.remove(*LOGS, "state-*", "model*.safetensors*", "adapter", "step-*", ".saving*")
             script = Path(sys.argv[0]).name
             self.log("metrics", dict(script=script, args=vars(args), **provenance()))
 
@@ -363,7 +362,9 @@ class Run:
         if self.skipped == GIVE_UP:
             log = f"{self.path}/not_finite.jsonl"
             reason = nothing or f"loss or gradient not finite (see {log}; is --lr too high?)"
-            fail(f"{reason}, in the last of {GIVE_UP} steps in a row without an update")
+            reason += f", in the last of {GIVE_UP} steps in a row without an update"
+            states = [int(name[6:-3]) for name in find_states(self.path)]
+            fail(reason + (f"; --resume --steps {states[0]} saves that model" if states else ""))
 
     def save_state(self, step, model, optimizer, teacher=None, **rest):
         """Everything after `step` steps, and `rest`, if --state-every says so. Two are kept.
@@ -401,9 +402,12 @@ class Run:
             torch.set_rng_state(self.state["generator"])
         if self.state and self.first:
             self.remove(".saving*")  # what a crash left half-written
-            for log in Path(self.path).glob("*.jsonl") if self.state["logs"] else ():
-                content = log.read_bytes()[: self.state["logs"].get(log.name, 0)]
-                write_file(str(log), content[: content.rfind(b"\n") + 1])  # whole lines
+            for log in filter(Path.exists, (Path(self.path, name) for name in LOGS)):
+                content, size = log.read_bytes(), self.state["logs"].get(log.name, 0)
+                next_line = content[size:].partition(b"\n")[0]
+                if self.state["finished"] and b'"evaluation"' in next_line:  # after the last step
+                    size += len(next_line) + 1
+                write_file(str(log), content[: content[:size].rfind(b"\n") + 1])  # whole lines
         if self.args.resume:
             print(f"resumed after step {step}" + ("" if self.state else " (no whole state)"))
         return step

@@ -91,7 +91,7 @@ class TransformersSampler:
     def __init__(self, model, tokenizer, args, other=None):
         self.model, self.stop = model, stop_ids(model, tokenizer)
         self.dtype, self.batch = getattr(torch, args.dtype), args.sample_batch
-        self.limit, self.logps = context_limit(model)[0], None
+        self.limit, self.logps = context_limit(model.config)[0], None
         self.engine = other.engine if other else dict(copy=None, holds=None)
         sharded = any(map(is_sharded, model.parameters()))
         self.copies = sharded or has_adapters(model)

@@ -84,7 +84,9 @@ def embedded_row(tokenizer, problem, rng):
 def real_row(tokenizer, problem, end):
     """The row of a real problem; `end` is the id that ends a response."""
     prompt = data.render_prompt(tokenizer, problem)
-    solution, answer = (data.plain(tokenizer, t) for t in (problem.solution, problem.answer))
+    # Of a whole response, as eval.py --out has them, what is inside its think block.
+    inside = problem.solution.partition("</think>")[0].replace("<think>", "").strip("\n")
+    solution, answer = (data.plain(tokenizer, t) for t in (inside, problem.answer))
     text = f"<think>\n{solution}\n</think>\n\n\\boxed{{{answer}}}"
     text = text.removeprefix(opened_think(tokenizer, prompt))
     return prompt, tokenizer(text, add_special_tokens=False).input_ids + [end]
@@ -163,7 +165,7 @@ def main(argv=None):
     end = tokenizer.eos_token_id
     if end is None:
         end = stop_ids(model, tokenizer)[0]
-    if args.data and (limit := context_limit(model)[0]):
+    if args.data and (limit := context_limit(model.config)[0]):
         problems = drop_long(problems, tokenizer, end, limit)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True

@@ -29,8 +29,9 @@ class VllmSampler:
     def __init__(self, model, tokenizer, args, other=None):
         self.model, self.stop = model, stop_ids(model, tokenizer)
         self.dtype, self.checked, self.logps = getattr(torch, args.dtype), False, None
-        if other and shapes(other.model) != shapes(model):
-            names = f"{model.name_or_path} has other shapes than {other.model.name_or_path}"
+        self.shapes = [(name, weight.shape) for name, weight in model.named_parameters()]
+        if other and other.shapes != self.shapes:
+            names = f"{model.name_or_path} has other shapes than the one before"
             fail(f"--backend vllm: {names}, whose engine it would use: one shape a run")
         self.engine = other.engine if other else build_engine(model, args)
         self.limit = self.engine["llm"].model_config.max_model_len
@@ -96,14 +97,10 @@ class VllmSampler:
         return [until_stop(list(output.token_ids), self.stop) for output in outputs]
 
 
-def shapes(model):
-    return [(name, weight.shape) for name, weight in model.named_parameters()]
-
-
 def build_engine(model, args):
     """The engine and its state: whose weights it holds, whether it sleeps between samples."""
     LLM = import_vllm().LLM
-    cuda, (limit, short) = device_of(model).type == "cuda", context_limit(model)
+    cuda, (limit, short) = device_of(model).type == "cuda", context_limit(model.config)
     with torch.random.fork_rng(devices=[]):  # the engine seeds torch's global generator
         try:
             llm = LLM(

@@ -254,7 +254,21 @@ def test_rows_of_the_fields_data_sets_load(row, problem, tmp_path):
     fields = [] if problem else ["answer=solution"]
     problem = problem or Problem(**ONE)
     assert load_file(path, *fields) == [problem]
+    write(tmp_path / "shards" / "README.md", "not a shard")
     assert load_file(str(tmp_path / "shards"), *fields) == [problem] * 2
+
+
+def test_a_folder_of_several_splits_is_refused(tmp_path, refused):
+    table = pyarrow.Table.from_pylist([ONE])
+    for names, splits in (
+        (("train", "test"), "test, train"),
+        (("train-00000-of-00001-a09b", "validation-00000-of-00001-c3ef"), "train, val"),
+        (("main-00000-of-00001", "extra-00000-of-00001"), "extra, main"),
+    ):
+        (tmp_path / splits).mkdir()
+        for name in names:
+            pyarrow.parquet.write_table(table, tmp_path / splits / f"{name}.parquet")
+        assert f"several splits: {splits};" in refused(load_file, str(tmp_path / splits))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Evaluation: measures, intervals, benchmarks."""
 
+import gc
 import gzip
 import json
 import os
+import weakref
 
 import numpy as np
 import pyarrow
@@ -14,7 +16,7 @@ from data import Problem
 from metrics import compare, interval, paired_bootstrap, per_problem, shift, summarise, table_of
 from rollout import Rollout
 from run import HERE
-from tests.helpers import TINY, graded, write
+from tests.helpers import TINY, changed_model, graded, write
 
 SFT = os.path.join(HERE, "tiny", "sft")
 
@@ -122,6 +124,23 @@ def test_a_context_that_leaves_no_room_is_none(tokenizer):
 def test_a_rate_that_is_zero_everywhere_is_a_line_below_the_table():
     records = compare([("a", graded(["correct", "incorrect"], 10))])
     assert table_of(records).endswith("\ntruncated and no answer: 0.0%")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_model_at_a_time_is_in_memory(dtype, tmp_path, monkeypatch):
+    load, loaded = evaluation.load_model, []
+
+    def watched(*args):
+        gc.collect()
+        assert not any(model() for model in loaded)
+        model, tokenizer = load(*args)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(evaluation, "load_model", watched)
+    flags = "--context solution --problems 2 --samples 1 --max-new-tokens 9 --threads 1 --dtype"
+    evaluation.main(["--model", TINY, changed_model(tmp_path / "second"), *flags.split(), dtype])
+    assert len(loaded) == 2
 
 
 def test_eval_averages_several_files_of_the_shapes_that_benchmarks_have(tmp_path, capsys):

@@ -128,10 +128,8 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
     write(tmp_path / "deep.json", "[" * 5000)
     for name in ("notes.txt", "broken.parquet"):
         write(tmp_path / name, "hello")
-    for name in ("dir.jsonl", "taken", "mixed"):
+    for name in ("dir.jsonl", "taken"):
         (tmp_path / name).mkdir()
-    for split in ("train", "test"):
-        write(tmp_path / "mixed" / f"{split}-00000-of-00001.parquet", "")
     for name, text in (("list", "[1]"), ("number", '{"args": 3}')):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "metrics.jsonl", text)
@@ -148,7 +146,6 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
         ("--data missing.jsonl", "missing.jsonl"),
         ("--data notes.txt", "notes.txt"),
         ("--data broken.parquet", "broken.parquet"),
-        ("--data mixed", "--data mixed: has shards of several splits: test, train"),
         ("--data long.jsonl", "--max-new-tokens 160: no prompt leaves room"),
         ("--data bare.jsonl", "--context solution: needs a solution, and problem 2 of 2 has none"),
         ("--data good.jsonl --context given", "needs a context, and problem 1 of 1"),
@@ -177,6 +174,7 @@ def test_a_script_refuses_what_only_its_files_tell(tmp_path, monkeypatch, refuse
     monkeypatch.setattr(evaluation.samplers, "make_sampler", None)  # before anything is sampled
     for line, complaint in (
         (f"{TINY} {other}", f"--model {other}: another tokenizer than {TINY}'s"),
+        (f"{TINY} --data bare.jsonl long.jsonl", "a prompt has "),
         (f"{TINY} --out page/", "--out page/: is a directory, not a file"),
         (f"{TINY} --out good.jsonl/x.json", "good.jsonl is not a directory"),
         (f"{TINY} --out good.jsonl", "--out good.jsonl: exists already"),

@@ -211,8 +211,8 @@ def test_ordinary_text_is_never_rewritten_and_control_tokens_are(tokenizer):
 
 
 def test_sft_targets_hold_one_end_and_one_think_block(tokenizer, monkeypatch):
-    problem = Problem("q", "2", "<think>1+1</think>=2<|im_end|>")
-    text = "< think>1+1< /think>=2< |im_end|>\n</think>\n\n\\boxed{2}"
+    problem = Problem("q", "2", "<think>\n1+1<|im_end|></think>\n\n=2")
+    text = "1+1< |im_end|>\n</think>\n\n\\boxed{2}"
     prompt, response = sft.real_row(tokenizer, problem, 2)
     assert response[-1] == 2 and tokenizer.decode(response[:-1]) == f"<think>\n{text}"
     opened = prompt + tokenizer("<think>\n").input_ids  # by the template

@@ -69,12 +69,17 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     assert steps_in(cut)[-1] == 5  # a state is saved when its step is in the log
     with open(os.path.join(cut, "metrics.jsonl"), "a") as stream:
         stream.write('{"step": 5, "lo')  # a line that the crash cut, ...
+    write(tmp_path / "cut" / "mine.jsonl", "{}")  # a file of the user's own
     for name in (".saving-metrics.jsonl", ".saving-state", ".saving-config.json"):
         write(tmp_path / "cut" / name, "half")  # ... and files that it left half-written
     monkeypatch.undo()
     adapters = [".lora_" in name for name in run.load_state(cut)["model"]]
     assert all(adapters) if "--lora" in argv else not any(adapters)
+    fewer = [*argv[: argv.index("--steps")], *"--steps 3 --resume --out".split(), cut]
+    assert "has done 4 steps" in refused(script.main, fewer) or script is sft
     script.main(argv + ["--out", cut, "--resume"])
+    assert (tmp_path / "cut" / "mine.jsonl").read_text() == "{}\n"
+    os.remove(tmp_path / "cut" / "mine.jsonl")
     assert "resumed after step 4" in capsys.readouterr().out
     script.main(argv + ["--out", whole])
     assert torch.equal(weights(cut), weights(whole))
@@ -85,7 +90,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     assert evaluated == ([] if script is sft else [2, 4, 6])
     assert find_states(cut) == ["state-0000006.pt"]  # to go on from, with more --steps
     assert not any(name.startswith(".saving") for name in names_in(cut))
-    assert "is finished" in refused(script.main, argv + ["--out", cut, "--resume"])
+    assert "has done 6 steps; with" in refused(script.main, argv + ["--out", cut, "--resume"])
 
 
 def test_how_far_the_kl_has_fallen_is_logged_and_said(tmp_path, capsys):
@@ -325,8 +330,10 @@ def test_a_tokenizer_without_eos_or_pad_trains_and_one_without_thinking_is_told(
     evaluation.main([*argv, *flags])
 
 
-def test_a_finished_run_goes_on_with_more_steps_and_the_same_problems(tmp_path, refused):
-    finished = "is finished; with its state and more --steps it goes on"
+def test_a_finished_run_goes_on_with_more_steps_and_the_same_problems(
+    tmp_path, monkeypatch, refused
+):
+    finished = "steps; with its state and more it goes on"
     for script, flags in ((opsd, "--filter all"), (rlvr, "--group 4 --batch 2")):
         out = str(tmp_path / script.__name__)
         evaluated = "--eval-problems 2 --eval-every 2 --out".split()
@@ -334,6 +341,12 @@ def test_a_finished_run_goes_on_with_more_steps_and_the_same_problems(tmp_path, 
         script.main([*argv, "2"])
         assert finished in refused(script.main, [*argv, "2", "--resume"])
         script.main([*argv, "3", "--resume"])
+        crash_at(monkeypatch, 5)
+        with pytest.raises(Crash):
+            script.main([*argv, "5", "--resume"])
+        monkeypatch.undo()
+        with open(os.path.join(out, "metrics.jsonl"), "a") as stream:
+            stream.write('{"step": 5, "lo')
         script.main([*argv, "4", "--resume"])  # those of the first 2 steps still
         assert steps_in(out) == [1, 2, 2, 3, 3, 4, 4]  # no evaluation is lost
         for name in find_states(out):
@@ -395,6 +408,18 @@ def test_a_rate_that_is_too_high_is_named(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(run, "GIVE_UP", 2)
     argv = [*BARE, *"--lr 1e30 --steps 9 --out".split(), str(tmp_path / "run")]
     assert "is --lr too high?" in refused(opsd.main, argv)
+
+
+def test_a_run_that_learns_no_more_says_how_its_model_is_saved(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(run, "GIVE_UP", 2)
+    kept = iter([4, 4, 4, 0, 0])
+    monkeypatch.setitem(opsd.FILTERS, "all", lambda rollouts, args: rollouts[: next(kept)])
+    argv = [*SMALL, *"--filter all --state-every 2 --out".split(), str(tmp_path), "--overwrite"]
+    write(tmp_path / "metrics.jsonl", "{}")
+    said = refused(opsd.main, [*argv, "--steps", "9"])
+    assert said.endswith("; --resume --steps 4 saves that model\n")
+    opsd.main([*argv[:-1], "--resume", "--steps", "4"])
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_a_run_that_dies_in_its_last_evaluation_is_completed(tmp_path, monkeypatch):
