@@ -223,4 +223,4 @@ def settled(kls):
     text = f"reverse KL {100 * share:.0f}% of the first steps'"
     if share < SETTLED:
         return f"{text}: settled (accuracy may take as long again)\n"
-    return f"{text}: not settled (below {SETTLED:.0%}), needs more --steps\n"
+    return f"{text}: not settled (below {SETTLED:.0%})\n"
