@@ -69,9 +69,12 @@ def check_prompts(args, benchmarks):
     """
     problems = sum(benchmarks.values(), [])
     texts = [problem.question + problem.solution for problem in problems[:100]]
-    tokenizers = [load_tokenizer(path) for path in args.model]
-    for path, tokenizer in zip(args.model, tokenizers, strict=True):
-        if tokenizer(texts).input_ids != tokenizers[0](texts).input_ids:
+    expected = None
+    for path in args.model:
+        tokenizer = load_tokenizer(path)
+        ids = tokenizer(texts).input_ids
+        expected = expected or ids
+        if ids != expected:
             others = f"{args.model[0]}'s: lengths do not compare"
             fail(f"--model {path}: another tokenizer than {others}")
         limit = context_limit(AutoConfig.from_pretrained(path))[0]

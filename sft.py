@@ -85,7 +85,7 @@ def real_row(tokenizer, problem, end):
     """The row of a real problem; `end` is the id that ends a response."""
     prompt = data.render_prompt(tokenizer, problem)
     # Of a whole response, as eval.py --out has them, what is inside its think block.
-    inside = problem.solution.partition("</think>")[0].replace("<think>", "").strip("\n")
+    inside = Rollout(problem, [], text=problem.solution).reasoning
     solution, answer = (data.plain(tokenizer, t) for t in (inside, problem.answer))
     text = f"<think>\n{solution}\n</think>\n\n\\boxed{{{answer}}}"
     text = text.removeprefix(opened_think(tokenizer, prompt))

@@ -155,9 +155,9 @@ def print_plan(args, gpus):
         args.backend = "vllm" if args.device == "cuda" and find_spec("vllm") else "transformers"
     # A micro-batch has at least one row; the teacher's is the longer one, longest with a written
     # context or a sibling at its cap.
-    to_read = args.context_tokens if args.context in WRITTEN else 0
-    to_read = args.max_new_tokens if args.context == "sibling" else to_read
-    tokens = max(len(prompt) + to_read + args.max_new_tokens, args.micro_tokens)
+    longest = {"sibling": args.max_new_tokens, **dict.fromkeys(WRITTEN, args.context_tokens)}
+    row = len(prompt) + longest.get(args.context, 0) + args.max_new_tokens
+    tokens = max(row, args.micro_tokens)
     sharded = gpus > 1 or args.offload
     parts = estimate(config, args, gpus, tokens, sharded)
     terms = [f"{name} {value / 1e9:.3g}" for name, value in parts.items() if value]
